@@ -1,0 +1,1 @@
+"""The operator's side: leases, ledger, directives and certificates; imports neither torch nor hivemind."""

@@ -1,0 +1,112 @@
+"""Files on the wire: reading them in parts without blocking the event loop, receiving them into a temporary file."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from protos.contract.channel import MAX_STREAM_PART_BYTES
+from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
+
+
+async def read_parts(path: Path) -> AsyncIterator[tuple[bytes, int]]:
+    """Yield (part, size of the whole file); at least one part. Raises CorruptDataError if the file is gone."""
+    try:
+        file = await asyncio.to_thread(path.open, "rb")
+    except OSError as error:
+        raise CorruptDataError(
+            f"{path.name} cannot be read: {error.strerror}",
+            allowed="complete datasets and checkpoints in the data directory",
+            remedy="the operator restores the file",
+        ) from error
+    with file:
+        total_bytes = os.fstat(file.fileno()).st_size
+        is_first = True
+        while part := await asyncio.to_thread(file.read, MAX_STREAM_PART_BYTES):
+            is_first = False
+            yield part, total_bytes
+        if is_first:
+            yield b"", 0
+
+
+class IncomingFile:
+    """Receives a file of known size beside its later place; removed unless `keep` was called. Use with `async with`."""
+
+    def __init__(self, path: Path, *, total_bytes: int) -> None:
+        self._final_path = path
+        self.path = path.with_name(f".{path.name}.{os.getpid()}.{id(self):x}.part")
+        self._total_bytes = total_bytes
+        self._received_bytes = 0
+        self._file: BinaryIO | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("wb")
+        except OSError as error:
+            raise _disk_error(self._final_path, error) from error
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    async def write(self, part: bytes) -> None:
+        """Append a part. Raises UsageError (TOO_LARGE) beyond the announced size, MachineError if the disk is full."""
+        self._received_bytes += len(part)
+        if len(part) > MAX_STREAM_PART_BYTES or self._received_bytes > self._total_bytes:
+            raise UsageError(
+                f"received {self._received_bytes} bytes in parts of {len(part)}",
+                allowed=f"{self._total_bytes} bytes as announced, parts of at most {MAX_STREAM_PART_BYTES}",
+                remedy="upload the file that was announced",
+                code=ErrorCode.TOO_LARGE,
+            )
+        assert self._file is not None
+        try:
+            await asyncio.to_thread(self._file.write, part)
+        except OSError as error:
+            raise _disk_error(self._final_path, error) from error
+
+    async def finish(self) -> None:
+        """Everything is on disk. Raises CorruptDataError if bytes are missing."""
+        if self._received_bytes != self._total_bytes:
+            raise CorruptDataError(
+                f"received {self._received_bytes} bytes",
+                allowed=f"{self._total_bytes}",
+                remedy="upload it again",
+            )
+        assert self._file is not None
+        try:
+            self._file.flush()
+            await asyncio.to_thread(os.fsync, self._file.fileno())
+        except OSError as error:
+            raise _disk_error(self._final_path, error) from error
+
+    def keep(self) -> None:
+        """Put the file in its place, durably."""
+        try:
+            self.path.replace(self._final_path)
+            directory = os.open(self._final_path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise _disk_error(self._final_path, error) from error
+
+
+def _disk_error(path: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"the coordinator cannot write {path.name}: {error.strerror}",
+        allowed="free space in the data directory",
+        remedy="the operator frees space",
+        code=ErrorCode.DISK_FULL,
+    )

@@ -1,0 +1,1 @@
+"""`muster-coordinator`: one file per command group; the only place in coordinator/ that prints."""

@@ -1,0 +1,71 @@
+"""Options and output that command groups share."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from protos.contract.errors import MusterError, UsageError
+
+DEFAULT_DATA_DIR = Path("muster-data")
+
+DataDir = Annotated[
+    Path,
+    typer.Option(
+        "--data-dir", help="The coordinator's directory.", envvar="MUSTER_COORDINATOR_DATA_DIR"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+RunId = Annotated[str, typer.Option("--run", help="Which run; not needed when there is one.")]
+
+
+def print_json(plain: Any) -> None:
+    """One object on one line."""
+    sys.stdout.write(json.dumps(plain) + "\n")
+
+
+def print_table(titles: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as their contents; plain text, so that it can be piped."""
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    for row in [titles, *rows]:
+        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
+
+
+def say(text: str) -> None:
+    """A line on standard error, for people."""
+    sys.stderr.write(text + "\n")
+
+
+def report_error(error: MusterError) -> None:
+    """Found, allowed, remedy: one line each."""
+    say(f"error: {error.found}")
+    if error.allowed:
+        say(f"  allowed: {error.allowed}")
+    if error.remedy:
+        say(f"  remedy:  {error.remedy}")
+
+
+def time_text(unix_seconds: float) -> str:
+    """Instant in UTC; - for never."""
+    if not unix_seconds:
+        return "-"
+    return datetime.fromtimestamp(unix_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def parse_duration_seconds(text: str) -> float:
+    """Seconds of 90s, 30m, 24h, 7d; 0 for `never`. Raises UsageError."""
+    if text == "never":
+        return 0.0
+    factor = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(text[-1:])
+    number = text[:-1]
+    if factor is None or not (number.isascii() and number.isdigit()) or int(number) == 0:
+        raise UsageError(
+            f"duration {text!r}",
+            allowed="90s, 30m, 24h, 7d or never",
+            remedy="write it in one of these forms",
+        )
+    return float(int(number) * factor)

@@ -1,0 +1,89 @@
+"""`status` and `peers`: the same figures as the page."""
+
+import typer
+
+from coordinator.cli.options import (
+    DEFAULT_DATA_DIR,
+    AsJson,
+    DataDir,
+    RunId,
+    print_json,
+    print_table,
+)
+
+
+def status(
+    run_id: RunId = "", data_dir: DataDir = DEFAULT_DATA_DIR, is_json: AsJson = False
+) -> None:
+    """A run's state with its reason, progress and books."""
+    from coordinator.cli.perform import look
+    from coordinator.operations.plain import plain_from_response
+    from coordinator.operations.requests_admin import StatusRequest
+    from coordinator.operations.status import status as read_status
+
+    found = look(data_dir, read_status, StatusRequest(run_id=run_id))
+    if is_json:
+        print_json(plain_from_response(found))
+        return
+    share = found.credited_tokens / found.budget_tokens if found.budget_tokens else 0.0
+    last = found.last_evaluation
+    heldout = (
+        f"{last.loss_nats:.4f} nats, {last.bits_per_byte:.4f} bits/byte at step {last.outer_step}"
+        if last
+        else "-"
+    )
+    for name, text in (
+        ("run", f"{found.run_id} ({found.run_digest[:16]})"),
+        ("state", f"{found.state}: {found.state_reason}"),
+        ("coordinator", f"{found.coordinator_state}: {found.coordinator_state_reason}"),
+        ("credited", f"{found.credited_tokens:,} of {found.budget_tokens:,} tokens ({share:.1%})"),
+        ("leased", f"{found.active_tokens:,} tokens, {found.expired_tokens:,} expired"),
+        (
+            "uncredited",
+            f"{found.uncredited_trained_tokens:,} tokens; {found.rolled_back_tokens:,} rolled back",
+        ),
+        ("goodput", f"{found.goodput_tokens_per_second:,.0f} tokens/s"),
+        (
+            "outer step",
+            f"{found.outer_step} (incarnation {found.incarnation}, {found.num_rollbacks} rollbacks)",
+        ),
+        ("training loss", f"{found.train_loss_nats:.4f} nats" if found.train_loss_nats else "-"),
+        ("held-out", heldout),
+        (
+            "peers",
+            f"{found.num_live_peers} live, {found.num_voters} with a vote, {found.num_peers_seen} seen",
+        ),
+        ("states equal", "yes" if found.state_digests_equal else "NO"),
+        ("checkpoint", found.newest_checkpoint_path or "-"),
+    ):
+        typer.echo(f"{name:14}  {text}")
+
+
+def peers(
+    run_id: RunId = "", data_dir: DataDir = DEFAULT_DATA_DIR, is_json: AsJson = False
+) -> None:
+    """Members of a run with their states and reasons; what peers claim is marked."""
+    from coordinator.cli.perform import look
+    from coordinator.operations.plain import plain_from_response
+    from coordinator.operations.requests_admin import PeersRequest
+    from coordinator.operations.status import peers as read_peers
+
+    found = look(data_dir, read_peers, PeersRequest(run_id=run_id))
+    if is_json:
+        print_json(plain_from_response(found))
+        return
+    titles = ["peer", "name", "member", "claims", "step", "claimed tokens/s", "credited", "why"]
+    rows = [
+        [
+            peer.peer_id[:12],
+            peer.name,
+            peer.state,
+            peer.claims.state or "-",
+            str(peer.claims.outer_step),
+            f"{peer.claims.tokens_per_second:,.0f}",
+            f"{peer.credited_tokens:,}",
+            peer.claims.state_reason if peer.is_live and peer.claims.state else peer.state_reason,
+        ]
+        for peer in found.peers
+    ]
+    print_table(titles, rows)

@@ -1,0 +1,351 @@
+"""`muster-coordinator up`: corpus, coordinator, rendezvous and peers on this machine, to a finished run and its summary.
+
+Order: dataset -> coordinator in this process -> run (new or resumed) -> peers as child processes -> watch until the
+run is FINISHED -> evaluate, compare, export and sample through `muster-peer` -> summary.json. Peers are ordinary peers that
+joined with a token; one that dies is not started again (the others go on with its work), unless nobody is left.
+"""
+
+import asyncio
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.app import Coordinator
+from coordinator.cli.up_children import (
+    PeerChild,
+    check_peer_is_installed,
+    run_peer_command,
+    run_peer_json,
+)
+from coordinator.cli.up_run import RunChoice, choose_run, clear_data_dir, prepare_run
+from coordinator.cli.up_summary import Summary, summary_table
+from coordinator.cli.up_view import PeerRow, RunView, UpView
+from coordinator.config import CoordinatorConfig, load_config
+from coordinator.corpus.baselines import compute_baselines
+from coordinator.operations.ledger_verify import VerifyLedger, verify_ledger
+from coordinator.operations.membership import peer_exited
+from coordinator.operations.requests import PeerExitedRequest
+from coordinator.operations.requests_admin import (
+    CreateTokenRequest,
+    PeersRequest,
+    StatusRequest,
+    StatusResponse,
+)
+from coordinator.operations.status import peers as read_peers
+from coordinator.operations.status import status as read_status
+from coordinator.operations.tokens import create_token
+from protos.contract.channel import JoinString
+from protos.contract.errors import RunFailedError, UsageError
+from protos.contract.telemetry import RunState
+
+LOOK_SECONDS = 0.5
+HEARTBEAT_SECONDS = 2.0
+"""On loopback a heartbeat costs nothing, and everything is noticed sooner."""
+LEASE_TTL_SECONDS = 20.0
+MAX_RESTARTS = 3
+PEERS_LEAVE_SECONDS = 20.0
+PROMPT = "def "
+_MAX_PEERS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions:
+    """Flags of `up`; None means not given."""
+
+    num_peers: int = 3
+    budget_tokens: int | None = None
+    model: str | None = None
+    corpus: tuple[str, ...] = ()
+    seed: int | None = None
+    data_dir: Path = Path("muster-data")
+    port: int | None = None
+    is_kept_serving: bool = False
+    is_fresh: bool = False
+    is_json: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_peers <= _MAX_PEERS:
+            raise UsageError(
+                f"--peers {self.num_peers}",
+                allowed=f"1 to {_MAX_PEERS} peers on one machine",
+                remedy="for more, run `muster-coordinator serve` and join from several machines",
+            )
+
+
+def run_up(options: UpOptions) -> int:
+    """Run to the end and return the exit code. Raises MusterError; an interrupt leaves a run that `up` resumes."""
+    check_peer_is_installed()
+    return asyncio.run(_Up(options).run())
+
+
+class _Up:
+    def __init__(self, options: UpOptions) -> None:
+        self._options = options
+        self._view = UpView()
+        self._peers: list[PeerChild] = []
+        self._stop = asyncio.Event()
+        self._num_restarts = 0
+        self._join_string = ""
+        self._run_id = ""
+
+    async def run(self) -> int:
+        options = self._options
+        if options.is_fresh:
+            clear_data_dir(options.data_dir)
+        choice = choose_run(options.data_dir, _given_flags(options))
+        with self._view:
+            self._say_choice(choice)
+            prepared = await asyncio.to_thread(
+                prepare_run,
+                choice,
+                data_dir=options.data_dir,
+                sources=options.corpus,
+                model=options.model,
+                budget_tokens=options.budget_tokens,
+                seed=options.seed,
+                num_peers=options.num_peers,
+                say=self._view.say,
+            )
+            coordinator = Coordinator(_config(options))
+            await coordinator.start()
+            try:
+                self._install_signals()
+                self._run_id = choice.run_id or await prepared.create(coordinator)
+                return await self._run_with(coordinator, prepared.dataset_dir)
+            finally:
+                await self._stop_peers()
+                await coordinator.stop()
+
+    def _say_choice(self, choice: RunChoice) -> None:
+        if choice.run_id:
+            self._view.say(f"resuming run {choice.run_id} in {self._options.data_dir}: {choice.reason}")
+
+    def _install_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(caught, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            for peer in self._peers:
+                if not peer.has_ended:
+                    peer.process.kill()
+            sys.stderr.flush()
+            raise KeyboardInterrupt
+        self._view.stop_live()
+        self._view.say("stopping; `up` with the same --data-dir resumes this run (again: stop at once)")
+        self._stop.set()
+
+    async def _run_with(self, coordinator: Coordinator, dataset_dir: Path) -> int:
+        options = self._options
+        self._view.say(f"page: {coordinator.http_address}")
+        await self._start_peers(coordinator)
+        await self._watch(coordinator)
+        if self._stop.is_set():
+            return 130
+        await self._wait_for_peers()
+        self._view.stop_live()
+        summary = await self._summarise(coordinator, dataset_dir)
+        path = options.data_dir / "summary.json"
+        path.write_text(summary.to_json() + "\n")
+        self._view.say(summary_table(summary))
+        self._view.say(f"summary: {path}\ncheckpoint: {summary.checkpoint_path}\nsample:\n{summary.sample_text}")
+        if options.is_json:
+            sys.stdout.write(summary.to_json() + "\n")
+            sys.stdout.flush()
+        if options.is_kept_serving:
+            self._view.say(f"serving {coordinator.http_address} and {coordinator.address} until interrupted")
+            await self._stop.wait()
+        return 0
+
+    # Peers.
+
+    async def _start_peers(self, coordinator: Coordinator) -> None:
+        token = await coordinator.perform(create_token, CreateTokenRequest(run_id=self._run_id))
+        self._join_string = JoinString(
+            address=coordinator.local_address,
+            ca_fingerprint=coordinator.ca_fingerprint,
+            run_id=self._run_id,
+            secret=token.secret.hex(),
+            expire_unix_seconds=token.expire_unix_seconds,
+        ).encode()
+        for index in range(self._options.num_peers):
+            name = f"peer-{index + 1}"
+            self._peers.append(await self._start_peer(name))
+
+    async def _start_peer(self, name: str) -> PeerChild:
+        home = (self._options.data_dir / "peers" / name).absolute()
+        return await PeerChild.start(
+            name=name, home=home, join_string=self._join_string, num_threads=1
+        )
+
+    async def _wait_for_peers(self) -> None:
+        """Peers leave by themselves once they hear that the run is over."""
+        waits = [peer.process.wait() for peer in self._peers]
+        try:
+            await asyncio.wait_for(asyncio.gather(*waits), PEERS_LEAVE_SECONDS)
+        except TimeoutError:
+            await self._stop_peers()
+
+    async def _stop_peers(self) -> None:
+        await asyncio.gather(*(peer.stop() for peer in self._peers))
+
+    async def _look_after_peers(self, coordinator: Coordinator) -> None:
+        """Tell the coordinator of every peer that ended; start all again when nobody is left."""
+        for peer in self._peers:
+            if peer.has_ended and not peer.is_reported:
+                peer.is_reported = True
+                reason = f"its process ended with code {peer.process.returncode}: {peer.last_line()}"
+                self._view.say(f"peer {peer.name}: {reason}")
+                peer_id = peer.peer_id()
+                if peer_id is not None:
+                    request = PeerExitedRequest(run_id=self._run_id, peer_id=peer_id, reason=reason)
+                    await coordinator.perform(peer_exited, request)
+        if not all(peer.has_ended for peer in self._peers):
+            return
+        if self._num_restarts == MAX_RESTARTS:
+            raise RunFailedError(
+                f"all {len(self._peers)} peers ended {MAX_RESTARTS + 1} times; last words of "
+                f"{self._peers[0].name}: {self._peers[0].last_line()}",
+                remedy=f"read {self._peers[0].home}/logs, then run `up` again to resume",
+            )
+        self._num_restarts += 1
+        self._view.say(
+            f"no peer is left; starting all again ({self._num_restarts} of at most {MAX_RESTARTS} times)"
+        )
+        self._peers = [await self._start_peer(peer.name) for peer in self._peers]
+
+    # Watching.
+
+    async def _watch(self, coordinator: Coordinator) -> None:
+        """Show the run until it is over or somebody interrupts."""
+        while not self._stop.is_set():
+            status = await self._status(coordinator)
+            rows = await coordinator.look(read_peers, PeersRequest(run_id=self._run_id))
+            view = _view_from(status, tuple(_peer_row(peer) for peer in rows.peers), coordinator.http_address)
+            self._view.show(view, now_monotonic_seconds=time.monotonic())
+            if status.state == RunState.FINISHED:
+                return
+            if status.state == RunState.STOPPED:
+                raise RunFailedError(
+                    f"the run was stopped: {status.state_reason}", remedy="start anew with --fresh"
+                )
+            await self._look_after_peers(coordinator)
+            try:
+                await asyncio.wait_for(self._stop.wait(), LOOK_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def _status(self, coordinator: Coordinator) -> StatusResponse:
+        return await coordinator.look(read_status, StatusRequest(run_id=self._run_id))
+
+    # Results.
+
+    async def _summarise(self, coordinator: Coordinator, dataset_dir: Path) -> Summary:
+        options, say = self._options, self._view.say
+        status = await self._status(coordinator)
+        verdict = await coordinator.look(verify_ledger, VerifyLedger(run_id=self._run_id))
+        state_path = (options.data_dir / status.newest_checkpoint_path).absolute()
+        spec_path = (options.data_dir / "run_spec.json").absolute()
+        say("evaluating the final state on all held-out text")
+        evaluation = await run_peer_json(
+            "eval", str(state_path), "--dataset", str(dataset_dir), "--json"
+        )
+        say(f"training one process on the same {status.credited_tokens:,} tokens for comparison")
+        reference = await run_peer_json(
+            "reference", "--spec", str(spec_path), "--dataset", str(dataset_dir),
+            "--num-tokens", str(status.schedule_tokens), "--eval-tokens", "0", "--threads", "2", "--json",
+        )  # fmt: skip
+        baselines = await asyncio.to_thread(compute_baselines, dataset_dir)
+        export_dir = (options.data_dir / "export").absolute()
+        shutil.rmtree(export_dir, ignore_errors=True)
+        await run_peer_command("export", str(state_path), str(export_dir), "--dataset", str(dataset_dir))
+        sample = await run_peer_command(
+            "generate", str(state_path), PROMPT, "--dataset", str(dataset_dir), "--max-tokens", "64", "--seed", "0"
+        )
+        first = status.first_evaluation
+        return Summary(
+            run_digest=status.run_digest,
+            num_peers_seen=status.num_peers_seen,
+            outer_steps_committed=status.outer_steps_committed,
+            credited_tokens=status.credited_tokens,
+            budget_tokens=status.budget_tokens,
+            uncredited_trained_tokens=status.uncredited_trained_tokens,
+            rolled_back_tokens=status.rolled_back_tokens,
+            heldout_loss_nats_first=float("nan") if first is None else first.loss_nats,
+            heldout_loss_nats_last=float(evaluation["loss_nats"]),
+            heldout_bits_per_byte_last=float(evaluation["bits_per_byte"]),
+            one_process_bits_per_byte=float(reference["heldout_bits_per_byte"]),
+            gzip_bits_per_byte=baselines.gzip_bits_per_byte,
+            bigram_bits_per_byte=baselines.bigram_bits_per_byte,
+            train_seconds=status.train_seconds,
+            goodput_tokens_per_second=status.mean_goodput_tokens_per_second,
+            credited_tokens_by_peer={
+                status.name_by_peer.get(peer_id, peer_id): tokens
+                for peer_id, tokens in status.credited_tokens_by_peer.items()
+            },
+            state_digests_equal=status.state_digests_equal,
+            ledger_violations=list(verdict.violations),
+            checkpoint_path=str(export_dir),
+            sample_text=sample.decode(errors="replace"),
+        )
+
+
+def _given_flags(options: UpOptions) -> tuple[str, ...]:
+    given = {
+        "--budget-tokens": options.budget_tokens,
+        "--model": options.model,
+        "--corpus": options.corpus or None,
+        "--seed": options.seed,
+    }
+    return tuple(flag for flag, value in given.items() if value is not None)
+
+
+def _config(options: UpOptions) -> CoordinatorConfig:
+    return load_config(
+        flags={
+            "data_dir": options.data_dir,
+            "host": "127.0.0.1",
+            "port": 0 if options.port is None else options.port,
+            "http_port": 0,
+            "rendezvous_port": 0,
+            "heartbeat_interval_seconds": HEARTBEAT_SECONDS,
+            "lease_ttl_seconds": LEASE_TTL_SECONDS,
+        }
+    )
+
+
+def _peer_row(peer: object) -> PeerRow:
+    from coordinator.operations.requests_admin import PeerStatus
+
+    assert isinstance(peer, PeerStatus)
+    is_live = peer.is_live and bool(peer.claims.state)
+    return PeerRow(
+        name=peer.name or peer.peer_id[:8],
+        state=peer.claims.state if is_live else peer.state,
+        reason=peer.claims.state_reason if is_live else peer.state_reason,
+        outer_step=peer.attested_outer_step,
+        tokens_per_second=peer.claims.tokens_per_second if is_live else 0.0,
+        credited_tokens=peer.credited_tokens,
+    )
+
+
+def _view_from(status: StatusResponse, peers: Sequence[PeerRow], page_url: str) -> RunView:
+    last = status.last_evaluation
+    return RunView(
+        run_state=status.state,
+        run_reason=status.state_reason,
+        credited_tokens=status.credited_tokens,
+        budget_tokens=status.budget_tokens,
+        goodput_tokens_per_second=status.goodput_tokens_per_second,
+        outer_steps=status.outer_step,
+        loss_nats=status.train_loss_nats or None,
+        heldout_bits_per_byte=last.bits_per_byte if last is not None and last.bits_per_byte else None,
+        eta_seconds=status.eta_seconds if status.eta_seconds >= 0 else None,
+        page_url=page_url,
+        peers=tuple(peers),
+    )

@@ -1,0 +1,1 @@
+"""From text files to a dataset: sources -> tokenizer -> chunks and manifest -> baselines."""

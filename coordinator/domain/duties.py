@@ -1,0 +1,239 @@
+"""Duties: which evaluations and checkpoints are due, who does them, and what becomes of a silent doer.
+
+A duty is OPEN, ASSIGNED to one member under a fence, then DONE or FAILED. The fence rises with every hand-over, so a late
+result of an earlier holder is refused. Ids are made of the run and what the duty is for, so none is created twice.
+Evaluations are spaced by credited tokens, checkpoints by time; one of each kind is under way at most. Both end with a final
+one of the last certified state, without which a run is not over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from coordinator.domain.membership import Member
+from coordinator.domain.policy import SwarmPolicy
+from protos.contract.telemetry import PeerState
+
+MAX_DUTY_ATTEMPTS = 5
+"""Hand-outs of one duty before it is given up."""
+
+
+class DutyKind(StrEnum):
+    """What a duty asks for."""
+
+    EVALUATE = "EVALUATE"
+    CHECKPOINT = "CHECKPOINT"
+
+
+class DutyState(StrEnum):
+    """Life of a duty."""
+
+    OPEN = "OPEN"
+    ASSIGNED = "ASSIGNED"
+    DONE = "DONE"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DutyRecord:
+    """One duty."""
+
+    duty_id: str
+    kind: DutyKind
+    state: DutyState
+    fence: int
+    """Number of hand-outs so far."""
+    min_outer_step: int
+    create_unix_seconds: float
+    peer_id: str = ""
+    assign_unix_seconds: float = 0.0
+    finish_unix_seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def is_pending(self) -> bool:
+        """True while a result may come."""
+        return self.state in (DutyState.OPEN, DutyState.ASSIGNED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where the run stands, as far as duties go."""
+
+    run_id: str
+    incarnation: int
+    outer_step: int
+    """Newest certified."""
+    credited_tokens: int
+    budget_tokens: int
+    begin_unix_seconds: float
+    """Start of the current incarnation."""
+    newest_checkpoint_outer_step: int
+    """-1 if there is none on the chain."""
+    newest_checkpoint_unix_seconds: float
+
+    @property
+    def is_complete(self) -> bool:
+        """True when the whole budget is credited."""
+        return self.credited_tokens >= self.budget_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Whether a result counts."""
+
+    is_accepted: bool
+    reason: str
+
+
+def final_duty_id(run_id: str, kind: DutyKind, incarnation: int) -> str:
+    """Id of the last duty of a kind; a rollback after it needs another."""
+    return f"{run_id}/{kind.lower()}/final-{incarnation}"
+
+
+def plan_duties(
+    duties: Sequence[DutyRecord],
+    *,
+    progress: Progress,
+    now_unix_seconds: float,
+    policy: SwarmPolicy,
+) -> list[DutyRecord]:
+    """Duties to be created now."""
+    if progress.incarnation == 0:
+        return []
+    known = {duty.duty_id for duty in duties}
+    pending_kinds = {duty.kind for duty in duties if duty.is_pending}
+    created = []
+
+    def create(kind: DutyKind, duty_id: str, reason: str) -> None:
+        if duty_id not in known:
+            duty = DutyRecord(
+                duty_id=duty_id,
+                kind=kind,
+                state=DutyState.OPEN,
+                fence=0,
+                min_outer_step=progress.outer_step,
+                create_unix_seconds=now_unix_seconds,
+                reason=reason,
+            )
+            created.append(duty)
+
+    if progress.is_complete:
+        reason = f"the budget of {progress.budget_tokens} tokens is credited"
+        for kind in DutyKind:
+            create(kind, final_duty_id(progress.run_id, kind, progress.incarnation), reason)
+        return created
+    if DutyKind.EVALUATE not in pending_kinds:
+        part = progress.credited_tokens * policy.num_evaluations // progress.budget_tokens
+        reason = f"part {part} of {policy.num_evaluations} of the budget is credited"
+        create(DutyKind.EVALUATE, f"{progress.run_id}/evaluate/{part}", reason)
+    if DutyKind.CHECKPOINT not in pending_kinds:
+        ends = [d.finish_unix_seconds for d in duties if d.kind is DutyKind.CHECKPOINT]
+        last = max([progress.begin_unix_seconds, progress.newest_checkpoint_unix_seconds, *ends])
+        is_news = progress.outer_step > progress.newest_checkpoint_outer_step
+        age_seconds = now_unix_seconds - last
+        if is_news and age_seconds >= policy.checkpoint_interval_seconds:
+            number = sum(d.kind is DutyKind.CHECKPOINT for d in duties)
+            reason = f"the last checkpoint is {age_seconds:.0f} s old"
+            create(DutyKind.CHECKPOINT, f"{progress.run_id}/checkpoint/{number}", reason)
+    return created
+
+
+def withdraw_outdated(
+    duties: Sequence[DutyRecord], *, progress: Progress, now_unix_seconds: float
+) -> list[DutyRecord]:
+    """Pending duties that the end of the budget or a rollback has overtaken, as FAILED."""
+    changed = []
+    for duty in duties:
+        if not duty.is_pending:
+            continue
+        final_id = final_duty_id(progress.run_id, duty.kind, progress.incarnation)
+        is_final = "/final-" in duty.duty_id
+        if is_final and (duty.duty_id != final_id or not progress.is_complete):
+            reason = "overtaken by a rollback"
+        elif progress.is_complete and not is_final:
+            reason = "overtaken by the final one"
+        elif duty.min_outer_step > progress.outer_step:
+            reason = f"asks for outer step {duty.min_outer_step}, which was rolled back"
+        else:
+            continue
+        changed.append(_finished(duty, DutyState.FAILED, reason, now_unix_seconds))
+    return changed
+
+
+def recover_duties(
+    duties: Sequence[DutyRecord],
+    *,
+    members: Sequence[Member],
+    now_unix_seconds: float,
+    policy: SwarmPolicy,
+) -> list[DutyRecord]:
+    """Assigned duties whose holder is gone or has been silent about them for too long, as OPEN again (or given up)."""
+    live = {m.peer_id for m in members if m.is_live}
+    changed = []
+    for duty in duties:
+        if duty.state is not DutyState.ASSIGNED:
+            continue
+        held_seconds = now_unix_seconds - duty.assign_unix_seconds
+        if duty.peer_id not in live:
+            changed.append(reopen(duty, f"{duty.peer_id[:8]} is gone", now_unix_seconds))
+        elif held_seconds >= policy.duty_ttl_seconds:
+            reason = f"{duty.peer_id[:8]} gave no result for {held_seconds:.0f} s"
+            changed.append(reopen(duty, reason, now_unix_seconds))
+    return changed
+
+
+def reopen(duty: DutyRecord, reason: str, now_unix_seconds: float) -> DutyRecord:
+    """The duty, free for somebody else; given up after too many hand-outs."""
+    if duty.fence >= MAX_DUTY_ATTEMPTS:
+        why = f"given up after {duty.fence} hand-outs; the last: {reason}"
+        return _finished(duty, DutyState.FAILED, why, now_unix_seconds)
+    return replace(duty, state=DutyState.OPEN, peer_id="", reason=reason)
+
+
+def assign(
+    duties: Sequence[DutyRecord], member: Member, *, incarnation: int, now_unix_seconds: float
+) -> DutyRecord | None:
+    """The duty for a member that asks: the one it holds, or an open one that its state serves, under a new fence."""
+    for duty in duties:
+        if duty.state is DutyState.ASSIGNED and duty.peer_id == member.peer_id:
+            return duty
+    if member.state not in (PeerState.SYNCED, PeerState.VOTER) or not member.has_attested(
+        incarnation
+    ):
+        return None
+    for duty in duties:
+        if duty.state is DutyState.OPEN and member.attested_outer_step >= duty.min_outer_step:
+            return replace(
+                duty,
+                state=DutyState.ASSIGNED,
+                peer_id=member.peer_id,
+                fence=duty.fence + 1,
+                assign_unix_seconds=now_unix_seconds,
+            )
+    return None
+
+
+def check_holder(duty: DutyRecord | None, *, peer_id: str, fence: int) -> Report:
+    """Accept a message about a duty only from its present holder under its present fence."""
+    if duty is None:
+        return Report(is_accepted=False, reason="no such duty")
+    if duty.state is not DutyState.ASSIGNED:
+        return Report(is_accepted=False, reason=f"the duty is {duty.state}: {duty.reason}")
+    if duty.fence != fence or duty.peer_id != peer_id:
+        reason = (
+            f"fence {fence} is stale: the duty is {duty.peer_id[:8]}'s under fence {duty.fence}"
+        )
+        return Report(is_accepted=False, reason=reason)
+    return Report(is_accepted=True, reason="accepted")
+
+
+def finish(duty: DutyRecord, reason: str, *, now_unix_seconds: float) -> DutyRecord:
+    """The duty, done."""
+    return _finished(duty, DutyState.DONE, reason, now_unix_seconds)
+
+
+def _finished(
+    duty: DutyRecord, state: DutyState, reason: str, now_unix_seconds: float
+) -> DutyRecord:
+    return replace(duty, state=state, reason=reason, finish_unix_seconds=now_unix_seconds)

@@ -1,0 +1,68 @@
+"""One coordinator per data directory: an exclusive flock on its lock file, which names the holder's process.
+
+The lock dies with the process, so a SIGKILL leaves nothing to clean up.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+
+from protos.contract.errors import ErrorCode, MachineError
+
+LOCK_FILE_NAME = "lock"
+
+
+def machine_error_from_os_error(error: OSError, *, doing: str) -> MachineError:
+    """What to tell a person whose disk or permissions are in the way."""
+    if isinstance(error, PermissionError):
+        return MachineError(
+            f"no permission while {doing}: {error.filename or error}",
+            allowed="a directory that this user may write",
+            remedy="name another --data-dir, or give this user the directory",
+            code=ErrorCode.PERMISSION_DENIED,
+        )
+    return MachineError(
+        f"failed while {doing}: {error}",
+        allowed="a writable directory with free space",
+        remedy="free space or name another --data-dir",
+        code=ErrorCode.DISK_FULL,
+    )
+
+
+class DataDirLock:
+    """Held from construction to `release`."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """Create the directory if needed and lock it. Raises MachineError (DATA_DIR_LOCKED names the holder)."""
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(
+                data_dir / LOCK_FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            )
+        except OSError as error:
+            raise machine_error_from_os_error(
+                error, doing=f"opening data directory {data_dir}"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(self._file, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._file)
+            raise MachineError(
+                f"data directory {data_dir} is in use by process {holder}",
+                allowed="one coordinator per data directory",
+                remedy=f"stop process {holder} or name another --data-dir",
+                code=ErrorCode.DATA_DIR_LOCKED,
+            ) from error
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(self._file)
+            raise machine_error_from_os_error(
+                error, doing=f"writing the lock of {data_dir}"
+            ) from error
+
+    def release(self) -> None:
+        """Unlock; the file stays."""
+        os.close(self._file)

@@ -1,0 +1,228 @@
+"""SQLite: book, leases, returned ranges, journal, certificates, credits, acceptor (guarantees: base_ledger.py)."""
+
+import sqlite3
+from collections.abc import Iterable
+
+from coordinator.store.rows import (
+    AcceptorRow,
+    BookRow,
+    CertificateRow,
+    CreditRow,
+    JournalRow,
+    LeaseRow,
+    PeerTotalRow,
+    ReturnedRow,
+    UncreditedRow,
+)
+from coordinator.store.sqlite_table import Table, run_sql
+
+BOOKS = Table("books", BookRow, key=("run_id",))
+PEER_TOTALS = Table("peer_totals", PeerTotalRow, key=("run_id", "peer_id"))
+LEASES = Table("leases", LeaseRow, key=("run_id", "incarnation", "peer_id", "lease_number"))
+RETURNED = Table(
+    "returned_ranges", ReturnedRow, key=("run_id", "schedule_position", "begin_window")
+)
+JOURNAL = Table("journal", JournalRow, key=("journal_number",), has_rowid=True)
+CERTIFICATES = Table("certificates", CertificateRow, key=("run_id", "incarnation", "outer_step"))
+CREDITS = Table(
+    "credits",
+    CreditRow,
+    key=("run_id", "schedule_position", "begin_window", "incarnation", "outer_step"),
+)
+UNCREDITED = Table("uncredited", UncreditedRow, key=("uncredited_id",), has_rowid=True)
+ACCEPTOR = Table("acceptor", AcceptorRow, key=("run_id", "incarnation", "outer_step"))
+
+
+class SqliteLedger:
+    """Mixin of SqliteTransaction."""
+
+    _connection: sqlite3.Connection
+
+    def insert_book(self, row: BookRow) -> None:
+        BOOKS.insert(self._connection, row)
+
+    def update_book(self, row: BookRow) -> None:
+        BOOKS.upsert(self._connection, row)
+
+    def book(self, run_id: str) -> BookRow | None:
+        return BOOKS.one(self._connection, run_id)
+
+    def add_peer_totals(
+        self,
+        run_id: str,
+        peer_id: str,
+        *,
+        credited: int = 0,
+        uncredited: int = 0,
+        rolled_back: int = 0,
+    ) -> None:
+        sql = (
+            "INSERT INTO peer_totals (run_id, peer_id, credited_tokens, uncredited_tokens, rolled_back_tokens) "
+            "VALUES (?, ?, ?, ?, ?) ON CONFLICT (run_id, peer_id) DO UPDATE SET "
+            "credited_tokens = credited_tokens + excluded.credited_tokens, "
+            "uncredited_tokens = uncredited_tokens + excluded.uncredited_tokens, "
+            "rolled_back_tokens = rolled_back_tokens + excluded.rolled_back_tokens"
+        )
+        run_sql(self._connection, sql, (run_id, peer_id, credited, uncredited, rolled_back))
+
+    def peer_totals(self, run_id: str) -> list[PeerTotalRow]:
+        return PEER_TOTALS.where(self._connection, "run_id = ? ORDER BY peer_id", run_id)
+
+    def insert_leases(self, rows: Iterable[LeaseRow]) -> None:
+        LEASES.insert_all(self._connection, rows)
+
+    def update_lease(self, row: LeaseRow) -> None:
+        LEASES.upsert(self._connection, row)
+
+    def lease(
+        self, run_id: str, incarnation: int, peer_id: str, lease_number: int
+    ) -> LeaseRow | None:
+        return LEASES.one(self._connection, run_id, incarnation, peer_id, lease_number)
+
+    def newest_lease_number(self, run_id: str, incarnation: int, peer_id: str) -> int:
+        sql = "SELECT MAX(lease_number) FROM leases WHERE run_id = ? AND incarnation = ? AND peer_id = ?"
+        return run_sql(self._connection, sql, (run_id, incarnation, peer_id)).fetchone()[0] or 0
+
+    def active_leases(self, run_id: str, peer_id: str) -> list[LeaseRow]:
+        condition = "run_id = ? AND peer_id = ? AND state = 'ACTIVE' ORDER BY lease_number"
+        return LEASES.where(self._connection, condition, run_id, peer_id)
+
+    def all_active_leases(self, run_id: str) -> list[LeaseRow]:
+        condition = "run_id = ? AND state = 'ACTIVE' ORDER BY peer_id, lease_number"
+        return LEASES.where(self._connection, condition, run_id)
+
+    def expired_candidates(
+        self, run_id: str, *, now_unix_ms: int, num_leases: int
+    ) -> list[LeaseRow]:
+        condition = "run_id = ? AND expire_unix_ms <= ? AND state = 'ACTIVE' ORDER BY expire_unix_ms LIMIT ?"
+        return LEASES.where(self._connection, condition, run_id, now_unix_ms, num_leases)
+
+    def leases_of_chunk(
+        self, run_id: str, incarnation: int, schedule_position: int
+    ) -> list[LeaseRow]:
+        condition = "run_id = ? AND incarnation = ? AND schedule_position = ?"
+        return LEASES.where(self._connection, condition, run_id, incarnation, schedule_position)
+
+    def renew_leases(
+        self,
+        run_id: str,
+        incarnation: int,
+        peer_id: str,
+        lease_numbers: Iterable[int],
+        *,
+        expire_unix_ms: int,
+    ) -> None:
+        sql = (
+            "UPDATE leases SET expire_unix_ms = ? "
+            "WHERE run_id = ? AND incarnation = ? AND peer_id = ? AND lease_number = ? AND state = 'ACTIVE'"
+        )
+        for number in lease_numbers:
+            run_sql(self._connection, sql, (expire_unix_ms, run_id, incarnation, peer_id, number))
+
+    def num_leases_by_state(self, run_id: str, incarnation: int) -> dict[str, int]:
+        sql = (
+            "SELECT state, COUNT(*) FROM leases WHERE run_id = ? AND incarnation = ? GROUP BY state"
+        )
+        return dict(run_sql(self._connection, sql, (run_id, incarnation)).fetchall())
+
+    def leases(self, run_id: str) -> list[LeaseRow]:
+        condition = "run_id = ? ORDER BY incarnation, peer_id, lease_number"
+        return LEASES.where(self._connection, condition, run_id)
+
+    def insert_returned(self, rows: Iterable[ReturnedRow]) -> None:
+        RETURNED.insert_all(self._connection, rows)
+
+    def delete_returned(self, rows: Iterable[ReturnedRow]) -> None:
+        sql = "DELETE FROM returned_ranges WHERE run_id = ? AND schedule_position = ? AND begin_window = ?"
+        for row in rows:
+            run_sql(self._connection, sql, (row.run_id, row.schedule_position, row.begin_window))
+
+    def returned(self, run_id: str, cause: str, *, num_ranges: int) -> list[ReturnedRow]:
+        condition = "run_id = ? AND cause = ? ORDER BY schedule_position, begin_window LIMIT ?"
+        return RETURNED.where(self._connection, condition, run_id, cause, num_ranges)
+
+    def returned_of_chunk(self, run_id: str, schedule_position: int) -> list[ReturnedRow]:
+        condition = "run_id = ? AND schedule_position = ? ORDER BY begin_window"
+        return RETURNED.where(self._connection, condition, run_id, schedule_position)
+
+    def all_returned(self, run_id: str) -> list[ReturnedRow]:
+        condition = "run_id = ? ORDER BY schedule_position, begin_window"
+        return RETURNED.where(self._connection, condition, run_id)
+
+    def insert_journal(self, row: JournalRow) -> None:
+        JOURNAL.insert(self._connection, row)
+
+    def journal(self, run_id: str) -> list[JournalRow]:
+        return JOURNAL.where(self._connection, "run_id = ? ORDER BY journal_number", run_id)
+
+    def insert_certificate(self, row: CertificateRow) -> None:
+        CERTIFICATES.insert(self._connection, row)
+
+    def certificate(self, run_id: str, incarnation: int, outer_step: int) -> CertificateRow | None:
+        return CERTIFICATES.one(self._connection, run_id, incarnation, outer_step)
+
+    def live_certificate(self, run_id: str, outer_step: int) -> CertificateRow | None:
+        condition = "run_id = ? AND outer_step = ? AND rolled_back_by = 0"
+        found = CERTIFICATES.where(self._connection, condition, run_id, outer_step)
+        return found[0] if found else None
+
+    def live_certificates(
+        self, run_id: str, *, from_outer_step: int = 0, num_certificates: int = 1_000_000
+    ) -> list[CertificateRow]:
+        condition = (
+            "run_id = ? AND outer_step >= ? AND rolled_back_by = 0 ORDER BY outer_step LIMIT ?"
+        )
+        return CERTIFICATES.where(
+            self._connection, condition, run_id, from_outer_step, num_certificates
+        )
+
+    def certificates(self, run_id: str) -> list[CertificateRow]:
+        return CERTIFICATES.where(
+            self._connection, "run_id = ? ORDER BY incarnation, outer_step", run_id
+        )
+
+    def mark_certificates_rolled_back(
+        self, run_id: str, *, after_outer_step: int, rolled_back_by: int
+    ) -> int:
+        sql = "UPDATE certificates SET rolled_back_by = ? WHERE run_id = ? AND outer_step > ? AND rolled_back_by = 0"
+        return run_sql(self._connection, sql, (rolled_back_by, run_id, after_outer_step)).rowcount
+
+    def insert_credits(self, rows: Iterable[CreditRow]) -> None:
+        CREDITS.insert_all(self._connection, rows)
+
+    def live_credits_of_chunk(self, run_id: str, schedule_position: int) -> list[CreditRow]:
+        condition = (
+            "run_id = ? AND schedule_position = ? AND rolled_back_by = 0 ORDER BY begin_window"
+        )
+        return CREDITS.where(self._connection, condition, run_id, schedule_position)
+
+    def live_credits_after(self, run_id: str, outer_step: int) -> list[CreditRow]:
+        condition = "run_id = ? AND outer_step > ? AND rolled_back_by = 0 ORDER BY outer_step"
+        return CREDITS.where(self._connection, condition, run_id, outer_step)
+
+    def credits(self, run_id: str) -> list[CreditRow]:
+        condition = "run_id = ? ORDER BY incarnation, outer_step, schedule_position, begin_window"
+        return CREDITS.where(self._connection, condition, run_id)
+
+    def mark_credits_rolled_back(
+        self, run_id: str, *, after_outer_step: int, rolled_back_by: int
+    ) -> None:
+        sql = "UPDATE credits SET rolled_back_by = ? WHERE run_id = ? AND outer_step > ? AND rolled_back_by = 0"
+        run_sql(self._connection, sql, (rolled_back_by, run_id, after_outer_step))
+
+    def insert_uncredited(self, rows: Iterable[UncreditedRow]) -> None:
+        UNCREDITED.insert_all(self._connection, rows)
+
+    def uncredited(self, run_id: str) -> list[UncreditedRow]:
+        return UNCREDITED.where(self._connection, "run_id = ? ORDER BY uncredited_id", run_id)
+
+    def acceptor(self, run_id: str, incarnation: int, outer_step: int) -> AcceptorRow | None:
+        return ACCEPTOR.one(self._connection, run_id, incarnation, outer_step)
+
+    def put_acceptor(self, row: AcceptorRow) -> None:
+        ACCEPTOR.upsert(self._connection, row)
+
+    def acceptors(self, run_id: str) -> list[AcceptorRow]:
+        return ACCEPTOR.where(
+            self._connection, "run_id = ? ORDER BY incarnation, outer_step", run_id
+        )

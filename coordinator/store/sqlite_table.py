@@ -1,0 +1,123 @@
+"""Rows to SQL and back: the statements of one table, built once from its row class.
+
+Columns are the dataclass's fields in order, so a table and its row cannot drift apart unnoticed: the conformance suite
+compares them with the schema. Booleans are stored as 0 and 1.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any, Generic, NoReturn, TypeVar
+
+from protos.contract.errors import CorruptDataError, ErrorCode, UnavailableError, UsageError
+
+_FULL_WORDS = ("full", "no space")
+
+
+def raise_store_error(error: sqlite3.Error) -> NoReturn:
+    """Turn a driver's error into ours: full, unreadable, or out of order."""
+    text = str(error)
+    if any(word in text.lower() for word in _FULL_WORDS):
+        raise UnavailableError(
+            f"the store cannot write: {text}",
+            allowed="reads go on; writes wait for space",
+            remedy="free disk space under the data directory; writes resume by themselves",
+            code=ErrorCode.DISK_FULL,
+        ) from error
+    if isinstance(error, sqlite3.DatabaseError) and (
+        "malformed" in text or "not a database" in text
+    ):
+        raise CorruptDataError(
+            f"the store's file cannot be read: {text}",
+            remedy="restore store.sqlite3 from a backup (ops/runbook.md)",
+            code=ErrorCode.STORE_UNAVAILABLE,
+        ) from error
+    raise UnavailableError(
+        f"the store refused a statement: {text}",
+        remedy="try again; if it stays, see the coordinator's log",
+        code=ErrorCode.STORE_UNAVAILABLE,
+    ) from error
+
+
+def run_sql(connection: sqlite3.Connection, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+    """Execute one statement; the driver's operational errors come out as ours, constraint violations as they are."""
+    try:
+        return connection.execute(sql, values)
+    except sqlite3.IntegrityError:
+        raise
+    except OverflowError as error:
+        raise UsageError(
+            "a number beyond 64 bits", allowed="-2^63 to 2^63 - 1", remedy="correct the request"
+        ) from error
+    except sqlite3.Error as error:
+        raise_store_error(error)
+
+
+Row = TypeVar("Row")
+
+
+class Table(Generic[Row]):
+    """Statements of one table over one row class."""
+
+    def __init__(
+        self, name: str, row_class: type[Row], *, key: Sequence[str], has_rowid: bool = False
+    ) -> None:
+        """`key` names the primary key's columns; `has_rowid` says that the first column is given by the store."""
+        columns = [field.name for field in fields(row_class)]  # type: ignore[arg-type]
+        self.name = name
+        self.row_class = row_class
+        self.columns = ", ".join(columns)
+        self._values = attrgetter(*columns)
+        self._has_rowid = has_rowid
+        self._bools = [index for index, field in enumerate(fields(row_class)) if field.type is bool]  # type: ignore[arg-type]
+        marks = ", ".join("?" * len(columns))
+        self._insert_sql = f"INSERT INTO {name} ({self.columns}) VALUES ({marks})"
+        others = [column for column in columns if column not in key]
+        updates = ", ".join(f"{column} = excluded.{column}" for column in others)
+        self._upsert_sql = (
+            f"{self._insert_sql} ON CONFLICT ({', '.join(key)}) DO UPDATE SET {updates}"
+        )
+        self._one_sql = f"SELECT {self.columns} FROM {name} WHERE " + " AND ".join(
+            f"{k} = ?" for k in key
+        )
+
+    def _row(self, values: Sequence[Any]) -> Row:
+        if not self._bools:
+            return self.row_class(*values)
+        changed = list(values)
+        for index in self._bools:
+            changed[index] = bool(changed[index])
+        return self.row_class(*changed)
+
+    def _parameters(self, row: Row) -> Sequence[Any]:
+        values: tuple[Any, ...] = self._values(row)
+        return (None, *values[1:]) if self._has_rowid else values
+
+    def insert(self, connection: sqlite3.Connection, row: Row) -> int:
+        """Insert one row; returns its rowid. A row with this key must not exist."""
+        return run_sql(connection, self._insert_sql, self._parameters(row)).lastrowid or 0
+
+    def insert_all(self, connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
+        """Insert several rows."""
+        for row in rows:
+            run_sql(connection, self._insert_sql, self._parameters(row))
+
+    def upsert(self, connection: sqlite3.Connection, row: Row) -> None:
+        """Insert the row or replace every other column of the one with its key."""
+        run_sql(connection, self._upsert_sql, self._parameters(row))
+
+    def one(self, connection: sqlite3.Connection, *key: Any) -> Row | None:
+        """Row with this primary key."""
+        values = run_sql(connection, self._one_sql, key).fetchone()
+        return None if values is None else self._row(values)
+
+    def where(self, connection: sqlite3.Connection, condition: str, *values: Any) -> list[Row]:
+        """Rows under a condition, which is a constant of the calling method, with ORDER BY and LIMIT if wanted."""
+        cursor = run_sql(
+            connection, f"SELECT {self.columns} FROM {self.name} WHERE {condition}", values
+        )
+        try:
+            return [self._row(found) for found in cursor]
+        except sqlite3.Error as error:
+            raise_store_error(error)

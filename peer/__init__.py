@@ -1,0 +1,1 @@
+"""The volunteer's side: a daemon, one swarm process, trainer processes."""

@@ -1,0 +1,1 @@
+"""Checkpoints as safetensors files: written atomically, checked by digest, exported for transformers."""

@@ -1,0 +1,225 @@
+"""Joining a run, and remembering it: a restarted peer needs neither its token nor a running coordinator.
+
+`membership.json` holds what the last Join returned, with the newest incarnation record, directive and addresses since. With it a
+peer whose coordinator is away finds the swarm, resynchronises and votes; its leases died with its old process.
+"""
+
+import base64
+import json
+import sys
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from peer.config import PeerConfig, format_bytes
+from peer.coordinator_client import ClockOffset, CoordinatorClient, check_clock
+from peer.home import write_atomically
+from peer.identity import Identity
+from protos.contract.certificate import Tag
+from protos.contract.channel import JoinString
+from protos.contract.codecs_wire import CODEC_NAMES
+from protos.contract.errors import (
+    CorruptDataError,
+    ErrorCode,
+    MachineError,
+    MusterError,
+    RefusedError,
+    UsageError,
+)
+from protos.contract.model_shape import ModelShape
+from protos.contract.run_spec import OBJECTIVES, STRATEGIES, RunSpec
+from protos.contract.signing import has_valid_signature
+from protos.muster.v1 import common_pb2, membership_pb2
+
+_FILE_NAME = "membership.json"
+_BASE_MEMORY_BYTES = 600 * 2**20
+"""Libraries of the three processes, measured with torch 2.13 CPU: 250 to 350 MiB in the trainer, as much in the swarm process."""
+_VECTORS_PER_PARAMETER = 8
+"""State (3), contribution, the trainer's parameters and gradients, the swarm process's average and next state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """A run as this peer knows it."""
+
+    join_string: JoinString
+    response: membership_pb2.JoinResponse
+    """Last answer to Join, with the newest record, directive, addresses and outer step."""
+    certificate_pem: bytes
+    """The coordinator's TLS certificate, pinned by the join string."""
+
+    @property
+    def spec(self) -> RunSpec:
+        """What the run is."""
+        return RunSpec.from_wire(self.response.run_spec)
+
+    @property
+    def incarnation(self) -> int:
+        """Current incarnation."""
+        record = common_pb2.IncarnationRecord.FromString(self.response.incarnation_record.payload)
+        return record.incarnation
+
+    @property
+    def directive_number(self) -> int:
+        """Newest directive."""
+        return common_pb2.Directive.FromString(self.response.directive.payload).directive_number
+
+    def updated(self, heartbeat: membership_pb2.HeartbeatResponse) -> "Membership":
+        """With what a heartbeat brought. Raises CorruptDataError if the coordinator did not sign it."""
+        response = membership_pb2.JoinResponse()
+        response.CopyFrom(self.response)
+        if heartbeat.HasField("incarnation_record"):
+            self._check(Tag.INCARNATION, heartbeat.incarnation_record)
+            response.incarnation_record.CopyFrom(heartbeat.incarnation_record)
+            record = common_pb2.IncarnationRecord.FromString(heartbeat.incarnation_record.payload)
+            response.directive.CopyFrom(record.directive)
+            response.outer_step = record.to_outer_step
+        if heartbeat.HasField("directive"):
+            self._check(Tag.DIRECTIVE, heartbeat.directive)
+            response.directive.CopyFrom(heartbeat.directive)
+        if heartbeat.initial_peers:
+            del response.initial_peers[:]
+            response.initial_peers.extend(heartbeat.initial_peers)
+        response.outer_step = max(response.outer_step, heartbeat.outer_step)
+        return replace(self, response=response)
+
+    def _check(self, tag: Tag, signed: common_pb2.Signed) -> None:
+        key = self.response.coordinator_public_key
+        if not has_valid_signature(key, tag, signed.payload, signed.signature):
+            raise CorruptDataError(
+                f"a {tag.name.lower()} that the coordinator did not sign",
+                allowed="records signed with the key that Join named",
+                remedy="join again",
+                code=ErrorCode.SIGNATURE_INVALID,
+            )
+
+
+def save_membership(home: Path, membership: Membership) -> None:
+    """Remember for the next start; the join string is part of it."""
+    plain = {
+        "join_string": membership.join_string.encode(),
+        "certificate_pem": membership.certificate_pem.decode(),
+        "join_response": base64.b64encode(membership.response.SerializeToString()).decode(),
+    }
+    write_atomically(home / _FILE_NAME, json.dumps(plain).encode())
+
+
+def load_membership(home: Path) -> Membership | None:
+    """What the last session remembered; None if there is none, or none that can be read."""
+    try:
+        plain = json.loads((home / _FILE_NAME).read_bytes())
+        data = base64.b64decode(plain["join_response"], validate=True)
+        return Membership(
+            join_string=JoinString.decode(plain["join_string"]),
+            response=membership_pb2.JoinResponse.FromString(data),
+            certificate_pem=plain["certificate_pem"].encode(),
+        )
+    except (OSError, ValueError, KeyError, TypeError, MusterError):
+        return None
+
+
+def is_same_run(left: JoinString, right: JoinString) -> bool:
+    """True if both lead to the same run of the same coordinator; address and token may differ."""
+    return (left.run_id, left.ca_fingerprint) == (right.run_id, right.ca_fingerprint)
+
+
+def package_version() -> str:
+    """Version of this package, "0" when it runs from a source tree."""
+    try:
+        return metadata.version("muster")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def installed_version(package: str) -> str:
+    """Version of an installed package without importing it; "" if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def describe_capabilities(
+    config: PeerConfig, *, tokens_per_second: float = 0.0
+) -> membership_pb2.PeerCapabilities:
+    """What this machine claims at Join."""
+    return membership_pb2.PeerCapabilities(
+        package_version=package_version(),
+        torch_version=installed_version("torch"),
+        tokens_per_second=tokens_per_second,
+        memory_bytes=config.memory_limit_bytes or 0,
+        can_accept_connections=True,
+        addresses=config.announce,
+        codecs=CODEC_NAMES,
+        strategies=STRATEGIES,
+        objectives=OBJECTIVES,
+    )
+
+
+async def join_run(
+    client: CoordinatorClient, *, join_string: JoinString, identity: Identity, config: PeerConfig
+) -> tuple[Membership, ClockOffset]:
+    """Challenge, clock check, Join, spec check. Raises RefusedError, UnavailableError, MachineError."""
+    nonce, clock = await client.challenge()
+    check_clock(clock)
+    response = await client.join(
+        join_string=join_string,
+        nonce=nonce,
+        signing_key=identity.signing_key,
+        p2p_public_key=identity.p2p_public_key,
+        sign_with_p2p_key=identity.sign_with_p2p_key,
+        name=config.name,
+        capabilities=describe_capabilities(config),
+    )
+    if response.peer_id != identity.peer_id:
+        raise RefusedError(
+            f"the coordinator knows this peer as {response.peer_id}, its key says {identity.peer_id}",
+            allowed="the identity that follows from the key",
+            remedy="update both sides to the same version",
+            code=ErrorCode.PROTOCOL_MISMATCH,
+        )
+    membership = Membership(
+        join_string=join_string, response=response, certificate_pem=client.certificate_pem
+    )
+    try:
+        spec = membership.spec
+    except UsageError as error:
+        raise RefusedError(
+            f"this version ({package_version()}) cannot take part in the run: {error.found}",
+            allowed=error.allowed,
+            remedy="install the version that the coordinator runs",
+            code=ErrorCode.CAPABILITY_MISSING,
+        ) from error
+    check_can_honour(spec, config)
+    return membership, clock
+
+
+def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
+    """Return the run's shape if this code and machine can train it. Raises MachineError.
+
+    RunSpec.from_wire has refused strategies, codecs and objectives that this code does not know.
+    """
+    missing = [name for name in ("torch", "hivemind") if not installed_version(name)]
+    if missing:
+        raise MachineError(
+            f"{' and '.join(missing)} not installed for {sys.executable}",
+            allowed="an installation with the extra `peer`",
+            remedy="pip install 'muster[peer]'",
+            code=ErrorCode.DEPENDENCY_MISSING,
+        )
+    shape = ModelShape.from_spec(spec.model)
+    needed_bytes = needed_memory_bytes(shape)
+    limit_bytes = config.memory_limit_bytes
+    if limit_bytes is not None and needed_bytes > limit_bytes:
+        raise MachineError(
+            f"training a model of {shape.num_parameters:,} parameters needs about {format_bytes(needed_bytes)}",
+            allowed=f"--memory-limit is {format_bytes(limit_bytes)}",
+            remedy="raise --memory-limit, or join a run with a smaller model",
+            code=ErrorCode.CAPABILITY_MISSING,
+        )
+    return shape
+
+
+def needed_memory_bytes(shape: ModelShape) -> int:
+    """Least memory of all processes together, activations apart."""
+    return _BASE_MEMORY_BYTES + _VECTORS_PER_PARAMETER * shape.vector_bytes

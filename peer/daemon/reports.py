@@ -1,0 +1,98 @@
+"""Numbers and sentences about a session, for its owner, for heartbeats and for /metrics.
+
+A Report is what the daemon tells its reporter (the command line prints it); SessionNumbers are the running sums, filled from
+the children's messages. Nothing here decides anything.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peer.home import write_atomically
+from protos.contract.telemetry import SessionState
+from protos.muster.v1 import membership_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One thing to tell the owner."""
+
+    kind: str
+    """state, progress, round, note or warning."""
+    text: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+Reporter = Callable[[Report], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class SessionNumbers:
+    """Running sums of one daemon."""
+
+    peer_id: str
+    name: str
+    run_id: str = ""
+    address: str = ""
+    state: str = SessionState.IDLE.value
+    state_reason: str = ""
+    incarnation: int = 0
+    outer_step: int = 0
+    schedule_tokens: int = 0
+    round_tokens: int = 0
+    loss_nats: float = 0.0
+    tokens_per_second: float = 0.0
+    trained_tokens: int = 0
+    earlier_trained_tokens: int = 0
+    """Trained by trainers that have ended; a new one counts from 0."""
+    committed_tokens: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    num_rounds_committed: int = 0
+    num_attempts_discarded: int = 0
+    round_seconds: float = 0.0
+    held_leases: int = 0
+    held_tokens: int = 0
+    unreported_certificates: int = 0
+    clock_offset_seconds: float = 0.0
+    memory_bytes: int = 0
+    is_coordinator_reachable: bool = True
+    metrics_port: int | None = None
+    device: str = ""
+    addresses: list[str] = field(default_factory=list)
+
+    def claims(self) -> membership_pb2.PeerClaims:
+        """What a heartbeat says of this peer."""
+        return membership_pb2.PeerClaims(
+            state=self.state,
+            state_reason=self.state_reason[:500],
+            outer_step=self.outer_step,
+            loss_nats=self.loss_nats,
+            tokens_per_second=self.tokens_per_second,
+            sent_bytes=self.sent_bytes,
+            received_bytes=self.received_bytes,
+            num_rounds_committed=self.num_rounds_committed,
+            num_attempts_discarded=self.num_attempts_discarded,
+            round_seconds=self.round_seconds,
+            clock_offset_seconds=self.clock_offset_seconds,
+            memory_bytes=self.memory_bytes,
+            trained_tokens=self.trained_tokens,
+        )
+
+    def progress_text(self) -> str:
+        """One line of progress."""
+        loss = f"{self.loss_nats:.3f}" if self.loss_nats else "-"
+        return (
+            f"step {self.outer_step}  loss {loss}  {self.tokens_per_second:,.0f} tokens/s  "
+            f"trained {self.trained_tokens:,}  committed {self.committed_tokens:,}  "
+            f"leases {self.held_leases} ({self.held_tokens:,} tokens)"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write status.json for `muster-peer status`."""
+        plain = asdict(self) | {"pid": os.getpid(), "update_unix_seconds": time.time()}
+        write_atomically(path, json.dumps(plain).encode(), is_durable=False)

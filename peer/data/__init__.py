@@ -1,0 +1,1 @@
+"""From a leased chunk to micro-batches: fetch -> reader -> feed. Imports neither torch nor gRPC."""

@@ -1,0 +1,1 @@
+"""Devices of this machine and how a model is laid out on them."""

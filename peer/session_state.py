@@ -1,0 +1,119 @@
+"""What the session machine remembers, and which state that amounts to. Pure, a part of session.py.
+
+The state of a session is derived from facts by precedence: the first claim that holds wins, and its sentence is the reason.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from peer.lease_holdings import LeaseHoldings
+from peer.session_events import ChildName, DutyOffered, RoundEnded
+from peer.session_link import GRACE_SECONDS, CoordinatorLink
+from protos.contract.telemetry import RoundPhase, SessionState
+
+_AVERAGING = (RoundPhase.FORM, RoundPhase.REDUCE, RoundPhase.AGREE, RoundPhase.APPLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A state of the model and this peer's part in the round after it."""
+
+    incarnation: int
+    outer_step: int
+    round_tokens: int
+
+
+@dataclass(slots=True)
+class OpenDuty:
+    """A duty that was accepted."""
+
+    event: DutyOffered
+    is_begun: bool = False
+
+
+@dataclass(slots=True)
+class SessionFacts:
+    """Everything that the machine remembers, leases and the coordinator apart."""
+
+    join_reason: str = ""
+    is_joined: bool = False
+    is_dataset_ready: bool = False
+    is_swarm_ready: bool = False
+    is_trainer_ready: bool = False
+    position: Position | None = None
+    """The swarm process's state; None while it has none."""
+    is_run_paused: bool = False
+    phase: RoundPhase = RoundPhase.SYNC
+    phase_reason: str = "the swarm process is starting"
+    is_trainer_idle: bool = False
+    is_trainer_paused: bool = False
+    trainer_position: Position | None = None
+    """What the trainer was told last; None before its first state."""
+    contribution_tokens: int = 0
+    """Tokens in the contribution that the trainer is making."""
+    is_contributing: bool = False
+    """True from a contribution to the end of its round."""
+    outcome: RoundEnded | None = None
+    """Ended round that the trainer has not been told of."""
+    duty: OpenDuty | None = None
+    last_duty: tuple[str, int] = ("", 0)
+    drain_reason: str | None = None
+    left_reason: str | None = None
+    deaths_by_child: dict[ChildName, list[float]] = field(default_factory=dict)
+
+
+def derive_state(
+    facts: SessionFacts, link: CoordinatorLink, leases: LeaseHoldings, *, now_seconds: float
+) -> tuple[SessionState, str]:
+    """State and reason."""
+    for state, reason in _claims(facts, link, leases, now_seconds):
+        if reason is not None:
+            return state, reason
+    raise AssertionError("the last claim always has a reason")
+
+
+def _claims(
+    facts: SessionFacts, link: CoordinatorLink, leases: LeaseHoldings, now_seconds: float
+) -> Iterator[tuple[SessionState, str | None]]:
+    """States in order of precedence, each with the reason for it, or None if it does not hold."""
+    yield SessionState.LEFT, facts.left_reason
+    yield SessionState.DRAINING, facts.drain_reason
+    if not facts.is_joined:
+        yield SessionState.JOINING, facts.join_reason or None
+        yield SessionState.IDLE, "not started"
+    yield SessionState.SYNCING, _syncing_reason(facts)
+    position = facts.position
+    assert position is not None
+    if facts.duty is not None and facts.duty.is_begun:
+        event = facts.duty.event
+        yield SessionState.ON_DUTY, f"{event.kind} (duty {event.duty_id})"
+    if facts.is_run_paused:
+        yield SessionState.WAITING, "the run is paused by its operator"
+    if facts.phase is RoundPhase.NO_QUORUM:
+        yield SessionState.WAITING, f"no quorum: {facts.phase_reason}"
+    if link.is_grace_over(now_seconds):
+        minutes = GRACE_SECONDS / 60
+        yield (
+            SessionState.WAITING,
+            f"WAITING_FOR_COORDINATOR for more than {minutes:.0f} minutes: {link.lost_reason}",
+        )
+    is_in_round = facts.phase in _AVERAGING and facts.is_trainer_idle
+    if facts.is_contributing or is_in_round:
+        yield SessionState.AVERAGING, f"step {position.outer_step + 1}"
+    if position.round_tokens == 0:
+        yield SessionState.WAITING, "not in the roster in force yet; the next directive decides"
+    if facts.is_trainer_idle and leases.left_tokens == 0:
+        yield SessionState.WAITING, f"no leases: {link.no_lease_reason or 'asking for more'}"
+    yield SessionState.TRAINING, f"step {position.outer_step + 1}"
+
+
+def _syncing_reason(facts: SessionFacts) -> str | None:
+    if not facts.is_swarm_ready:
+        return facts.phase_reason
+    if facts.position is None or facts.phase is RoundPhase.SYNC:
+        return facts.phase_reason or "loading the state"
+    if not facts.is_dataset_ready:
+        return "fetching manifest, tokenizer and held-out chunks"
+    if not facts.is_trainer_ready:
+        return "the trainer is starting"
+    return None

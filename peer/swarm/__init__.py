@@ -1,0 +1,1 @@
+"""The swarm process: rounds, exact update, state transfer; the only package that imports hivemind."""

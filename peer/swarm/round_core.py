@@ -1,0 +1,249 @@
+"""What leader and member of a round share: the durable record, votes, known directives, and the rules of voting.
+
+The rules (architecture section 5, Agree) live here once: a vote is cast only for a value that passes every check, only
+in an attempt not below the promise, at most once per attempt, and the record is persisted before the vote leaves.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from peer.swarm.round_types import (
+    Behind,
+    Effect,
+    OwnContribution,
+    Persist,
+    PhaseChanged,
+    Proposal,
+    RoundChecks,
+    RoundPhase,
+    RoundRecord,
+    RoundSetup,
+    RoundTiming,
+    Send,
+)
+from peer.swarm.round_votes import VoteBox
+from protos.contract.certificate import contributions_digest
+from protos.muster.v1 import common_pb2, rounds_pb2
+
+
+class RoundCore:
+    """State shared by the two roles of one member in one outer step."""
+
+    def __init__(
+        self,
+        *,
+        setup: RoundSetup,
+        checks: RoundChecks,
+        timing: RoundTiming,
+        record: RoundRecord,
+        newest_directive: common_pb2.Signed,
+    ) -> None:
+        self.setup = setup
+        self.checks = checks
+        self.timing = timing
+        self.record = record
+        self.roster = list(setup.directive.roster)
+        self.entry_by_peer = {entry.peer_id: entry for entry in self.roster}
+        self.others = tuple(p for p in self.entry_by_peer if p != setup.own_peer_id)
+        self.votes = VoteBox(self.roster)
+        self.own: OwnContribution | None = None
+        self.attempt = 0
+        self.phase = RoundPhase.FORM
+        self.unreachable: set[str] = set()
+        self.at_step: set[str] = set()
+        """Members whose last answer shows that they hold the previous state of this step."""
+        self.contributions_by_digest: dict[bytes, bytes] = {}
+        self.newest_directive = newest_directive
+        self.newest_number = setup.directive.directive_number
+        self.is_paused = setup.directive.is_paused
+        self.directive_by_number: dict[int, common_pb2.Signed] = {}
+        self.learn_directive(newest_directive)
+        self._effects: list[Effect] = []
+        self._shown = (RoundPhase.FORM, "")
+
+    # Effects ----------------------------------------------------------------------------------
+
+    def emit(self, effect: Effect) -> None:
+        """Ask the shell for something."""
+        self._effects.append(effect)
+
+    def take_effects(self) -> list[Effect]:
+        """Hand over what was asked for since the last call."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def send(self, peer_ids: tuple[str, ...], *, attempt: int, **body: Any) -> None:
+        """Send one message body to some members."""
+        if peer_ids:
+            message = rounds_pb2.RoundMessage(
+                incarnation=self.setup.incarnation,
+                outer_step=self.setup.outer_step,
+                attempt=attempt,
+                **body,
+            )
+            self.emit(Send(peer_ids, message))
+
+    def refuse(
+        self, peer_id: str, *, attempt: int, kind: int, reason: str, to_attempt: int = 0
+    ) -> None:
+        """Tell a sender that its message cannot be used."""
+        refusal = rounds_pb2.RoundRefusal(
+            reason=reason,
+            kind=kind,  # type: ignore[arg-type]
+            attempt=to_attempt,
+        )
+        self.send((peer_id,), attempt=attempt, refusal=refusal)
+
+    def persist(self, **changes: Any) -> None:
+        """Change the record and write it before anything that follows."""
+        self.record = replace(self.record, **changes)
+        self.emit(Persist(self.record))
+
+    def show(self, phase: RoundPhase, reason: str) -> None:
+        """Tell people, when the phase or its reason changes."""
+        if (phase, reason) != self._shown:
+            self._shown = (phase, reason)
+            self.emit(PhaseChanged(phase, reason))
+
+    # Directives -------------------------------------------------------------------------------
+
+    def learn_directive(self, signed: common_pb2.Signed) -> common_pb2.Directive | None:
+        """Keep a valid directive's content; the newest is proposed by whoever leads."""
+        directive = self.checks.check_directive(signed)
+        if directive is None or directive.directive_number < self.setup.directive.directive_number:
+            return None
+        self.directive_by_number[directive.directive_number] = signed
+        if directive.directive_number >= self.newest_number:
+            self.newest_number = directive.directive_number
+            self.newest_directive = signed
+            self.is_paused = directive.is_paused
+        return directive
+
+    # Voting -----------------------------------------------------------------------------------
+
+    @property
+    def has_own_vote(self) -> bool:
+        """True if this member votes under the directive in force."""
+        return self.entry_by_peer[self.setup.own_peer_id].has_vote
+
+    def value_of_group(self, group: rounds_pb2.FormGroup, averaged_digest: bytes) -> Proposal:
+        """Value that a reduction in this attempt proves, as every member computes it."""
+        contributions = rounds_pb2.Contributions(
+            contributions=[member.contribution for member in group.members]
+        ).SerializeToString()
+        directive = common_pb2.Directive.FromString(group.next_directive.payload)
+        value = rounds_pb2.RoundValue(
+            run_id=self.setup.run_id,
+            incarnation=self.setup.incarnation,
+            outer_step=self.setup.outer_step,
+            roster_directive_number=self.setup.directive.directive_number,
+            averaged_digest=averaged_digest,
+            contributions_digest=contributions_digest(contributions),
+            previous_state_digest=self.setup.previous_state_digest,
+            next_directive_number=directive.directive_number,
+        )
+        return Proposal(
+            value=value.SerializeToString(),
+            attempt=self.attempt,
+            contributions=contributions,
+            next_directive=group.next_directive,
+            holders=(self.setup.own_peer_id,),
+        )
+
+    def check_proposal(self, proposal: Proposal) -> str:
+        """Empty if a vote for the value would be right, else why not."""
+        value, setup = rounds_pb2.RoundValue.FromString(proposal.value), self.setup
+        found = (value.run_id, value.incarnation, value.outer_step, value.roster_directive_number)
+        wanted = (
+            setup.run_id,
+            setup.incarnation,
+            setup.outer_step,
+            setup.directive.directive_number,
+        )
+        if found != wanted:
+            return f"value is for {found}, this round is {wanted}"
+        if value.previous_state_digest != setup.previous_state_digest:
+            return "value continues another state than ours"
+        if contributions_digest(proposal.contributions) != value.contributions_digest:
+            return "contributions do not match the value's digest"
+        directive = self.learn_directive(proposal.next_directive)
+        if directive is None or directive.directive_number != value.next_directive_number:
+            return f"no valid content of directive {value.next_directive_number}"
+        contributions = rounds_pb2.Contributions.FromString(proposal.contributions).contributions
+        return self.check_contributions(list(contributions))
+
+    def check_contributions(self, contributions: list[rounds_pb2.Contribution]) -> str:
+        """Empty if these members' contributions may be averaged together."""
+        peers = [contribution.peer_id for contribution in contributions]
+        if peers != sorted(set(peers)):
+            return "contributions are not ordered by distinct peer_id"
+        num_tokens = 0
+        for contribution in contributions:
+            if contribution.peer_id not in self.entry_by_peer:
+                return f"{contribution.peer_id} is not in roster {wanted_number(self.setup)}"
+            verdict = self.checks.check_contribution(contribution)
+            if verdict.reason:
+                return f"contribution of {contribution.peer_id}: {verdict.reason}"
+            num_tokens += verdict.num_tokens
+        return "" if num_tokens > 0 else "contributions hold no tokens"
+
+    def may_vote(self, attempt: int) -> bool:
+        """The rule that keeps two quorums from different values."""
+        voted = self.record.highest_vote
+        return (
+            self.has_own_vote
+            and attempt >= self.record.promised_attempt
+            and (voted is None or voted.attempt < attempt)
+        )
+
+    def cast_vote(self, proposal: Proposal) -> bool:
+        """Vote for a checked proposal whose bytes are held, durably first; False if the rule forbids."""
+        if not self.may_vote(proposal.attempt):
+            return False
+        vote = self.checks.sign_vote(proposal.value, proposal.attempt)
+        self.persist(
+            promised_attempt=proposal.attempt,
+            highest_vote=vote,
+            contributions=proposal.contributions,
+            next_directive=proposal.next_directive,
+        )
+        self.votes.add(vote)
+        self.send_own_vote(self.others)
+        return True
+
+    def send_own_vote(self, peer_ids: tuple[str, ...]) -> None:
+        """Send (again) the highest vote cast."""
+        vote = self.record.highest_vote
+        if vote is not None:
+            self.send(peer_ids, attempt=vote.attempt, vote=vote)
+
+    def exchange_answer(self) -> rounds_pb2.ExchangeAnswer:
+        """What an exchange learns from this member."""
+        return rounds_pb2.ExchangeAnswer(
+            highest_vote=self.record.highest_vote,
+            contributions=self.record.contributions,
+            newest_directive=self.newest_directive,
+            previous_state_digest=self.setup.previous_state_digest,
+            next_directive=self.record.next_directive,
+        )
+
+    def is_from_later(self, peer_id: str, incarnation: int, outer_step: int) -> bool:
+        """True, and `Behind` emitted, if somebody has gone past this step (`outer_step` = its next)."""
+        ahead = (incarnation, outer_step) > (self.setup.incarnation, self.setup.outer_step)
+        if ahead:
+            reason = (
+                f"{peer_id} is at outer step {outer_step} of incarnation {incarnation}, "
+                f"we at {self.setup.outer_step} of {self.setup.incarnation}"
+            )
+            self.emit(Behind(peer_id, incarnation, outer_step, reason))
+        return ahead
+
+
+def wanted_number(setup: RoundSetup) -> int:
+    """Number of the directive in force."""
+    return setup.directive.directive_number
+
+
+def backoff_seconds(attempt: int) -> float:
+    """Extra patience of later attempts, so that rival leaders drift apart: 0, 0, 0.25 ... 20 s."""
+    return 0.0 if attempt < 2 else float(min(20.0, 0.25 * 1.6 ** (min(attempt, 20) - 2)))

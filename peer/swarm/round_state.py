@@ -1,0 +1,576 @@
+"""The round machine of one member for one (incarnation, outer step): a pure consensus on one value.
+
+Attempts are ballots. Phases of an attempt: FORM (join the leader's group), REDUCE (average), AGREE (vote until a quorum
+of equal votes is a certificate). An attempt that fails changes nothing; the next one begins with an exchange, and a
+value that may have been decided is proposed again unchanged. Events and the time come in, effects go out in order;
+`peer/swarm/replica.py` is the shell. `tests/peer/swarm/test_round_safety.py` is the model that checks the rules.
+"""
+
+from peer.swarm.round_core import RoundCore, backoff_seconds
+from peer.swarm.round_leader import LeaderSide, own_join, proposal_from
+from peer.swarm.round_types import (
+    AbortReduce,
+    Acked,
+    AttemptDiscarded,
+    Behind,
+    BytesFetched,
+    CertificateKnown,
+    Commit,
+    Contributed,
+    ContributionRefused,
+    CoordinatorExchanged,
+    CoordinatorVoted,
+    DirectiveKnown,
+    Effect,
+    Event,
+    FetchBytes,
+    PeerUnreachable,
+    Proposal,
+    Received,
+    ReduceDone,
+    ReduceFailed,
+    RoundChecks,
+    RoundPhase,
+    RoundRecord,
+    RoundSetup,
+    RoundTiming,
+    StartReduce,
+    SubmitVotes,
+    Tick,
+)
+from protos.contract.ids import COORDINATOR_VOTER
+from protos.muster.v1 import common_pb2, rounds_pb2
+
+_NEVER = float("inf")
+_FAILED = rounds_pb2.REFUSAL_KIND_ATTEMPT_FAILED
+_SUPERSEDED = rounds_pb2.REFUSAL_KIND_SUPERSEDED
+
+
+class RoundMachine:
+    """One member's part in one outer step; `handle` is its only door."""
+
+    def __init__(
+        self,
+        *,
+        setup: RoundSetup,
+        checks: RoundChecks,
+        timing: RoundTiming,
+        record: RoundRecord,
+        newest_directive: common_pb2.Signed,
+        now_seconds: float,
+    ) -> None:
+        self._core = RoundCore(
+            setup=setup,
+            checks=checks,
+            timing=timing,
+            record=record,
+            newest_directive=newest_directive,
+        )
+        self._leader = LeaderSide(self._core, self)
+        self._now_seconds = now_seconds
+        self._first_due_seconds = _NEVER
+        self._attempt_begin_seconds = now_seconds
+        self._phase_deadline_seconds = _NEVER
+        self._next_resend_seconds = now_seconds
+        self._next_submit_seconds = 0.0
+        self._group: rounds_pb2.FormGroup | None = None
+        self._is_reducing = False
+        self._is_in_group_before = False
+        self._proposal_by_digest: dict[bytes, Proposal] = {}
+        self._held_digests: set[bytes] = set()
+        vote = record.highest_vote
+        self._core.attempt = max(record.promised_attempt, record.led_attempt + 1)
+        if vote is not None:
+            self._core.votes.add(vote)
+            self._remember_contributions(vote.value, record.contributions)
+            if vote.attempt == self._core.attempt:
+                self._enter_agree("voted before a restart")
+            self._check_certificate((vote.attempt, vote.value))
+        self._leader.enter(now_seconds)
+
+    # The door ---------------------------------------------------------------------------------
+
+    @property
+    def setup(self) -> RoundSetup:
+        """What the round is about."""
+        return self._core.setup
+
+    @property
+    def attempt(self) -> int:
+        """Current attempt."""
+        return self._core.attempt
+
+    @property
+    def phase(self) -> RoundPhase:
+        """Current phase."""
+        return self._core.phase
+
+    @property
+    def leader_peer_id(self) -> str:
+        """Leader of the current attempt."""
+        return self._leader.leader(self._core.attempt)
+
+    def handle(self, event: Event, *, now_seconds: float) -> list[Effect]:
+        """Take one event; returns effects to carry out in order. Nothing happens after `Commit`."""
+        if self._core.phase is RoundPhase.DONE:
+            return self._core.take_effects()
+        self._now_seconds = now_seconds
+        match event:
+            case Received():
+                self._on_message(event.sender, event.message)
+            case Acked():
+                self._on_ack(event)
+            case Contributed():
+                self._core.own = event.own
+                self._leader.join_own()
+                self._send_join()
+            case ReduceDone():
+                self._on_reduce_done(event)
+            case ReduceFailed():
+                self._on_reduce_failed(event)
+            case BytesFetched():
+                self._on_bytes(event.averaged_digest)
+            case PeerUnreachable():
+                self._core.unreachable.add(event.peer_id)
+            case CoordinatorExchanged():
+                self._on_coordinator_exchanged(event)
+            case CoordinatorVoted():
+                self._on_coordinator_voted(event)
+            case DirectiveKnown():
+                self._core.learn_directive(event.directive)
+            case CertificateKnown():
+                self._on_certificate(event.certificate)
+            case Tick():
+                pass
+        self._work()
+        return self._core.take_effects()
+
+    def hold_bytes(self, averaged_digest: bytes) -> None:
+        """The shell holds these averaged bytes already."""
+        self._held_digests.add(averaged_digest)
+
+    # Time -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Whatever is due now: forming, giving up, repeating."""
+        core, now = self._core, self._now_seconds
+        if core.phase is RoundPhase.DONE:
+            return
+        if self._first_due_seconds == _NEVER and (self._has_own_work() or self._leader.has_work()):
+            self._first_due_seconds = now
+        is_resend = now >= self._next_resend_seconds
+        if is_resend:
+            self._next_resend_seconds = now + core.timing.resend_seconds
+        if core.phase is RoundPhase.FORM:
+            self._work_form(is_resend)
+        elif now >= self._phase_deadline_seconds:
+            reason = f"{core.phase} took longer than allowed"
+            if core.phase is RoundPhase.AGREE and core.record.highest_vote is not None:
+                vote = core.record.highest_vote
+                reason += "; " + core.votes.explain(core.votes.voters((vote.attempt, vote.value)))
+                core.show(RoundPhase.NO_QUORUM, reason)
+            self.supersede(core.attempt + 1, reason)
+        if is_resend and core.phase is RoundPhase.AGREE:
+            core.send_own_vote(core.others)
+            self._fetch_pending()
+        if is_resend:
+            self._leader.ask_again(now)
+        self._maybe_submit()
+
+    def _work_form(self, is_resend: bool) -> None:
+        core, now = self._core, self._now_seconds
+        if self._leader.proposer is not None:
+            missing = self._leader.try_form(now, self._form_deadline_seconds())
+            if is_resend and self._leader.has_work():
+                core.send(missing, attempt=core.attempt, nudge=rounds_pb2.Nudge())
+            return
+        if not self._is_pushing():
+            return
+        leader = self.leader_peer_id
+        if leader in core.unreachable:
+            self.supersede(core.attempt + 1, f"leader {leader} cannot be reached")
+        elif now >= self._patience_seconds():
+            self.supersede(core.attempt + 1, f"leader {leader} formed no group in time")
+        elif is_resend:
+            self._send_join()
+
+    def _form_deadline_seconds(self) -> float:
+        """When the leader stops waiting for the missing."""
+        timing = self._core.timing
+        deadline = self._first_due_seconds + timing.form_wait_seconds
+        if self._core.attempt > 0:
+            rejoin = self._attempt_begin_seconds + timing.rejoin_wait_seconds
+            return rejoin if self._is_in_group_before else max(deadline, rejoin)
+        return deadline
+
+    def _patience_seconds(self) -> float:
+        """When a member stops waiting for the leader."""
+        core = self._core
+        due = self._attempt_begin_seconds if core.attempt else self._first_due_seconds
+        due = self._attempt_begin_seconds if due == _NEVER else due
+        wait = core.timing.grace_seconds + backoff_seconds(core.attempt)
+        if core.attempt > 0:
+            wait += core.timing.exchange_wait_seconds + core.timing.rejoin_wait_seconds
+        if not self._is_in_group_before:
+            wait += core.timing.form_wait_seconds
+        return due + wait
+
+    def _has_own_work(self) -> bool:
+        own = self._core.own
+        return own is not None and len(own.contribution.ranges) > 0
+
+    def _is_pushing(self) -> bool:
+        """Members with work or with a vote in flight keep the round going; idle ones follow."""
+        return self._has_own_work() or self._core.record.highest_vote is not None
+
+    # Attempts ---------------------------------------------------------------------------------
+
+    def supersede(self, attempt: int, reason: str) -> None:
+        """Give the current attempt up and go on to a later one; skips leaders that cannot be reached."""
+        core = self._core
+        if attempt <= core.attempt or core.phase is RoundPhase.DONE:
+            return
+        for _ in core.roster:
+            if self._leader.leader(attempt) not in core.unreachable:
+                break
+            attempt += 1
+        if self._is_reducing:
+            self._is_reducing = False
+            core.emit(AbortReduce(core.attempt, reason))
+        core.emit(AttemptDiscarded(core.attempt, reason))
+        core.attempt, core.phase, self._group = attempt, RoundPhase.FORM, None
+        self._attempt_begin_seconds = self._now_seconds
+        self._phase_deadline_seconds = _NEVER
+        core.show(RoundPhase.FORM, f"attempt {attempt}: {reason}")
+        self._leader.enter(self._now_seconds)
+        self._leader.join_own()
+        self._send_join()
+
+    def _send_join(self) -> None:
+        """Ask the leader in; without anything to bring, only make it begin."""
+        core = self._core
+        leader = self.leader_peer_id
+        if leader == core.setup.own_peer_id or core.phase is not RoundPhase.FORM:
+            return
+        if core.own is not None:
+            core.send((leader,), attempt=core.attempt, join_group=own_join(core))
+        elif core.attempt > 0:
+            core.send((leader,), attempt=core.attempt, nudge=rounds_pb2.Nudge())
+
+    # Messages ---------------------------------------------------------------------------------
+
+    def _on_message(self, sender: str, message: rounds_pb2.RoundMessage) -> None:
+        core = self._core
+        if sender not in core.entry_by_peer:
+            return
+        core.unreachable.discard(sender)
+        place = (message.incarnation, message.outer_step)
+        if place != (core.setup.incarnation, core.setup.outer_step):
+            core.is_from_later(sender, *place)
+            return
+        attempt = message.attempt
+        match message.WhichOneof("body"):
+            case "join_group":
+                self._leader.on_join(sender, attempt, message.join_group)
+            case "form_group":
+                if sender == self._leader.leader(attempt):
+                    self.accept_group(attempt, message.form_group)
+            case "vote":
+                self._on_vote(message.vote)
+            case "exchange_request":
+                if sender == self._leader.leader(attempt):
+                    self._on_exchange_request(sender, attempt)
+            case "exchange_answer":
+                self._leader.on_exchange_answer(sender, attempt, message.exchange_answer)
+            case "repropose":
+                if sender == self._leader.leader(attempt):
+                    self._on_repropose(sender, attempt, message.repropose)
+            case "certificate":
+                self._on_certificate(message.certificate)
+            case "refusal":
+                self._on_refusal(sender, attempt, message.refusal)
+            case "nudge":
+                self._on_nudge(sender, attempt)
+
+    def _on_ack(self, event: Acked) -> None:
+        core, ack = self._core, event.ack
+        core.unreachable.discard(event.sender)
+        core.is_from_later(event.sender, ack.incarnation, ack.outer_step + 1)
+        place = (ack.incarnation, ack.outer_step + 1)
+        if place == (core.setup.incarnation, core.setup.outer_step):
+            core.at_step.add(event.sender)
+
+    def _on_nudge(self, sender: str, attempt: int) -> None:
+        core = self._core
+        if attempt > core.attempt and self._leader.is_own(attempt):
+            if core.phase is RoundPhase.FORM:
+                self.supersede(attempt, f"{sender} asks for attempt {attempt}")
+        elif attempt > core.attempt and sender == self._leader.leader(attempt):
+            if core.phase is RoundPhase.FORM:
+                self.supersede(attempt, f"{sender} leads attempt {attempt}")
+        elif attempt == core.attempt and core.own is not None:
+            self._send_join()
+
+    def _on_exchange_request(self, sender: str, attempt: int) -> None:
+        """Answering is a promise: written first, never to vote in a lower attempt."""
+        core = self._core
+        if attempt < core.record.promised_attempt:
+            promised = core.record.promised_attempt
+            reason = f"attempt {promised} is promised"
+            core.refuse(
+                sender, attempt=attempt, kind=_SUPERSEDED, reason=reason, to_attempt=promised
+            )
+            return
+        if not core.has_own_vote:
+            return
+        if attempt > core.record.promised_attempt:
+            core.persist(promised_attempt=attempt)
+        core.send((sender,), attempt=attempt, exchange_answer=core.exchange_answer())
+        self.supersede(attempt, f"{sender} leads attempt {attempt}")
+
+    def _on_refusal(self, sender: str, attempt: int, refusal: rounds_pb2.RoundRefusal) -> None:
+        core, kind = self._core, refusal.kind
+        if kind in (rounds_pb2.REFUSAL_KIND_RESYNC, rounds_pb2.REFUSAL_KIND_NOT_A_MEMBER):
+            setup = core.setup
+            core.emit(Behind(sender, setup.incarnation, setup.outer_step, refusal.reason))
+        elif kind == _SUPERSEDED:
+            if core.phase is RoundPhase.FORM:
+                self.supersede(refusal.attempt, f"{sender}: {refusal.reason}")
+        elif kind == rounds_pb2.REFUSAL_KIND_INVALID:
+            if sender == self._leader.leader(attempt) and core.own is not None:
+                core.own = None
+                core.emit(ContributionRefused(f"{sender}: {refusal.reason}"))
+        elif kind == _FAILED and attempt == core.attempt:
+            if core.phase is RoundPhase.AGREE:
+                self._leader.repropose_to(sender)
+            elif self._group is not None or sender == self.leader_peer_id:
+                self._is_in_group_before = True
+                self.supersede(attempt + 1, f"{sender}: {refusal.reason}")
+
+    # Reduce -----------------------------------------------------------------------------------
+
+    def accept_group(self, attempt: int, group: rounds_pb2.FormGroup) -> None:
+        """Average with the leader's group, if it is the first one of this attempt and keeps the rules."""
+        core = self._core
+        if attempt < core.attempt or attempt < core.record.promised_attempt:
+            return
+        self.supersede(attempt, f"group of attempt {attempt} has formed")
+        if core.attempt != attempt or core.phase is not RoundPhase.FORM or self._group is not None:
+            return
+        problem = self._problem_with(group)
+        if problem:
+            leader = self._leader.leader(attempt)
+            tell = (leader,) if leader != core.setup.own_peer_id else ()
+            self._fail_attempt(f"group refused: {problem}", tell)
+            return
+        members = {member.contribution.peer_id for member in group.members}
+        if core.setup.own_peer_id not in members:
+            return
+        self._group, core.phase, self._is_reducing = group, RoundPhase.REDUCE, True
+        self._is_in_group_before = True
+        self._phase_deadline_seconds = self._now_seconds + core.timing.reduce_wait_seconds
+        core.show(RoundPhase.REDUCE, f"averaging with {len(members)} members, attempt {attempt}")
+        core.emit(StartReduce(attempt, group))
+
+    def _problem_with(self, group: rounds_pb2.FormGroup) -> str:
+        core = self._core
+        ends = list(group.reducer_piece_ends)
+        if len(ends) != len(group.members) or ends != sorted(ends):
+            return "piece ranges do not follow one another"
+        if not ends or ends[-1] != core.setup.num_pieces:
+            return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}"
+        if core.learn_directive(group.next_directive) is None:
+            return "next directive is older than the one in force or not signed"
+        for member in group.members:
+            if member.previous_state_digest != core.setup.previous_state_digest:
+                return f"{member.contribution.peer_id} continues another state"
+            wanted = core.setup.num_pieces if member.contribution.ranges else 0
+            if len(member.piece_digests) != wanted:
+                return f"{member.contribution.peer_id} committed {len(member.piece_digests)} pieces"
+            if member.contribution.peer_id == core.setup.own_peer_id and member.contribution.ranges:
+                own = own_join(core)
+                if (member.contribution, list(member.piece_digests)) != (
+                    own.contribution,
+                    list(own.piece_digests),
+                ):
+                    return "our own contribution is not what we bring"
+        return core.check_contributions([member.contribution for member in group.members])
+
+    def _on_reduce_done(self, event: ReduceDone) -> None:
+        core = self._core
+        self._held_digests.add(event.averaged_digest)
+        if event.attempt != core.attempt or not self._is_reducing or self._group is None:
+            return
+        self._is_reducing = False
+        proposal = core.value_of_group(self._group, event.averaged_digest)
+        self._remember_contributions(proposal.value, proposal.contributions)
+        self._enter_agree(f"averaged, attempt {event.attempt}")
+        core.cast_vote(proposal)
+        self._check_certificate((proposal.attempt, proposal.value))
+        members = {member.contribution.peer_id for member in self._group.members}
+        outside = tuple(p for p in core.others if p not in members)
+        if self._leader.is_own(event.attempt) and not core.votes.is_quorum(members):
+            for peer_id in outside:
+                self._leader.repropose_to(peer_id)
+
+    def _on_reduce_failed(self, event: ReduceFailed) -> None:
+        if event.attempt == self._core.attempt and self._is_reducing:
+            if event.peer_id:
+                self._core.unreachable.add(event.peer_id)
+            group = self._group
+            members = {m.contribution.peer_id for m in group.members} if group else set()
+            self._fail_attempt(event.reason, tuple(p for p in self._core.others if p in members))
+
+    def _fail_attempt(self, reason: str, tell: tuple[str, ...]) -> None:
+        core = self._core
+        attempt = core.attempt
+        for peer_id in tell:
+            core.refuse(peer_id, attempt=attempt, kind=_FAILED, reason=reason)
+        self.supersede(attempt + 1, reason)
+
+    # Agree ------------------------------------------------------------------------------------
+
+    def _enter_agree(self, reason: str) -> None:
+        core = self._core
+        core.phase = RoundPhase.AGREE
+        wait = core.timing.agree_wait_seconds + backoff_seconds(core.attempt)
+        self._phase_deadline_seconds = self._now_seconds + wait
+        core.show(RoundPhase.AGREE, reason)
+
+    def _on_repropose(self, sender: str, attempt: int, repropose: rounds_pb2.Repropose) -> None:
+        core = self._core
+        if attempt < core.record.promised_attempt:
+            promised = core.record.promised_attempt
+            core.refuse(
+                sender,
+                attempt=attempt,
+                kind=_SUPERSEDED,
+                reason=f"attempt {promised} is promised",
+                to_attempt=promised,
+            )
+            return
+        voted = core.record.highest_vote
+        if voted is not None and (voted.attempt, voted.value) == (attempt, repropose.value):
+            core.send_own_vote((sender,))
+            return
+        if core.phase is not RoundPhase.REDUCE:
+            self.supersede(attempt, f"{sender} proposes again in attempt {attempt}")
+        self.consider(proposal_from(repropose, attempt))
+
+    def consider(self, proposal: Proposal) -> None:
+        """Vote for a proposal once its bytes are here, if every check passes."""
+        core = self._core
+        value = rounds_pb2.RoundValue.FromString(proposal.value)
+        problem = core.check_proposal(proposal)
+        if problem:
+            core.show(core.phase, f"proposal of attempt {proposal.attempt} refused: {problem}")
+            if value.previous_state_digest != core.setup.previous_state_digest:
+                setup = core.setup
+                core.emit(Behind(self.leader_peer_id, setup.incarnation, setup.outer_step, problem))
+            return
+        self._remember_contributions(proposal.value, proposal.contributions)
+        self._proposal_by_digest[value.averaged_digest] = proposal
+        if value.averaged_digest in self._held_digests:
+            self._on_bytes(value.averaged_digest)
+        else:
+            if core.phase is RoundPhase.FORM:
+                self._enter_agree(f"fetching the bytes of attempt {proposal.attempt}")
+            core.emit(FetchBytes(value.averaged_digest, tuple(proposal.holders)))
+
+    def _fetch_pending(self) -> None:
+        for digest, proposal in self._proposal_by_digest.items():
+            if digest not in self._held_digests and self._core.may_vote(proposal.attempt):
+                self._core.emit(FetchBytes(digest, tuple(proposal.holders)))
+
+    def _on_bytes(self, averaged_digest: bytes) -> None:
+        self._held_digests.add(averaged_digest)
+        proposal = self._proposal_by_digest.get(averaged_digest)
+        if proposal is None or not self._core.cast_vote(proposal):
+            return
+        if proposal.attempt == self._core.attempt and not self._is_reducing:
+            self._enter_agree(f"voted in attempt {proposal.attempt}")
+        self._check_certificate((proposal.attempt, proposal.value))
+
+    def _on_vote(self, vote: rounds_pb2.Vote) -> None:
+        value = rounds_pb2.RoundValue.FromString(vote.value)
+        place = (value.incarnation, value.outer_step)
+        here = (self._core.setup.incarnation, self._core.setup.outer_step)
+        if place == here and self._core.checks.is_valid_vote(vote):
+            self._check_certificate(self._core.votes.add(vote))
+
+    def _remember_contributions(self, value: bytes, contributions: bytes) -> None:
+        digest = rounds_pb2.RoundValue.FromString(value).contributions_digest
+        self._core.contributions_by_digest[digest] = contributions
+
+    def _contributions_of(self, value: bytes) -> bytes | None:
+        digest = rounds_pb2.RoundValue.FromString(value).contributions_digest
+        return self._core.contributions_by_digest.get(digest)
+
+    def _check_certificate(self, ballot: tuple[int, bytes]) -> None:
+        core = self._core
+        contributions = self._contributions_of(ballot[1])
+        if contributions is None or core.phase is RoundPhase.DONE:
+            return
+        certificate = core.votes.certificate(ballot, contributions)
+        if certificate is not None:
+            core.send(core.others, attempt=ballot[0], certificate=certificate)
+            self._commit(certificate)
+
+    def _maybe_submit(self) -> None:
+        """Ask for the coordinator's half only if members' votes that will come make no quorum."""
+        core, now = self._core, self._now_seconds
+        vote = core.record.highest_vote
+        if vote is None or core.phase is RoundPhase.DONE or now < self._next_submit_seconds:
+            return
+        ballot = (vote.attempt, vote.value)
+        contributions = self._contributions_of(vote.value)
+        if contributions is None or not core.votes.needs_coordinator(core.votes.voters(ballot)):
+            return
+        will_vote = core.votes.voters(ballot) | (set(core.entry_by_peer) - core.unreachable)
+        is_early = now < self._phase_deadline_seconds - core.timing.agree_wait_seconds / 2
+        if core.votes.is_quorum(will_vote) and is_early and core.phase is RoundPhase.AGREE:
+            return
+        self._next_submit_seconds = now + core.timing.resend_seconds
+        core.emit(SubmitVotes(core.votes.votes(ballot), contributions))
+
+    def _on_coordinator_exchanged(self, event: CoordinatorExchanged) -> None:
+        if event.response is not None and event.response.HasField("certificate"):
+            self._on_certificate(event.response.certificate)
+        self._leader.on_coordinator(event.attempt, event.response)
+
+    def _on_coordinator_voted(self, event: CoordinatorVoted) -> None:
+        if event.response is not None and event.response.HasField("certificate"):
+            self._on_certificate(event.response.certificate)
+        elif event.response is not None and event.response.reason:
+            self._core.show(RoundPhase.NO_QUORUM, f"coordinator: {event.response.reason}")
+
+    def _on_certificate(self, certificate: rounds_pb2.Certificate) -> None:
+        core = self._core
+        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        place = (value.incarnation, value.outer_step)
+        if place != (core.setup.incarnation, core.setup.outer_step):
+            core.is_from_later("a certificate", *place)
+        elif not core.checks.check_certificate(certificate):
+            if value.previous_state_digest != core.setup.previous_state_digest:
+                reason = "the certificate of this step continues another state than ours"
+                core.emit(Behind(certificate.votes[0].voter, *place, reason))
+            else:
+                self._commit(certificate)
+
+    def _commit(self, certificate: rounds_pb2.Certificate) -> None:
+        core = self._core
+        if self._is_reducing:
+            core.emit(AbortReduce(core.attempt, "the step is decided"))
+        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        contributions = rounds_pb2.Contributions.FromString(certificate.contributions)
+        own = core.own
+        is_own_included = own is not None and any(
+            found == own.contribution for found in contributions.contributions
+        )
+        holders = tuple(v.voter for v in certificate.votes if v.voter != COORDINATOR_VOTER)
+        core.phase = RoundPhase.DONE
+        core.show(RoundPhase.DONE, f"certified in attempt {certificate.attempt}")
+        directive = core.directive_by_number.get(value.next_directive_number)
+        core.emit(
+            Commit(certificate, directive, holders, certificate.attempt, is_own_included)
+        )

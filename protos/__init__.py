@@ -1,0 +1,1 @@
+"""What two processes of different versions must agree on: messages (muster/v1) and arithmetic (contract)."""

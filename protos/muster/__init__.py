@@ -1,0 +1,1 @@
+"""Generated messages; see the .proto files in v1/."""

@@ -1,0 +1,137 @@
+"""RunSpec: golden digest, both forms, strictness."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos.contract.errors import UsageError
+from protos.contract.model_shape import SHAPE_PRESETS, ModelShape
+from protos.contract.run_spec import (
+    MODEL_PRESETS,
+    DataSpec,
+    ModelSpec,
+    OptimizerSpec,
+    RunSpec,
+    ScheduleSpec,
+    StrategySpec,
+    floor_to_windows,
+)
+
+GOLDEN_SPEC = RunSpec(
+    seed=7,
+    budget_tokens=1_024_000,
+    objective="causal",
+    model=ModelSpec(
+        vocab_size=4096,
+        d_model=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        d_ff=128,
+        seq_len=128,
+        has_tied_embeddings=False,
+        rope_theta=10_000.0,
+        norm_epsilon=1e-5,
+    ),
+    optimizer=OptimizerSpec(
+        peak_lr=1e-3, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0
+    ),
+    schedule=ScheduleSpec(lr_warmup_tokens=10_000, cooldown_ratio=0.2),
+    strategy=StrategySpec(name="sync", global_batch_tokens=32_768, codec="fp32"),
+    data=DataSpec(dataset_id="ab" * 32, max_data_passes=4, eval_tokens=0),
+)
+GOLDEN_DIGEST = "a153eeff955987d898bed4333c6bea6e6e72af5530c3406b45074d521e737c52"
+
+
+def test_digest_is_golden() -> None:
+    """If this fails, peers of two versions would disagree about what a run is: raise
+    PROTOCOL_VERSION.
+    """
+    assert GOLDEN_SPEC.run_digest == GOLDEN_DIGEST
+
+
+def test_forms_give_the_spec_back() -> None:
+    assert RunSpec.from_wire(GOLDEN_SPEC.to_wire()) == GOLDEN_SPEC
+    assert RunSpec.from_toml(GOLDEN_SPEC.to_toml()) == GOLDEN_SPEC
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    num_windows=st.integers(1, 2**30),
+    peak_lr=st.floats(1e-9, 10, allow_nan=False),
+    weight_decay=st.integers(0, 3) | st.floats(0, 1),
+)
+def test_any_spec_survives_both_forms(
+    seed: int, num_windows: int, peak_lr: float, weight_decay: float
+) -> None:
+    spec = dataclasses.replace(
+        GOLDEN_SPEC,
+        seed=seed,
+        budget_tokens=num_windows * 128,
+        optimizer=OptimizerSpec(peak_lr=peak_lr, weight_decay=weight_decay),
+    )
+    for copy in (RunSpec.from_wire(spec.to_wire()), RunSpec.from_toml(spec.to_toml())):
+        assert copy == spec
+        assert copy.run_digest == spec.run_digest
+
+
+def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
+    text = GOLDEN_SPEC.to_toml().replace("clip_norm = 1.0\n", "")
+    assert RunSpec.from_toml(text) == GOLDEN_SPEC
+    with pytest.raises(UsageError, match="model: d_model is missing"):
+        RunSpec.from_toml(text.replace("d_model = 64\n", ""))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("peak_lr", "peek_lr", "unknown key 'peek_lr'.*did you mean 'peak_lr'"),
+        ("[optimizer]", "[optimiser]", "unknown key 'optimiser'.*did you mean 'optimizer'"),
+        ("seed = 7", "seed = 7\nzzz = 1", "unknown key 'zzz'.*remove it"),
+        ("[security]", "[security]\nmode = 1", "security: unknown key 'mode'"),
+        ("seed = 7", "seed = 7.5", "seed = 7.5; a value of type int"),
+        ("seed = 7", "seed = true", "seed = True; a value of type int"),
+        ("seed = 7", "seed = -1", "seed = -1"),
+        ("peak_lr = 0.001", "peak_lr = nan", "peak_lr = nan"),
+        ("peak_lr = 0.001", "peak_lr = 0", "peak_lr = 0"),
+        ('"sync"', '"diloco"', "strategy.name = 'diloco'.*sync"),
+        ('"fp32"', '"int8"', "codec 'int8'.*fp32"),
+        ('"causal"', '"masked"', "objective = 'masked'"),
+        ("num_kv_heads = 2", "num_kv_heads = 3", "num_kv_heads = 3.*divisor of num_heads = 4"),
+        ("head_dim = 16", "head_dim = 15", "head_dim = 15.*even"),
+        ("budget_tokens = 1024000", "budget_tokens = 1024001", "multiple of model.seq_len = 128"),
+        ("batch_tokens = 32768", "batch_tokens = 127", "global_batch_tokens = 127"),
+        ("abab", "ABAB", "data.dataset_id"),
+        ("seed = 7", "seed = ", "not TOML"),
+    ],
+)
+def test_bad_toml_is_refused_with_the_place(old: str, new: str, message: str) -> None:
+    text = GOLDEN_SPEC.to_toml()
+    assert old in text
+    with pytest.raises(UsageError, match=message):
+        RunSpec.from_toml(text.replace(old, new))
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b'{"model": 3}', b"\xff"])
+def test_bad_wire_is_refused(data: bytes) -> None:
+    with pytest.raises(UsageError):
+        RunSpec.from_wire(data)
+
+
+def test_presets_are_about_as_large_as_they_say() -> None:
+    tiny = ModelShape.from_spec(MODEL_PRESETS["tiny"])
+    assert 1.5e6 <= tiny.num_parameters <= 2.5e6
+
+
+def test_a_llama_shape_can_be_trained_and_a_gpt_shape_cannot() -> None:
+    shape = SHAPE_PRESETS["llama3.2-1b"]
+    assert ModelShape.from_spec(ModelSpec.from_shape(shape)) == shape
+    with pytest.raises(UsageError, match="GPT-family"):
+        ModelSpec.from_shape(SHAPE_PRESETS["gpt2"])
+
+
+def test_floor_to_windows() -> None:
+    assert [floor_to_windows(tokens, 8) for tokens in (0, 7, 8, 23)] == [0, 0, 8, 16]

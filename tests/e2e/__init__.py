@@ -1,0 +1,1 @@
+"""Real coordinators and real peers, as processes on loopback."""

@@ -1,0 +1,89 @@
+"""The round machine under loss, delay, duplication, reordering and crashes: one value per outer step, and progress.
+
+Each rule that is left out (in the world around the machine) must lead to two certificates with different values in a
+fixed range of seeds, and with the rule in place the same seeds must lead to none.
+"""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.peer.swarm.round_simulation import Simulation, Weakness, World, bad_world
+
+CRASHY = World(
+    num_members=2,
+    loss_ratio=0.3,
+    delay_seconds=0.05,
+    late_ratio=0.2,
+    late_factor=10.0,
+    crash_per_effect_ratio=0.1,
+    reduce_failure_ratio=0.5,
+    restart_seconds=0.3,
+    bad_seconds=20.0,
+    due_seconds=0.5,
+)
+SLOW_THREE = World(
+    num_members=3,
+    loss_ratio=0.3,
+    delay_seconds=0.2,
+    late_ratio=0.2,
+    late_factor=10.0,
+    crash_per_effect_ratio=0.03,
+    reduce_failure_ratio=0.5,
+    restart_seconds=0.3,
+    bad_seconds=20.0,
+    due_seconds=0.5,
+)
+CUT_IN_TWO = World(
+    num_members=2,
+    delay_seconds=0.05,
+    late_ratio=0.2,
+    late_factor=10.0,
+    crash_per_effect_ratio=0.03,
+    reduce_failure_ratio=0.5,
+    restart_seconds=0.3,
+    bad_seconds=20.0,
+    due_seconds=0.5,
+    cut_ratio=1.0,
+)
+
+
+def _play(seed: int, world: World, weakness: Weakness = Weakness.NONE) -> Simulation:
+    simulation = Simulation(seed, world, weakness)
+    simulation.run(until_seconds=400.0)
+    return simulation
+
+
+@given(seed=st.integers(min_value=0, max_value=2**31))
+@settings(max_examples=600, deadline=None)
+def test_one_value_and_progress(seed: int) -> None:
+    simulation = _play(seed, bad_world(seed))
+    assert len(simulation.values) == 1, "exactly one value is decided"
+    for member in simulation.members.values():
+        assert member.certificate is not None, "everybody has the certificate once healed"
+        assert member.certificate.value in simulation.values
+
+
+@pytest.mark.parametrize("num_members", [1, 2, 3, 4, 5])
+def test_good_world_needs_one_attempt(num_members: int) -> None:
+    for seed in range(20):
+        simulation = _play(seed, World(num_members=num_members))
+        assert len(simulation.values) == 1
+        assert simulation.num_attempts_discarded == 0
+        assert simulation.now_seconds < 12.0
+
+
+@pytest.mark.parametrize(
+    ("weakness", "world", "num_seeds"),
+    [
+        (Weakness.VOTE_NOT_DURABLE, CRASHY, 200),
+        (Weakness.PROMISE_NOT_DURABLE, SLOW_THREE, 600),
+        (Weakness.COORDINATOR_SIGNS_EARLY, CUT_IN_TWO, 200),
+    ],
+)
+def test_every_rule_is_needed(weakness: Weakness, world: World, num_seeds: int) -> None:
+    violated = [
+        seed for seed in range(num_seeds) if len(_play(seed, world, weakness).values) > 1
+    ]
+    assert violated, f"{weakness.name} was expected to break agreement within {num_seeds} seeds"
+    assert all(len(_play(seed, world).values) == 1 for seed in violated)

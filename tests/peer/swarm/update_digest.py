@@ -1,0 +1,67 @@
+"""Run as a program: applies a few exact updates to fixed inputs and writes the digest of the state."""
+
+import hashlib
+import sys
+
+import numpy as np
+
+from peer.model.init import fill_normal, initial_vector
+from peer.swarm.exact_update import SyncUpdate
+from protos.contract.run_spec import (
+    DataSpec,
+    ModelSpec,
+    OptimizerSpec,
+    RunSpec,
+    ScheduleSpec,
+    StrategySpec,
+)
+
+MODEL = ModelSpec(
+    vocab_size=1000,
+    d_model=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=24,
+    d_ff=200,
+    seq_len=32,
+)
+"""Small, but with several pieces, norms across piece borders and a short last piece."""
+
+SPEC = RunSpec(
+    seed=5,
+    budget_tokens=32 * 1000,
+    model=MODEL,
+    optimizer=OptimizerSpec(peak_lr=3e-3),
+    schedule=ScheduleSpec(lr_warmup_tokens=1024),
+    strategy=StrategySpec(global_batch_tokens=512),
+    data=DataSpec(dataset_id="0" * 64),
+)
+
+
+def run_updates(num_threads: int) -> str:
+    """Hex SHA-256 over parameters and moments after four updates."""
+    update = SyncUpdate(SPEC, num_threads=num_threads)
+    params = initial_vector(SPEC)
+    exp_avg, exp_avg_sq = np.zeros_like(params), np.zeros_like(params)
+    averaged = np.zeros_like(params)
+    for number in range(1, 5):
+        fill_normal(averaged, seed=number, name="gradient", std=10.0 ** (2 - 2 * number))
+        update.apply(
+            params,
+            exp_avg,
+            exp_avg_sq,
+            averaged,
+            update_number=number,
+            schedule_tokens=512 * (number - 1),
+            cooldown_start_tokens=25_600,
+            budget_tokens=32_000,
+        )
+    whole = hashlib.sha256()
+    for vector in (params, exp_avg, exp_avg_sq):
+        whole.update(vector.tobytes())
+    return whole.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(run_updates(int(sys.argv[1])) + "\n")
