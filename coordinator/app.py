@@ -1,34 +1,25 @@
-"""Composition root: what a coordinator consists of, in the order in which it starts, and how it stops.
+"""Composition root: what a coordinator consists of, in the order in which it starts, and how it
+stops.
 
-    lock + store -> keys -> RECOVERING -> writer thread -> rendezvous child -> gRPC server -> ticker -> web thread
+lock + store -> keys -> RECOVERING -> writer thread -> rendezvous child -> gRPC server -> ticker ->
+web thread
 
-Stopping goes the other way, with a deadline for calls in progress; a process that is killed instead loses nothing that was
-acknowledged. `serve` and `up` use the same object.
+Stopping goes the other way, with a deadline for calls in progress; a process that is killed instead
+loses nothing that was acknowledged. `serve` and `up` use the same object.
 """
 
 import asyncio
-import importlib.metadata
+import ipaddress
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import grpc
-
-from coordinator.api.admin_servicer import AdminServicer
-from coordinator.api.auth import Authenticator, NonceBook
-from coordinator.api.calls import Calls
-from coordinator.api.corpus_servicer import CorpusServicer
-from coordinator.api.duties_servicer import DutiesServicer
-from coordinator.api.interceptor import BorderInterceptor
-from coordinator.api.leases_servicer import LeasesServicer
-from coordinator.api.membership_servicer import MembershipServicer
-from coordinator.api.rate_limit import RateLimiter
-from coordinator.api.rounds_servicer import RoundsServicer
-from coordinator.config import CoordinatorConfig
+from coordinator.api.server import build_server, join_address
+from coordinator.config import CoordinatorConfig, package_version
 from coordinator.domain.policy import SwarmPolicy
 from coordinator.identity import (
     Identity,
@@ -40,8 +31,6 @@ from coordinator.identity import (
 from coordinator.metrics import CoordinatorMetrics
 from coordinator.operations.admin import list_runs
 from coordinator.operations.common import BeginRecovery, OperationContext, begin_recovery
-from coordinator.operations.membership import find_session
-from coordinator.operations.requests import FindSessionRequest, FindSessionResponse
 from coordinator.operations.requests_admin import ListRunsRequest
 from coordinator.operations.writer import Operation, Writer
 from coordinator.rendezvous import Rendezvous
@@ -50,16 +39,7 @@ from coordinator.ticker import Ticker
 from coordinator.web.samples import RunSampler
 from coordinator.web.server import WebServer, build_app
 from coordinator.web.status_cache import StatusCache
-from protos.contract.channel import server_credentials, server_options
-from protos.contract.errors import ErrorCode, MachineError
-from protos.muster.v1 import (
-    corpus_pb2_grpc,
-    duties_pb2_grpc,
-    leases_pb2_grpc,
-    membership_pb2_grpc,
-    rounds_pb2_grpc,
-    runs_pb2_grpc,
-)
+from protos.contract.channel import split_address
 
 _LOGGER = logging.getLogger(__name__)
 _Request = TypeVar("_Request")
@@ -99,7 +79,9 @@ class Coordinator:
         return self.config.rendezvous if self._rendezvous is None else self._rendezvous.addresses
 
     async def start(self) -> None:
-        """Bring everything up, or take back what was brought up and raise what went wrong (MachineError mostly)."""
+        """Bring everything up, or take back what was brought up and raise what went wrong
+        (MachineError mostly).
+        """
         try:
             await self._start()
         except BaseException:
@@ -107,13 +89,17 @@ class Coordinator:
             raise
 
     async def stop(self) -> None:
-        """End in good order: no new calls, calls in progress get the deadline, then store and lock are given back."""
+        """End in good order: no new calls, calls in progress get the deadline, then store and lock
+        are given back.
+        """
         await self._exit_stack.aclose()
 
     async def perform(
         self, operation: Operation[_Request, _Response], request: _Request
     ) -> _Response:
-        """Run an operation that changes something; durable when it returns. Raises what the operation raises."""
+        """Run an operation that changes something; durable when it returns. Raises what the
+        operation raises.
+        """
         assert self._writer is not None
         return await asyncio.wrap_future(self._writer.submit(operation, request))
 
@@ -160,7 +146,9 @@ class Coordinator:
         on_stop.callback(forget_running, config.data_dir)
 
     async def _begin_recovery(self) -> None:
-        """Nothing expires for a while, so that peers of an earlier process can come back; before the first run, nobody can."""
+        """Nothing expires for a while, so that peers of an earlier process can come back; before
+        the first run, nobody can.
+        """
         config = self.config
         if not (await self.look(list_runs, ListRunsRequest())).runs:
             return
@@ -175,56 +163,29 @@ class Coordinator:
             home=config.data_dir / "rendezvous",
             host=config.rendezvous_host or config.host,
             port=config.rendezvous_port,
+            announced_address=_announced_rendezvous(config),
         )
-        await self._rendezvous.start()
         self._exit_stack.push_async_callback(self._rendezvous.stop)
+        await self._rendezvous.start()
 
     async def _start_server(
         self, writer: Writer, identity: Identity, metrics: CoordinatorMetrics
     ) -> None:
-        config, calls = self.config, Calls(writer)
-
-        def read_session(peer_id: str) -> FindSessionResponse:
-            return writer.read(find_session, FindSessionRequest(peer_id=peer_id))
-
-        authenticator = Authenticator(
-            admin_key=identity.admin_key, find_session=read_session, clock=self._clock
-        )
-        interceptor = BorderInterceptor(
-            authenticator=authenticator,
-            member_limiter=_limiter(config.peer_calls_per_second, burst_factor=4),
-            stranger_limiter=_limiter(config.join_calls_per_second, burst_factor=10),
-            observe_call=metrics.observe_call,
-        )
-        server = grpc.aio.server(
-            interceptors=[interceptor],
-            options=server_options(),
-            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
-        )
-        membership = MembershipServicer(
-            calls=calls,
-            authenticator=authenticator,
-            nonces=NonceBook(clock=self._clock),
+        config = self.config
+        bound = build_server(
+            config,
+            writer=writer,
+            identity=identity,
+            metrics=metrics,
             rendezvous_addresses=lambda: self.rendezvous_addresses,
             clock=self._clock,
         )
-        duties = DutiesServicer(
-            calls=calls, data_dir=config.data_dir, observe_sent=metrics.observe_sent
-        )
-        corpus = CorpusServicer(calls=calls, observe_sent=metrics.observe_sent)
-        admin = AdminServicer(calls=calls, authenticator=authenticator)
-        membership_pb2_grpc.add_MembershipServicer_to_server(membership, server)
-        leases_pb2_grpc.add_LeasesServicer_to_server(LeasesServicer(calls=calls), server)
-        rounds_pb2_grpc.add_RoundsServicer_to_server(RoundsServicer(calls=calls), server)
-        corpus_pb2_grpc.add_CorpusServicer_to_server(corpus, server)
-        duties_pb2_grpc.add_DutiesServicer_to_server(duties, server)
-        runs_pb2_grpc.add_AdminServicer_to_server(admin, server)
-        port = _bind(server, config, identity)
-        await server.start()
-        self._exit_stack.push_async_callback(server.stop, config.stop_deadline_seconds)
+        await bound.server.start()
+        self._exit_stack.push_async_callback(bound.server.stop, config.stop_deadline_seconds)
         local_host = _ANY_HOSTS.get(config.host, config.host)
-        self.local_address = _join_address(local_host, port)
-        self.address = config.advertise or _join_address(_advertised_host(config.host), port)
+        self.local_address = join_address(local_host, bound.port)
+        advertised_host = _advertised_host(config.host)
+        self.address = config.advertise or join_address(advertised_host, bound.port)
 
     def _running(self) -> RunningCoordinator:
         return RunningCoordinator(
@@ -234,14 +195,6 @@ class Coordinator:
             pid=os.getpid(),
             ca_fingerprint=self.ca_fingerprint,
         )
-
-
-def package_version() -> str:
-    """Version of the installed package; "source" when run from a checkout."""
-    try:
-        return importlib.metadata.version("muster")
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
 
 
 def _policy(config: CoordinatorConfig) -> SwarmPolicy:
@@ -259,26 +212,16 @@ def _policy(config: CoordinatorConfig) -> SwarmPolicy:
     )
 
 
-def _limiter(calls_per_second: float, *, burst_factor: float) -> RateLimiter:
-    return RateLimiter(
-        calls_per_second=calls_per_second, burst_calls=burst_factor * calls_per_second
-    )
-
-
-def _bind(server: Any, config: CoordinatorConfig, identity: Identity) -> int:
-    address = _join_address(config.host, config.port)
+def _announced_rendezvous(config: CoordinatorConfig) -> str:
+    """Multiaddress of the rendezvous on the advertised host; empty if either is left to chance."""
+    if not config.advertise or not config.rendezvous_port:
+        return ""
+    host, _ = split_address(config.advertise)
     try:
-        port: int = server.add_secure_port(
-            address, server_credentials(identity.cert_pem, identity.key_pem)
-        )
-    except RuntimeError as error:
-        raise MachineError(
-            f"cannot listen on {address}",
-            allowed="a free port on an interface of this machine",
-            remedy="pass --port PORT (0 lets the system choose) or stop what holds the port",
-            code=ErrorCode.PORT_IN_USE,
-        ) from error
-    return port
+        kind = f"ip{ipaddress.ip_address(host).version}"
+    except ValueError:
+        kind = "dns4"
+    return f"/{kind}/{host}/tcp/{config.rendezvous_port}"
 
 
 def _certificate_hosts(config: CoordinatorConfig) -> tuple[str, ...]:
@@ -287,12 +230,8 @@ def _certificate_hosts(config: CoordinatorConfig) -> tuple[str, ...]:
     )
 
 
-def _join_address(host: str, port: int) -> str:
-    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _advertised_host(host: str) -> str:
-    """The host itself, or for "every interface" the address from which this machine reaches others."""
+    """The host itself; for "every interface" the address by which this machine reaches others."""
     if host not in _ANY_HOSTS:
         return host
     is_v6 = ":" in host

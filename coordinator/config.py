@@ -1,11 +1,14 @@
-"""This deployment of the coordinator: addresses, directories, intervals. What the run *is* stands in its RunSpec.
+"""This deployment of the coordinator: addresses, directories, intervals. What the run *is* stands
+in its RunSpec.
 
-Order, later wins: defaults < TOML file < environment `MUSTER_COORDINATOR_<FIELD>` < flags. Unknown keys are refused with
-the nearest match, in files and in the environment alike. This is the only coordinator module that reads the environment.
+Order, later wins: defaults < TOML file < environment `MUSTER_COORDINATOR_<FIELD>` < flags. Unknown
+keys are refused with the nearest match, in files and in the environment alike. This is the only
+coordinator module that reads the environment.
 """
 
 import dataclasses
 import difflib
+import importlib.metadata
 import math
 import os
 import tomllib
@@ -32,9 +35,11 @@ class CoordinatorConfig:
     port: int = 7700
     """Port for peers; 0 lets the system choose."""
     advertise: str = ""
-    """HOST:PORT that join strings name; empty: the host's own name or address with the real port."""
+    """HOST:PORT that join strings name; empty: the host's own name or address with the real port.
+    """
     http_host: str = "127.0.0.1"
-    """Interface of the page, the JSON API and /metrics. They carry no secrets, but also no login."""
+    """Interface of the page, the JSON API and /metrics. They carry no secrets, but also no login.
+    """
     http_port: int = 7701
     """Port of the page; 0 lets the system choose."""
     rendezvous: tuple[str, ...] = ()
@@ -103,7 +108,9 @@ def load_config(
     flags: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> CoordinatorConfig:
-    """Merge the four sources. `flags` whose value is None were not given. Raises UsageError or MachineError."""
+    """Merge the four sources. `flags` whose value is None were not given. Raises UsageError or
+    MachineError.
+    """
     variables = os.environ if environment is None else environment
     if config_path is None and variables.get(CONFIG_FILE_VARIABLE):
         config_path = Path(variables[CONFIG_FILE_VARIABLE])
@@ -123,6 +130,14 @@ def load_config(
     _refuse_unknown(given, origin="flags")
     values.update(given)
     return CoordinatorConfig(**values)
+
+
+def package_version() -> str:
+    """Version of the installed package; "source" when run from a checkout."""
+    try:
+        return importlib.metadata.version("muster")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
 
 
 _FIELD_TYPES: dict[str, Any] = {

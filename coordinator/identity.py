@@ -1,11 +1,10 @@
-"""Key files of a coordinator: made once, at the first start, and the reason why a data directory must be kept private.
+"""Key files of a coordinator: made once, at the first start, and the reason why a data directory
+must be kept private.
 
-| file | what it is |
-|---|---|
-| ca.pem, ca.key | TLS certificate (its own CA; join strings carry its fingerprint) and key |
-| signing.key | raw Ed25519 key that signs leases, directives, incarnation records and votes |
-| admin.key | 32 random bytes; whoever can read it may command the running coordinator |
-| coordinator.json | where the running coordinator is; absent when none runs |
+| file | what it is | |---|---| | ca.pem, ca.key | TLS certificate (its own CA; join strings carry
+its fingerprint) and key | | signing.key | raw Ed25519 key that signs leases, directives,
+incarnation records and votes | | admin.key | 32 random bytes; whoever can read it may command the
+running coordinator | | coordinator.json | where the running coordinator is; absent when none runs |
 
 Files are written whole (temporary name, fsync, rename) and readable by their owner only.
 """
@@ -60,7 +59,8 @@ class RunningCoordinator:
 def load_identity(data_dir: Path, *, hosts: tuple[str, ...]) -> Identity:
     """Read the key files, making those that are missing. Call with the data directory locked.
 
-    A certificate without its key, or a key of the wrong size, is refused: making a new one would lock out every peer.
+    A certificate without its key, or a key of the wrong size, is refused: making a new one would
+    lock out every peer.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     cert_path, key_path = data_dir / _CERTIFICATE_FILE, data_dir / _PRIVATE_KEY_FILE
@@ -69,7 +69,8 @@ def load_identity(data_dir: Path, *, hosts: tuple[str, ...]) -> Identity:
         write_whole(key_path, key_pem, mode=0o600)
         write_whole(cert_path, cert_pem, mode=0o644)
     if not cert_path.exists() and key_path.exists():
-        key_path.unlink()  # the first start was interrupted between the two files; nobody has seen the certificate
+        # The first start was interrupted between the two files: nobody has seen the certificate.
+        key_path.unlink()
         return load_identity(data_dir, hosts=hosts)
     signing_path, admin_path = data_dir / _SIGNING_FILE, data_dir / _ADMIN_FILE
     if not signing_path.exists():
@@ -112,7 +113,9 @@ def forget_running(data_dir: Path) -> None:
 
 
 def load_running(data_dir: Path) -> RunningCoordinator:
-    """Where the coordinator of this data directory says it is; it may have died since. Raises UnavailableError."""
+    """Where the coordinator of this data directory says it is; it may have died since. Raises
+    UnavailableError.
+    """
     path = data_dir / _ADDRESS_FILE
     try:
         return RunningCoordinator(**json.loads(path.read_bytes()))

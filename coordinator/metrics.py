@@ -1,8 +1,10 @@
-"""Prometheus registry of the coordinator: exactly telemetry.COORDINATOR_METRICS, in a registry of its own.
+"""Prometheus registry of the coordinator: exactly telemetry.COORDINATOR_METRICS, in a registry of
+its own.
 
-Two sources. Calls, commits and streamed bytes are observed as they happen, through child objects that are looked up once
-(0.7 to 1.6 us each, ops-security 1.2). Everything about a run is a `Sample` made from a status snapshot at scrape time, so a
-peer that has left has no series left behind and counters agree with the ledger by construction.
+Two sources. Calls, commits and streamed bytes are observed as they happen, through child objects
+that are looked up once (0.7 to 1.6 us each, ops-security 1.2). Everything about a run is a `Sample`
+made from a status snapshot at scrape time, so a peer that has left has no series left behind and
+counters agree with the ledger by construction.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -58,7 +60,7 @@ class CoordinatorMetrics:
         self._rpc_child_by_key: dict[tuple[str, str], Histogram] = {}
 
     def add_samples(self, read_samples: Callable[[], Iterable[Sample]]) -> None:
-        """Expose what `read_samples` returns; it is called in the scraping thread, once per scrape."""
+        """Expose what `read_samples` returns; it is called in the scraping thread."""
         self._registry.register(_SampleCollector(read_samples))
 
     def observe_call(self, method: str, status: str, seconds: float) -> None:

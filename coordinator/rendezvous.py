@@ -1,9 +1,11 @@
-"""The rendezvous child: `muster-peer rendezvous`, the first address of the DHT, kept alive beside the coordinator.
+"""The rendezvous child: `muster-peer rendezvous`, the first address of the DHT, kept alive beside
+the coordinator.
 
-It is a process of its own because hivemind may not be imported here. It prints one JSON line with its multiaddresses when it
-is reachable. If it dies it is started again after a pause that doubles up to a minute; peers that know one another do not
-need it meanwhile. Its identity lies in its home, so the addresses stay the same over restarts. A coordinator that is killed
-takes the child along (PR_SET_PDEATHSIG, set by the child itself: no Python runs between fork and exec).
+It is a process of its own because hivemind may not be imported here. It prints one JSON line with
+its multiaddresses when it is reachable. If it dies it is started again after a pause that doubles
+up to a minute; peers that know one another do not need it meanwhile. Its identity lies in its home,
+so the addresses stay the same over restarts. A coordinator that is killed takes the child along
+(--die-with-parent: the child asks the kernel itself, so no Python runs between fork and exec).
 """
 
 import asyncio
@@ -19,14 +21,6 @@ from pathlib import Path
 from protos.contract.errors import ErrorCode, MachineError
 
 _LOGGER = logging.getLogger(__name__)
-_CHILD_PROGRAM = """
-import ctypes, os, runpy, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit(0)
-runpy.run_module("peer.cli.main", run_name="__main__", alter_sys=True)
-"""
-"""Ends with its parent, then becomes `python -m peer.cli.main`; 1 is PR_SET_PDEATHSIG."""
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _STABLE_SECONDS = 60.0
@@ -38,14 +32,23 @@ _STOP_DEADLINE_SECONDS = 5.0
 class Rendezvous:
     """Starts the child, keeps it alive and knows its addresses."""
 
-    def __init__(self, *, home: Path, host: str, port: int) -> None:
+    def __init__(self, *, home: Path, host: str, port: int, announced_address: str = "") -> None:
+        """`announced_address` is a multiaddress that others reach it at, if it cannot know itself."""
+        self._announced_address = announced_address
         self._home = home
         self._host = host
         self._port = port
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self.is_ready = False
+        """True while the child is known to be reachable."""
         self.addresses: tuple[str, ...] = ()
         """Multiaddresses of the living child; the last known ones while it restarts."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child; None between two of them."""
+        return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
         """Start the child and wait until it is reachable. Raises MachineError if it cannot be."""
@@ -53,7 +56,8 @@ class Rendezvous:
             raise MachineError(
                 "the rendezvous needs hivemind, which is not installed here",
                 allowed="the package's [peer] extra, or a rendezvous elsewhere",
-                remedy="pip install 'muster[peer]', or pass --rendezvous MULTIADDRESS of one that runs elsewhere",
+                remedy="pip install 'muster[peer]', or pass --rendezvous MULTIADDRESS of one "
+                "that runs elsewhere",
                 code=ErrorCode.DEPENDENCY_MISSING,
             )
         await self._launch()
@@ -68,16 +72,11 @@ class Rendezvous:
         await self._end_child()
 
     async def _launch(self) -> None:
-        command = [
-            sys.executable,
-            "-c",
-            _CHILD_PROGRAM,
-            str(os.getpid()),
-            "rendezvous",
-            "--home",
-            str(self._home),
-        ]
-        command += ["--host", self._host, "--port", str(self._port), "--json"]
+        command = [sys.executable, "-m", "peer.cli.main", "--die-with-parent", "rendezvous"]
+        command += ["--home", str(self._home), "--host", self._host]
+        command += ["--port", str(self._port), "--json"]
+        if self._announced_address:
+            command += ["--announce", self._announced_address]
         self._home.mkdir(parents=True, exist_ok=True)
         log_path = self._home / "rendezvous.log"
         with log_path.open("ab") as log:
@@ -98,10 +97,12 @@ class Rendezvous:
             raise MachineError(
                 f"the rendezvous did not come up on port {self._port}",
                 allowed="a free port and a working [peer] extra",
-                remedy=f"see the end of {log_path}, or pass --rendezvous-port PORT or --rendezvous MULTIADDRESS",
+                remedy=f"see the end of {log_path}, or pass --rendezvous-port PORT or "
+                "--rendezvous MULTIADDRESS",
                 code=ErrorCode.DEPENDENCY_MISSING,
             ) from error
         self.addresses = addresses
+        self.is_ready = True
         _LOGGER.info("rendezvous is up at %s", ", ".join(addresses))
 
     async def _keep_alive(self) -> None:
@@ -111,6 +112,8 @@ class Rendezvous:
             began_monotonic_seconds = loop.time()
             if self._process is not None:
                 exit_code = await self._process.wait()
+                self.is_ready = False
+                _kill_group(self._process.pid)
                 _LOGGER.warning("rendezvous ended with exit code %s; starting it again", exit_code)
             if loop.time() - began_monotonic_seconds > _STABLE_SECONDS:
                 pause_seconds = _FIRST_PAUSE_SECONDS
@@ -137,8 +140,11 @@ class Rendezvous:
                 _LOGGER.warning(
                     "rendezvous did not end within %.0f s; killing it", _STOP_DEADLINE_SECONDS
                 )
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # its own group: takes p2pd along if it is still there
+        _kill_group(process.pid)
         await process.wait()
+
+
+def _kill_group(pid: int) -> None:
+    """Kill what is left of the child's own process group: p2pd, if the child could not end it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)

@@ -1,7 +1,9 @@
-"""Once a second: expire leases, judge quorums, hand out duties, issue directives. All of it is one operation, `tick`.
+"""Once a second: expire leases, judge quorums, hand out duties, issue directives. All of it is one
+operation, `tick`.
 
-The next tick begins a second after the last one ended, so a slow store delays ticks and never piles them up. This is the
-ticker's broad-exception border: a tick that fails is logged and counted, and the next one is tried.
+The next tick begins a second after the last one ended, so a slow store delays ticks and never piles
+them up. This is the ticker's broad-exception border: a tick that fails is logged and counted, and
+the next one is tried.
 """
 
 import asyncio

@@ -257,3 +257,8 @@ def child_environment(*, threads: int, log_level: str) -> dict[str, str]:
     environment["HIVEMIND_LOGLEVEL"] = "INFO" if log_level == "DEBUG" else "WARNING"
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
+
+
+def quiet_libraries() -> None:
+    """Keep gRPC's own lines off the terminal; it reads this variable when it is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

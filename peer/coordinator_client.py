@@ -21,7 +21,13 @@ import grpc
 from protos.contract import channel
 from protos.contract.certificate import Tag, join_payload, p2p_join_payload
 from protos.contract.channel import JoinString
-from protos.contract.errors import ErrorCode, MusterError, RefusedError, UnavailableError, UsageError
+from protos.contract.errors import (
+    ErrorCode,
+    MusterError,
+    RefusedError,
+    UnavailableError,
+    UsageError,
+)
 from protos.contract.ids import PROTOCOL_VERSION, PeerId
 from protos.contract.signing import SigningKey
 from protos.muster.v1 import (
@@ -44,7 +50,6 @@ _FIRST_BACKOFF_SECONDS = 0.2
 _MAX_BACKOFF_SECONDS = 5.0
 _CLOCK_SAMPLES = 3
 _RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
-
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -420,7 +425,9 @@ class CoordinatorClient:
             now_unix_seconds=time.time(),
         )
 
-    def _failed(self, method: str, error: grpc.aio.AioRpcError, began_seconds: float) -> MusterError:
+    def _failed(
+        self, method: str, error: grpc.aio.AioRpcError, began_seconds: float
+    ) -> MusterError:
         failure = channel.error_from_rpc(error)
         metadata = {key for key, _ in (error.trailing_metadata() or ())}
         is_answered = error.code() not in _RETRIED or channel.METADATA_ERROR_CODE in metadata

@@ -119,9 +119,10 @@ class Home:
         return cls(path, fd)
 
     def close(self) -> None:
-        """Remove what is of no use afterwards and release the lock."""
-        for name in ("status.json", "children.json"):
-            (self.path / "run" / name).unlink(missing_ok=True)
+        """Remove what is of no use afterwards (status.json stays: how it ended) and release the lock."""
+        (self.run / "children.json").unlink(missing_ok=True)
+        for leftover in find_leftover_files(self.path):
+            leftover.unlink(missing_ok=True)
         os.close(self._lock_fd)
 
     @property

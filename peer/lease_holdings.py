@@ -64,6 +64,11 @@ class LeaseHoldings:
         return sum(lease.left_tokens for lease in self._held.values())
 
     @property
+    def has_unsent(self) -> bool:
+        """True while a granted lease has not been sent to the trainer."""
+        return any(not lease.is_sent for lease in self._held.values())
+
+    @property
     def renewed_numbers(self) -> tuple[int, ...]:
         """What heartbeats renew: held, under way in a round, or spent and not yet acknowledged."""
         return tuple(sorted({*self._held, *self._contributed, *self._spent_step_by_number}))

@@ -85,11 +85,12 @@ class SessionMachine:
                 facts.contribution_tokens = event.contribution_tokens
             case ev.TrainerIdle():
                 facts.is_trainer_idle = event.is_idle
-                self._do(ev.TellSwarmIdle(is_idle=event.is_idle))
+                self._tell_swarm_idle(event.is_idle)
             case ev.ContributionReady():
                 self._on_contribution(event)
             case ev.CertificatesAcknowledged():
                 self.leases.acknowledge(event.outer_step)
+                link.take_grant(self._now_seconds)  # what was held is credited: there may be more
             case ev.HeartbeatAnswered() | ev.HeartbeatFailed():
                 self._on_heartbeat(event)
             case ev.SessionRefused():
@@ -134,6 +135,7 @@ class SessionMachine:
         if child is ev.ChildName.SWARM:
             self._facts.is_swarm_ready = True
             self._do(ev.TellSwarmCoordinator(is_reachable=self._link.is_reachable))
+            self._do(ev.TellSwarmIdle(is_idle=self._facts.is_swarm_told_idle))
         else:
             self._facts.is_trainer_ready = True
             self._set_trainer_pause()
@@ -157,7 +159,7 @@ class SessionMachine:
             facts.contribution_tokens = 0
             self._has_told_no_more = False
             if not facts.is_contributing:
-                self._do(ev.TellSwarmIdle(is_idle=True))
+                self._tell_swarm_idle(True)
             if facts.duty is not None and facts.duty.event.kind is ev.DutyKind.EVALUATE:
                 facts.duty.is_begun = False
         deaths = facts.deaths_by_child.setdefault(event.child, [])
@@ -243,6 +245,9 @@ class SessionMachine:
                 self._back_off(event.reason)
             case ev.LeasesNeeded():
                 link.hasten_leases(self._now_seconds)
+                if link.backoff_seconds > 0:
+                    self._has_told_no_more = False
+                    self._tell_no_more()
             case ev.LeaseFetched():
                 self.leases.mark_fetched(event.lease_number)
                 if facts.is_trainer_ready:
@@ -267,7 +272,6 @@ class SessionMachine:
             self._back_off(event.reason)
             return
         link.take_grant(self._now_seconds)
-        self._has_told_no_more = False
         self.leases.grant(event.leases)
         self._do(ev.FetchChunks(lease_numbers=tuple(lease.lease_number for lease in event.leases)))
 
@@ -279,9 +283,11 @@ class SessionMachine:
         self._tell_no_more()
 
     def _tell_no_more(self) -> None:
-        if not self._has_told_no_more and self._facts.is_trainer_ready:
-            self._has_told_no_more = True
-            self._do(ev.TellNoMoreLeases(is_exhausted=self._link.is_exhausted))
+        """Nothing is on its way: neither granted nor to be had now. `leases` takes it back."""
+        if self._has_told_no_more or not self._facts.is_trainer_ready or self.leases.has_unsent:
+            return
+        self._has_told_no_more = True
+        self._do(ev.TellNoMoreLeases(is_exhausted=self._link.is_exhausted))
 
     def _plan_leases(self) -> None:
         facts, link, position = self._facts, self._link, self._facts.position
@@ -350,6 +356,7 @@ class SessionMachine:
             if position.round_tokens == 0:
                 return
             facts.trainer_position, facts.outcome = position, None
+            self._tell_swarm_idle(False)
             self._do(
                 ev.TellStateReady(
                     incarnation=position.incarnation,
@@ -385,9 +392,15 @@ class SessionMachine:
             )
         )
 
+    def _tell_swarm_idle(self, is_idle: bool) -> None:
+        if is_idle != self._facts.is_swarm_told_idle:
+            self._facts.is_swarm_told_idle = is_idle
+            self._do(ev.TellSwarmIdle(is_idle=is_idle))
+
     def _send_leases(self) -> None:
         parts = self.leases.take_sendable()
         if parts:
+            self._has_told_no_more = False
             self._do(ev.SendLeases(parts=parts))
 
     def _lose_all_leases(self) -> None:

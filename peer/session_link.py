@@ -75,7 +75,7 @@ class CoordinatorLink:
             self.next_acquire_seconds = min(self.next_acquire_seconds, now_seconds)
 
     def take_grant(self, now_seconds: float) -> None:
-        """Something was granted."""
+        """Something was granted, or there is a new reason to ask: no backing off."""
         self.backoff_seconds, self.next_acquire_seconds, self.no_lease_reason = 0.0, now_seconds, ""
 
     def back_off(self, reason: str, *, now_seconds: float) -> None:

@@ -11,7 +11,7 @@ from peer.session_events import ChildName, DutyOffered, RoundEnded
 from peer.session_link import GRACE_SECONDS, CoordinatorLink
 from protos.contract.telemetry import RoundPhase, SessionState
 
-_AVERAGING = (RoundPhase.FORM, RoundPhase.REDUCE, RoundPhase.AGREE, RoundPhase.APPLY)
+_REDUCING = (RoundPhase.REDUCE, RoundPhase.AGREE, RoundPhase.APPLY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class SessionFacts:
     phase: RoundPhase = RoundPhase.SYNC
     phase_reason: str = "the swarm process is starting"
     is_trainer_idle: bool = False
+    is_swarm_told_idle: bool = False
+    """What the swarm process was told of this peer's work last."""
     is_trainer_paused: bool = False
     trainer_position: Position | None = None
     """What the trainer was told last; None before its first state."""
@@ -97,7 +99,7 @@ def _claims(
             SessionState.WAITING,
             f"WAITING_FOR_COORDINATOR for more than {minutes:.0f} minutes: {link.lost_reason}",
         )
-    is_in_round = facts.phase in _AVERAGING and facts.is_trainer_idle
+    is_in_round = facts.phase in _REDUCING and facts.is_trainer_idle
     if facts.is_contributing or is_in_round:
         yield SessionState.AVERAGING, f"step {position.outer_step + 1}"
     if position.round_tokens == 0:
@@ -110,8 +112,10 @@ def _claims(
 def _syncing_reason(facts: SessionFacts) -> str | None:
     if not facts.is_swarm_ready:
         return facts.phase_reason
-    if facts.position is None or facts.phase is RoundPhase.SYNC:
-        return facts.phase_reason or "loading the state"
+    if facts.phase is RoundPhase.SYNC:
+        return facts.phase_reason
+    if facts.position is None:
+        return "loading the state"
     if not facts.is_dataset_ready:
         return "fetching manifest, tokenizer and held-out chunks"
     if not facts.is_trainer_ready:

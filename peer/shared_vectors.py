@@ -48,7 +48,9 @@ class SharedVectors:
         begin = _HEADER_FIELDS * 8
         self._vectors: dict[str, Float32Vector] = {}
         for name in _ALL_VECTORS:
-            self._vectors[name] = np.frombuffer(self._map, dtype="<f4", count=num_values, offset=begin)
+            self._vectors[name] = np.frombuffer(
+                self._map, dtype="<f4", count=num_values, offset=begin
+            )
             begin += num_values * 4
 
     @classmethod

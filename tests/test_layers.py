@@ -23,7 +23,7 @@ from tests.source_tree import (
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "protos": (("muster",), ("contract",)),
     "peer": (
-        ("ipc", "shared_vectors", "home", "identity", "config", "metrics"),
+        ("ipc", "parent_death", "shared_vectors", "home", "identity", "config", "metrics"),
         ("model",),
         ("coordinator_client", "session", "parallel"),
         ("checkpoint", "data"),

@@ -1,1 +1,3 @@
-"""gRPC border: thin aio servicers over operations. Nothing here decides; wire.py converts, auth.py knows the caller."""
+"""gRPC border: thin aio servicers over operations. Nothing here decides; wire.py converts, auth.py
+knows the caller.
+"""

@@ -1,4 +1,6 @@
-"""The command line's side of Admin.Perform: one call to the running coordinator, with the data directory's admin key."""
+"""The command line's side of Admin.Perform: one call to the running coordinator, with the data
+directory's admin key.
+"""
 
 import asyncio
 import json

@@ -1,7 +1,9 @@
-"""Who calls: a member by its session key, the operator by the admin key, or nobody yet (Challenge, Join).
+"""Who calls: a member by its session key, the operator by the admin key, or nobody yet (Challenge,
+Join).
 
-Sessions are read from the store once and kept for a minute at most, so an eviction that bypassed `forget` ends them soon;
-the operations check membership themselves. The nonces of Challenge live here too: in memory, good for one Join each.
+Sessions are read from the store once and kept for a minute at most, so an eviction that bypassed
+`forget` ends them soon; the operations check membership themselves. The nonces of Challenge live
+here too: in memory, good for one Join each.
 """
 
 import asyncio
@@ -51,7 +53,9 @@ class Authenticator:
         find_session: Callable[[str], FindSessionResponse],
         clock: Callable[[], float],
     ) -> None:
-        """`find_session` reads the store (in a worker thread) and raises RefusedError for a stranger."""
+        """`find_session` reads the store (in a worker thread) and raises RefusedError for a
+        stranger.
+        """
         self._admin_key = admin_key
         self._find_session = find_session
         self._clock = clock

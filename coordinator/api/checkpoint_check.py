@@ -1,7 +1,9 @@
-"""Is an uploaded file the state that was proved? Reads safetensors with numpy, recomputes the digest, looks for NaN.
+"""Is an uploaded file the state that was proved? Reads safetensors with numpy, recomputes the
+digest, looks for NaN.
 
-The file is what peer/checkpoint writes: flat fp32 vectors `params`, `exp_avg`, `exp_avg_sq` and, as metadata, the
-StateMeta. Vectors are read one at a time; safetensors refuses bad headers, overlaps and trailing bytes itself.
+The file is what peer/checkpoint writes: flat fp32 vectors `params`, `exp_avg`, `exp_avg_sq` and, as
+metadata, the StateMeta. Vectors are read one at a time; safetensors refuses bad headers, overlaps
+and trailing bytes itself.
 """
 
 from pathlib import Path

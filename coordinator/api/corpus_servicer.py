@@ -1,5 +1,6 @@
-"""Corpus: files of the run's dataset. Training chunks go only to who holds an active lease on them, so that one member's
-key does not give the whole corpus away; manifest, tokenizer and held-out chunks are for every member.
+"""Corpus: files of the run's dataset. Training chunks go only to who holds an active lease on them,
+so that one member's key does not give the whole corpus away; manifest, tokenizer and held-out
+chunks are for every member.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -40,7 +41,9 @@ def find_file(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> Path:
-    """Path of the file if the peer may have it. Raises RefusedError (NOT_LEASED), UsageError. Only reads."""
+    """Path of the file if the peer may have it. Raises RefusedError (NOT_LEASED), UsageError. Only
+    reads.
+    """
     dataset_dir = context.data_dir / load_run(tx, request.run_id).dataset_dir
     manifest = load_run_data(tx, context, request.run_id).manifest
     if request.file == corpus_pb2.DATASET_FILE_MANIFEST:

@@ -9,6 +9,7 @@ from coordinator.api import wire
 from coordinator.api.calls import Calls, caller, serialise_with
 from coordinator.api.checkpoint_check import check_checkpoint
 from coordinator.api.files import IncomingFile, read_parts
+from coordinator.operations.common import OperationContext, load_run_data
 from coordinator.operations.duties import begin_upload, find_checkpoint, finish_upload, report_duty
 from coordinator.operations.requests import (
     BeginUploadRequest,
@@ -17,8 +18,21 @@ from coordinator.operations.requests import (
     FinishUploadRequest,
     ReportDutyResponse,
 )
+from coordinator.store.base import Transaction
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
+from protos.contract.model_shape import ModelShape
 from protos.muster.v1 import duties_pb2, duties_pb2_grpc
+
+_HEADER_BYTES = 2**21
+"""Room for safetensors' header: state meta, directive, unreported certificates."""
+
+
+def most_upload_bytes(
+    tx: Transaction, run_id: str, /, *, context: OperationContext, now_unix_seconds: float
+) -> int:
+    """Largest checkpoint file of a run: its state vectors and their header. Only reads."""
+    model = load_run_data(tx, context, run_id).spec.model
+    return ModelShape.from_spec(model).state_bytes + _HEADER_BYTES
 
 
 class DutiesServicer(duties_pb2_grpc.DutiesServicer):
@@ -55,10 +69,21 @@ class DutiesServicer(duties_pb2_grpc.DutiesServicer):
                 "an upload without header", allowed="the header first", remedy="upgrade the client"
             )
         upload = wire.begin_upload_from_wire(header.header, caller())
+        await self._check_size(upload)
         accepted = await self._calls.change(begin_upload, upload)
         if not accepted.is_accepted:
             return duties_pb2.UploadCheckpointResponse(is_accepted=False, reason=accepted.reason)
         return await self._receive(parts, header.data, upload, accepted)
+
+    async def _check_size(self, upload: BeginUploadRequest) -> None:
+        most_bytes = await self._calls.read(most_upload_bytes, upload.run_id)
+        if upload.total_bytes > most_bytes:
+            raise UsageError(
+                f"a checkpoint of {upload.total_bytes} bytes",
+                allowed=f"at most {most_bytes} for this run's model",
+                remedy="upload one state",
+                code=ErrorCode.TOO_LARGE,
+            )
 
     async def _receive(
         self,

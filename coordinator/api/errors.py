@@ -1,4 +1,6 @@
-"""MusterError <-> gRPC: the status says what kind, trailing metadata which one (protos/contract/channel.py)."""
+"""MusterError <-> gRPC: the status says what kind, trailing metadata which one
+(protos/contract/channel.py).
+"""
 
 from typing import Any, NoReturn
 

@@ -1,4 +1,6 @@
-"""Files on the wire: reading them in parts without blocking the event loop, receiving them into a temporary file."""
+"""Files on the wire: reading them in parts without blocking the event loop, receiving them into a
+temporary file.
+"""
 
 import asyncio
 import os
@@ -12,7 +14,9 @@ from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, Us
 
 
 async def read_parts(path: Path) -> AsyncIterator[tuple[bytes, int]]:
-    """Yield (part, size of the whole file); at least one part. Raises CorruptDataError if the file is gone."""
+    """Yield (part, size of the whole file); at least one part. Raises CorruptDataError if the file
+    is gone.
+    """
     try:
         file = await asyncio.to_thread(path.open, "rb")
     except OSError as error:
@@ -32,7 +36,9 @@ async def read_parts(path: Path) -> AsyncIterator[tuple[bytes, int]]:
 
 
 class IncomingFile:
-    """Receives a file of known size beside its later place; removed unless `keep` was called. Use with `async with`."""
+    """Receives a file of known size beside its later place; removed unless `keep` was called. Use
+    with `async with`.
+    """
 
     def __init__(self, path: Path, *, total_bytes: int) -> None:
         self._final_path = path
@@ -60,12 +66,15 @@ class IncomingFile:
         self.path.unlink(missing_ok=True)
 
     async def write(self, part: bytes) -> None:
-        """Append a part. Raises UsageError (TOO_LARGE) beyond the announced size, MachineError if the disk is full."""
+        """Append a part. Raises UsageError (TOO_LARGE) beyond the announced size, MachineError if
+        the disk is full.
+        """
         self._received_bytes += len(part)
         if len(part) > MAX_STREAM_PART_BYTES or self._received_bytes > self._total_bytes:
             raise UsageError(
                 f"received {self._received_bytes} bytes in parts of {len(part)}",
-                allowed=f"{self._total_bytes} bytes as announced, parts of at most {MAX_STREAM_PART_BYTES}",
+                allowed=f"{self._total_bytes} bytes as announced, at most "
+                f"{MAX_STREAM_PART_BYTES} in a part",
                 remedy="upload the file that was announced",
                 code=ErrorCode.TOO_LARGE,
             )

@@ -1,14 +1,14 @@
-"""What happens around every call: rate limit, authentication, latency, and the border where errors become statuses.
+"""What happens around every call: rate limit, authentication, latency, and the border where errors
+become statuses.
 
-This is the API's broad-exception border: a MusterError goes to the caller with its code; anything else is a bug, is logged
-with its traceback here and reaches the caller as INTERNAL without details.
+This is the API's broad-exception border: a MusterError goes to the caller with its code; anything
+else is a bug, is logged with its traceback here and reaches the caller as INTERNAL without details.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ from coordinator.api.auth import CALLER, Authenticator
 from coordinator.api.errors import abort, status_of
 from coordinator.api.rate_limit import RateLimiter
 from protos.contract.channel import STREAM_DEADLINE_SECONDS, UNAUTHENTICATED_METHODS
-from protos.contract.errors import ErrorCode, MusterError, UnavailableError
+from protos.contract.errors import ErrorCode, MusterError, RefusedError, UnavailableError
 from protos.contract.telemetry import LogField
 
 _LOGGER = logging.getLogger(__name__)
@@ -40,17 +40,25 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._member_limiter = member_limiter
         self._stranger_limiter = stranger_limiter
         self._observe_call = observe_call
+        self._handler_by_method: dict[str, grpc.RpcMethodHandler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Wrap the handler; None (unknown method) stays None."""
+        """Wrap the handler, once per method; None (unknown method) stays None."""
+        method = details.method
+        known = self._handler_by_method.get(method)
+        if known is not None:
+            return known
         handler = await continuation(details)
         if handler is None:
             return None
-        method = details.method
+        wrapped = self._handler_by_method[method] = self._wrap(method, handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._wrap_stream(method, handler.unary_stream),
@@ -70,55 +78,60 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _wrap_unary(
         self, method: str, inner: Callable[[Any, Any], Awaitable[Any]], is_stream: bool
     ) -> Callable[[Any, Any], Awaitable[Any]]:
-        limit_seconds = STREAM_DEADLINE_SECONDS if is_stream else None
+        name = method.rpartition("/")[2]
 
         async def call(request: Any, context: Any) -> Any:
-            with self._measured(method) as outcome:
-                try:
-                    await self._admit(method, context)
-                    async with asyncio.timeout(limit_seconds):
-                        return await inner(request, context)
-                except (Exception, asyncio.CancelledError) as error:
-                    await self._refuse(method, context, error, outcome)
+            begin_seconds, outcome = time.perf_counter(), ["OK"]
+            try:
+                await self._admit(method, context)
+                if not is_stream:
+                    return await inner(request, context)
+                async with asyncio.timeout(STREAM_DEADLINE_SECONDS):
+                    return await inner(request, context)
+            except (Exception, asyncio.CancelledError) as error:
+                await self._refuse(method, context, error, outcome)
+            finally:
+                self._observe_call(name, outcome[0], time.perf_counter() - begin_seconds)
 
         return call
 
     def _wrap_stream(
         self, method: str, inner: Callable[[Any, Any], AsyncIterator[Any]]
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        name = method.rpartition("/")[2]
+
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-            with self._measured(method) as outcome:
-                try:
-                    await self._admit(method, context)
-                    async with asyncio.timeout(STREAM_DEADLINE_SECONDS):
-                        async for part in inner(request, context):
-                            yield part
-                except (Exception, asyncio.CancelledError) as error:
-                    await self._refuse(method, context, error, outcome)
+            begin_seconds, outcome = time.perf_counter(), ["OK"]
+            try:
+                await self._admit(method, context)
+                async with asyncio.timeout(STREAM_DEADLINE_SECONDS):
+                    async for part in inner(request, context):
+                        yield part
+            except (Exception, asyncio.CancelledError) as error:
+                await self._refuse(method, context, error, outcome)
+            finally:
+                self._observe_call(name, outcome[0], time.perf_counter() - begin_seconds)
 
         return call
-
-    @contextmanager
-    def _measured(self, method: str) -> Iterator[list[str]]:
-        begin_seconds = time.perf_counter()
-        outcome = ["OK"]
-        try:
-            yield outcome
-        finally:
-            short_name = method.rpartition("/")[2]
-            self._observe_call(short_name, outcome[0], time.perf_counter() - begin_seconds)
 
     async def _admit(self, method: str, context: Any) -> None:
         now_monotonic_seconds = time.monotonic()
         if method in UNAUTHENTICATED_METHODS:
-            address = context.peer().rpartition(":")[0]
-            self._stranger_limiter.take(address, now_monotonic_seconds=now_monotonic_seconds)
+            self._stranger_limiter.take(
+                _address_of(context), now_monotonic_seconds=now_monotonic_seconds
+            )
         metadata = {
             key: value
             for key, value in (context.invocation_metadata() or ())
             if isinstance(value, str)
         }
-        caller = await self._authenticator.authenticate(method, metadata)
+        try:
+            caller = await self._authenticator.authenticate(method, metadata)
+        except RefusedError:
+            self._stranger_limiter.take(
+                _address_of(context), now_monotonic_seconds=now_monotonic_seconds
+            )
+            raise
         if caller.peer_id:
             self._member_limiter.take(caller.peer_id, now_monotonic_seconds=now_monotonic_seconds)
         CALLER.set(caller)
@@ -140,3 +153,8 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             error = MusterError("the coordinator failed at this call", remedy="see its log")
         outcome[0] = status_of(error).name
         await abort(context, error)
+
+
+def _address_of(context: Any) -> str:
+    """Who is at the other end, without the port."""
+    return str(context.peer()).rpartition(":")[0]

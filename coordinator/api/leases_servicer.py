@@ -17,7 +17,7 @@ class LeasesServicer(leases_pb2_grpc.LeasesServicer):
     async def AcquireLeases(
         self, request: leases_pb2.AcquireLeasesRequest, context: Any
     ) -> leases_pb2.AcquireLeasesResponse:
-        """Signed leases, durable before this returns; the operation keeps its answer by request id."""
+        """Signed leases, durable before this returns; the same request id gives the same ones."""
         response = await self._calls.change(
             acquire_leases, wire.acquire_leases_from_wire(request, caller())
         )

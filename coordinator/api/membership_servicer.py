@@ -57,6 +57,8 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
     async def Leave(
         self, request: membership_pb2.LeaveRequest, context: Any
     ) -> membership_pb2.LeaveResponse:
-        """The end in good order; the session stays valid until it expires, so a repeated Leave is answered."""
+        """The end in good order; the session stays valid until it expires, so a repeated Leave is
+        answered.
+        """
         response = await self._calls.change(leave, wire.leave_request_from_wire(request, caller()))
         return membership_pb2.LeaveResponse(num_released_leases=response.num_released_leases)

@@ -1,4 +1,6 @@
-"""Token buckets: a bounded number of callers, each with a sustained rate and a burst. Time is an argument."""
+"""Token buckets: a bounded number of callers, each with a sustained rate and a burst. Time is an
+argument.
+"""
 
 from collections import OrderedDict
 
@@ -33,7 +35,8 @@ class RateLimiter:
         if not is_allowed:
             raise UnavailableError(
                 f"{caller} calls too often",
-                allowed=f"{self._calls_per_second:g} calls per second, bursts of {self._burst_calls:g}",
+                allowed=f"{self._calls_per_second:g} calls per second, "
+                f"bursts of {self._burst_calls:g}",
                 remedy=f"wait {(1 - left) / self._calls_per_second:.1f} s",
                 code=ErrorCode.RATE_LIMITED,
             )

@@ -1,4 +1,5 @@
-"""Wire <-> dataclass: the only place where protobuf messages become operations' requests and their answers messages.
+"""Wire <-> dataclass: the only place where protobuf messages become operations' requests and their
+answers messages.
 
 What a client sends is checked here for form (lengths; UTF-8 is protobuf's); what it may do is for
 the operations.
@@ -60,7 +61,7 @@ def duration(seconds: float) -> Duration:
 
 
 def checked_text(text: str, *, name: str, max_characters: int = MAX_TEXT_CHARACTERS) -> str:
-    """The text, control characters made visible. Raises UsageError (TOO_LARGE) when it is too long."""
+    """The text, control characters made visible. Raises UsageError (TOO_LARGE) if too long."""
     checked_length(text, name=name, most=max_characters)
     return (
         text

@@ -1,4 +1,6 @@
-"""`ledger` and `ledger verify`: the books, and the books recomputed from certificates, lease events and manifest alone."""
+"""`ledger` and `ledger verify`: the books, and the books recomputed from certificates, lease events
+and manifest alone.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +51,9 @@ def ledger(
 def verify(
     run_id: RunId = "", data_dir: DataDir = DEFAULT_DATA_DIR, is_json: AsJson = False
 ) -> None:
-    """Recompute the books from stored proofs; exit code 5 and a list of what is wrong if they differ."""
+    """Recompute the books from stored proofs; exit code 5 and a list of what is wrong if they
+    differ.
+    """
     from coordinator.cli.perform import look
     from coordinator.operations.ledger_verify import verify_ledger
     from coordinator.operations.plain import plain_from_response

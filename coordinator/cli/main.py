@@ -1,7 +1,8 @@
 """`muster-coordinator`: registers every command and turns errors into messages and exit codes.
 
-Commands import what they need when they run, so that --help stays quick. This is the command line's broad-exception border:
-a MusterError becomes its three parts on standard error and its exit code, anything else a traceback and exit code 1.
+Commands import what they need when they run, so that --help stays quick. This is the command line's
+broad-exception border: a MusterError becomes its three parts on standard error and its exit code,
+anything else a traceback and exit code 1.
 """
 
 import logging
@@ -12,12 +13,12 @@ import typer
 
 from coordinator.cli import corpus, ledger, runs, serve, status, tokens, up_command
 from coordinator.cli.options import report_error, say
-from protos.contract.errors import MusterError
+from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
-INTERRUPTED_EXIT_CODE = 130
 _EPILOG = (
-    "Exit codes: 0 done; 1 internal error; 2 wrong flags, files or specs; 3 refused; 4 this machine (port, disk, "
-    "permissions, lock, missing package); 5 corrupt data; 6 cannot be reached or not ready; 7 the run cannot go on; "
+    "Exit codes: 0 done; 1 internal error; 2 wrong flags, files or specs; 3 refused; "
+    "4 this machine (port, disk, permissions, lock, missing package); 5 corrupt data; "
+    "6 cannot be reached or not ready; 7 the run cannot go on; "
     "130 interrupted."
 )
 
@@ -33,7 +34,7 @@ app = typer.Typer(
 
 def _show_version(is_wanted: bool) -> None:
     if is_wanted:
-        from coordinator.app import package_version
+        from coordinator.config import package_version
 
         typer.echo(f"muster-coordinator {package_version()}")
         raise typer.Exit
@@ -72,7 +73,7 @@ def main() -> None:
         say("interrupted")
         sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # the reader is gone; nothing left to flush
+        sys.stdout = None  # the reader is gone; nothing left to flush
         sys.exit(0)
     except Exception:
         logging.getLogger(__name__).exception("internal error")

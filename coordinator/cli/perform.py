@@ -1,7 +1,8 @@
-"""How commands reach the operations: through the running coordinator, or on the store when none runs.
+"""How commands reach the operations: through the running coordinator, or on the store when none
+runs.
 
-Changes go to whoever holds the data directory's lock: a running coordinator (Admin.Perform), else this process takes the
-lock for the moment. Reads open the store read-only beside anybody.
+Changes go to whoever holds the data directory's lock: a running coordinator (Admin.Perform), else
+this process takes the lock for the moment. Reads open the store read-only beside anybody.
 """
 
 import time

@@ -66,6 +66,7 @@ def serve(
             f"--log-level {log_level}", allowed="DEBUG, INFO, WARNING, ERROR", remedy="choose one"
         )
     logging.basicConfig(level=log_level.upper(), format=_LOG_FORMAT)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     flags: dict[str, Any] = {
         "data_dir": data_dir,
         "host": host,

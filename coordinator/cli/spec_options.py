@@ -1,4 +1,4 @@
-"""From flags to a RunSpec: a TOML file or defaults, then --model, then --set, then the plain flags."""
+"""From flags to a RunSpec: TOML file or defaults, then --model, then --set, then plain flags."""
 
 import tomllib
 from collections.abc import Sequence

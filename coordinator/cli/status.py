@@ -45,13 +45,15 @@ def status(
         ("goodput", f"{found.goodput_tokens_per_second:,.0f} tokens/s"),
         (
             "outer step",
-            f"{found.outer_step} (incarnation {found.incarnation}, {found.num_rollbacks} rollbacks)",
+            f"{found.outer_step} (incarnation {found.incarnation}, "
+            f"{found.num_rollbacks} rollbacks)",
         ),
         ("training loss", f"{found.train_loss_nats:.4f} nats" if found.train_loss_nats else "-"),
         ("held-out", heldout),
         (
             "peers",
-            f"{found.num_live_peers} live, {found.num_voters} with a vote, {found.num_peers_seen} seen",
+            f"{found.num_live_peers} live, {found.num_voters} with a vote, "
+            f"{found.num_peers_seen} seen",
         ),
         ("states equal", "yes" if found.state_digests_equal else "NO"),
         ("checkpoint", found.newest_checkpoint_path or "-"),

@@ -65,7 +65,8 @@ def create(
         "any number of peers" if not made["max_uses"] else f"at most {made['max_uses']} new peers"
     )
     say(
-        f"token {made['token_id']} for run {made['run_id']}: {uses}, until {time_text(made['expire_unix_seconds'])}"
+        f"token {made['token_id']} for run {made['run_id']}: {uses}, "
+        f"until {time_text(made['expire_unix_seconds'])}"
     )
 
 
@@ -111,7 +112,8 @@ def revoke(
         print_json(made)
         return
     typer.echo(
-        f"token {made['token_id']} {'is revoked' if made['was_revoked'] else 'had been revoked before'}"
+        f"token {made['token_id']} "
+        f"{'is revoked' if made['was_revoked'] else 'had been revoked before'}"
     )
 
 

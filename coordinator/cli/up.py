@@ -10,9 +10,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from coordinator.app import Coordinator
 from coordinator.cli.up_children import (
@@ -26,20 +27,22 @@ from coordinator.cli.up_summary import Summary, summary_table
 from coordinator.cli.up_view import PeerRow, RunView, UpView
 from coordinator.config import CoordinatorConfig, load_config
 from coordinator.corpus.baselines import compute_baselines
-from coordinator.operations.ledger_verify import VerifyLedger, verify_ledger
+from coordinator.operations.ledger_verify import verify_ledger
 from coordinator.operations.membership import peer_exited
 from coordinator.operations.requests import PeerExitedRequest
 from coordinator.operations.requests_admin import (
     CreateTokenRequest,
     PeersRequest,
+    PeerStatus,
     StatusRequest,
     StatusResponse,
 )
+from coordinator.operations.requests_ledger import VerifyLedgerRequest
 from coordinator.operations.status import peers as read_peers
 from coordinator.operations.status import status as read_status
 from coordinator.operations.tokens import create_token
 from protos.contract.channel import JoinString
-from protos.contract.errors import RunFailedError, UsageError
+from protos.contract.errors import INTERRUPTED_EXIT_CODE, RunFailedError, UsageError
 from protos.contract.telemetry import RunState
 
 LOOK_SECONDS = 0.5
@@ -50,6 +53,7 @@ MAX_RESTARTS = 3
 PEERS_LEAVE_SECONDS = 20.0
 PROMPT = "def "
 _MAX_PEERS = 64
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,7 @@ class _Up:
         self._run_id = ""
 
     async def run(self) -> int:
+        """Everything, from the data directory to the exit code."""
         options = self._options
         if options.is_fresh:
             clear_data_dir(options.data_dir)
@@ -122,7 +127,9 @@ class _Up:
 
     def _say_choice(self, choice: RunChoice) -> None:
         if choice.run_id:
-            self._view.say(f"resuming run {choice.run_id} in {self._options.data_dir}: {choice.reason}")
+            self._view.say(
+                f"resuming run {choice.run_id} in {self._options.data_dir}: {choice.reason}"
+            )
 
     def _install_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -137,7 +144,9 @@ class _Up:
             sys.stderr.flush()
             raise KeyboardInterrupt
         self._view.stop_live()
-        self._view.say("stopping; `up` with the same --data-dir resumes this run (again: stop at once)")
+        self._view.say(
+            "stopping; `up` with the same --data-dir resumes this run (again: stop at once)"
+        )
         self._stop.set()
 
     async def _run_with(self, coordinator: Coordinator, dataset_dir: Path) -> int:
@@ -145,22 +154,38 @@ class _Up:
         self._view.say(f"page: {coordinator.http_address}")
         await self._start_peers(coordinator)
         await self._watch(coordinator)
-        if self._stop.is_set():
-            return 130
-        await self._wait_for_peers()
+        await self._unless_stopped(self._wait_for_peers())
         self._view.stop_live()
-        summary = await self._summarise(coordinator, dataset_dir)
+        summary = await self._unless_stopped(self._summarise(coordinator, dataset_dir))
+        if summary is None:
+            return INTERRUPTED_EXIT_CODE
         path = options.data_dir / "summary.json"
         path.write_text(summary.to_json() + "\n")
         self._view.say(summary_table(summary))
-        self._view.say(f"summary: {path}\ncheckpoint: {summary.checkpoint_path}\nsample:\n{summary.sample_text}")
+        self._view.say(
+            f"summary: {path}\ncheckpoint: {summary.checkpoint_path}\nsample:\n{summary.sample_text}"
+        )
         if options.is_json:
             sys.stdout.write(summary.to_json() + "\n")
             sys.stdout.flush()
         if options.is_kept_serving:
-            self._view.say(f"serving {coordinator.http_address} and {coordinator.address} until interrupted")
+            self._view.say(
+                f"serving {coordinator.http_address} and {coordinator.address} until interrupted"
+            )
             await self._stop.wait()
         return 0
+
+    async def _unless_stopped(self, work: Coroutine[None, None, _Result]) -> _Result | None:
+        """Result of `work`, or None as soon as somebody interrupts."""
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() and not self._stop.is_set() else None
+        finally:
+            for future in (task, stopped):
+                future.cancel()
+            await asyncio.gather(task, stopped, return_exceptions=True)
 
     # Peers.
 
@@ -199,7 +224,9 @@ class _Up:
         for peer in self._peers:
             if peer.has_ended and not peer.is_reported:
                 peer.is_reported = True
-                reason = f"its process ended with code {peer.process.returncode}: {peer.last_line()}"
+                reason = (
+                    f"its process ended with code {peer.process.returncode}: {peer.last_line()}"
+                )
                 self._view.say(f"peer {peer.name}: {reason}")
                 peer_id = peer.peer_id()
                 if peer_id is not None:
@@ -226,7 +253,9 @@ class _Up:
         while not self._stop.is_set():
             status = await self._status(coordinator)
             rows = await coordinator.look(read_peers, PeersRequest(run_id=self._run_id))
-            view = _view_from(status, tuple(_peer_row(peer) for peer in rows.peers), coordinator.http_address)
+            view = _view_from(
+                status, tuple(_peer_row(peer) for peer in rows.peers), coordinator.http_address
+            )
             self._view.show(view, now_monotonic_seconds=time.monotonic())
             if status.state == RunState.FINISHED:
                 return
@@ -248,7 +277,7 @@ class _Up:
     async def _summarise(self, coordinator: Coordinator, dataset_dir: Path) -> Summary:
         options, say = self._options, self._view.say
         status = await self._status(coordinator)
-        verdict = await coordinator.look(verify_ledger, VerifyLedger(run_id=self._run_id))
+        verdict = await coordinator.look(verify_ledger, VerifyLedgerRequest(run_id=self._run_id))
         state_path = (options.data_dir / status.newest_checkpoint_path).absolute()
         spec_path = (options.data_dir / "run_spec.json").absolute()
         say("evaluating the final state on all held-out text")
@@ -263,9 +292,19 @@ class _Up:
         baselines = await asyncio.to_thread(compute_baselines, dataset_dir)
         export_dir = (options.data_dir / "export").absolute()
         shutil.rmtree(export_dir, ignore_errors=True)
-        await run_peer_command("export", str(state_path), str(export_dir), "--dataset", str(dataset_dir))
+        await run_peer_command(
+            "export", str(state_path), str(export_dir), "--dataset", str(dataset_dir)
+        )
         sample = await run_peer_command(
-            "generate", str(state_path), PROMPT, "--dataset", str(dataset_dir), "--max-tokens", "64", "--seed", "0"
+            "generate",
+            str(state_path),
+            PROMPT,
+            "--dataset",
+            str(dataset_dir),
+            "--max-tokens",
+            "64",
+            "--seed",
+            "0",
         )
         first = status.first_evaluation
         return Summary(
@@ -319,10 +358,7 @@ def _config(options: UpOptions) -> CoordinatorConfig:
     )
 
 
-def _peer_row(peer: object) -> PeerRow:
-    from coordinator.operations.requests_admin import PeerStatus
-
-    assert isinstance(peer, PeerStatus)
+def _peer_row(peer: PeerStatus) -> PeerRow:
     is_live = peer.is_live and bool(peer.claims.state)
     return PeerRow(
         name=peer.name or peer.peer_id[:8],
@@ -344,7 +380,9 @@ def _view_from(status: StatusResponse, peers: Sequence[PeerRow], page_url: str) 
         goodput_tokens_per_second=status.goodput_tokens_per_second,
         outer_steps=status.outer_step,
         loss_nats=status.train_loss_nats or None,
-        heldout_bits_per_byte=last.bits_per_byte if last is not None and last.bits_per_byte else None,
+        heldout_bits_per_byte=last.bits_per_byte
+        if last is not None and last.bits_per_byte
+        else None,
         eta_seconds=status.eta_seconds if status.eta_seconds >= 0 else None,
         page_url=page_url,
         peers=tuple(peers),

@@ -1,13 +1,12 @@
 """Child processes of `up`: peers that live and die with it, and one-shot `muster-peer` commands.
 
 A peer gets a process group of its own, so Ctrl+C reaches only `up`, which then stops them in order; the kernel sends it
-SIGTERM if `up` itself dies (PR_SET_PDEATHSIG), so nothing is left behind.
+SIGTERM if `up` itself dies (`--die-with-parent`), so nothing is left behind. The child asks for that itself: a function
+between fork and exec would run gRPC's fork handlers.
 """
 
 import asyncio
-import ctypes
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,11 @@ from protos.contract.errors import ErrorCode, MachineError, RunFailedError
 PEER_MODULE = "peer.cli.main"
 LEAVE_SECONDS = 15.0
 """A peer that was asked to leave gets this long; it needs about five."""
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to send SIGTERM to the calling process when its parent ends; runs between fork and exec."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def peer_command(*arguments: str) -> list[str]:
     """Command line of `muster-peer` in this environment."""
-    return [sys.executable, "-m", PEER_MODULE, *arguments]
+    return [sys.executable, "-m", PEER_MODULE, "--die-with-parent", *arguments]
 
 
 class PeerChild:
@@ -57,7 +50,6 @@ class PeerChild:
                 stdout=log,
                 stderr=log,
                 process_group=0,
-                preexec_fn=die_with_parent,
             )
         return cls(name=name, home=home, process=process)
 
@@ -72,7 +64,8 @@ class PeerChild:
             status = json.loads((self.home / "run" / "status.json").read_text())
         except (OSError, ValueError):
             return None
-        return status.get("peer_id")
+        peer_id = status.get("peer_id")
+        return peer_id if isinstance(peer_id, str) else None
 
     def last_line(self) -> str:
         """Last line of its log, to say why it ended."""
@@ -102,7 +95,6 @@ async def run_peer_command(*arguments: str) -> bytes:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         process_group=0,
-        preexec_fn=die_with_parent,
     )
     try:
         output, errors = await process.communicate()

@@ -1,4 +1,6 @@
-"""`up`: corpus, coordinator and peers on this machine until the budget is credited; the work is in up.py."""
+"""`up`: corpus, coordinator and peers on this machine until the budget is credited; the work is in
+up.py.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +45,9 @@ def up(
         bool, typer.Option("--json", help="Print the summary as the last line.")
     ] = False,
 ) -> None:
-    """Build a corpus, start a swarm here, train to the budget, evaluate, export. Resumes an unfinished run."""
+    """Build a corpus, start a swarm here, train to the budget, evaluate, export. Resumes an
+    unfinished run.
+    """
     from coordinator.cli.up import UpOptions, run_up
 
     options = UpOptions(

@@ -179,9 +179,7 @@ def up_spec(
         settings.append(f"strategy.global_batch_tokens={max(seq_len, batch_tokens)}")
     if budget < 10 * ScheduleSpec().lr_warmup_tokens:
         settings.append(f"schedule.lr_warmup_tokens={budget // 10}")
-    return build_spec(
-        manifest, model=models, settings=settings, budget_tokens=budget, seed=seed
-    )
+    return build_spec(manifest, model=models, settings=settings, budget_tokens=budget, seed=seed)
 
 
 def _progress(say: Callable[[str], None]) -> Callable[[BuildProgress], None]:

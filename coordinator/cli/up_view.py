@@ -53,7 +53,11 @@ class RunView:
         """Everything but the peers in one line."""
         share = self.credited_tokens / self.budget_tokens if self.budget_tokens else 0.0
         loss = "-" if self.loss_nats is None else f"{self.loss_nats:.3f}"
-        heldout = "" if self.heldout_bits_per_byte is None else f", held-out {self.heldout_bits_per_byte:.3f} bits/byte"
+        heldout = (
+            ""
+            if self.heldout_bits_per_byte is None
+            else f", held-out {self.heldout_bits_per_byte:.3f} bits/byte"
+        )
         return (
             f"{self.run_state}: {self.credited_tokens:,} of {self.budget_tokens:,} tokens ({share:.0%}), "
             f"loss {loss}{heldout}, {self.goodput_tokens_per_second:,.0f} tokens/s, outer step {self.outer_steps}, "
@@ -120,7 +124,12 @@ class UpView:
 
 def _render(view: RunView) -> Group:
     table = Table(box=None, pad_edge=False, expand=True)
-    for title, justify in (("peer", "left"), ("state", "left"), ("step", "right"), ("tokens/s", "right")):
+    for title, justify in (
+        ("peer", "left"),
+        ("state", "left"),
+        ("step", "right"),
+        ("tokens/s", "right"),
+    ):
         table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("credited", justify="right", no_wrap=True)
     table.add_column("reason", overflow="ellipsis", no_wrap=True, ratio=1)

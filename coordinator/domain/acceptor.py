@@ -1,10 +1,11 @@
 """The coordinator as a voter of weight one half (architecture section 5, Quorum).
 
-It keeps the promises that members keep (never vote in an attempt lower than promised), and one more rule: it signs *last*,
-only when its half completes a quorum with the member votes that it holds, in the transaction that stores and credits the
-certificate. So a signature of the coordinator never exists without a stored certificate: nothing commits by its half without
-its knowledge, an incarnation that it starts cannot undo what it helped to commit unknowingly, and its highest
-vote for an outer step is always the stored certificate's.
+It keeps the promises that members keep (never vote in an attempt lower than promised), and one more
+rule: it signs *last*, only when its half completes a quorum with the member votes that it holds, in
+the transaction that stores and credits the certificate. So a signature of the coordinator never
+exists without a stored certificate: nothing commits by its half without its knowledge, an
+incarnation that it starts cannot undo what it helped to commit unknowingly, and its highest vote
+for an outer step is always the stored certificate's.
 """
 
 from collections.abc import Mapping
@@ -70,7 +71,8 @@ def decide_vote(
 ) -> VoteDecision:
     """Decide on equal, valid votes of `voters` (members only) for a value in an attempt.
 
-    The caller has checked the signatures and that the value continues the chain; no certificate is stored for the outer step.
+    The caller has checked the signatures and that the value continues the chain; no certificate is
+    stored for the outer step.
     """
     if state.vote_attempt != NO_ATTEMPT and state.vote_value != value:
         return VoteDecision(
@@ -87,7 +89,10 @@ def decide_vote(
             state=state,
             is_certificate=False,
             signs=False,
-            reason=f"{halves / 2:g} of {sum(half_votes.values()) / 2:g} votes and the coordinator's half are no quorum",
+            reason=(
+                f"{halves / 2:g} of {sum(half_votes.values()) / 2:g} votes and the coordinator's "
+                "half are no quorum"
+            ),
         )
     if attempt < state.promised_attempt:
         return VoteDecision(
@@ -106,5 +111,6 @@ def equivocation(*, stored_value: bytes, other_value: bytes, outer_step: int) ->
         return ""
     return (
         f"two certificates with different values for outer step {outer_step}: "
-        "more than half of the votes broke the rules; start a new incarnation from an outer step before"
+        "more than half of the votes broke the rules; start a new incarnation from an outer step "
+        "before"
     )

@@ -17,6 +17,9 @@ from protos.contract.telemetry import PeerState
 MAX_DUTY_ATTEMPTS = 5
 """Hand-outs of one duty before it is given up."""
 
+NUM_REMEMBERED_CHECKPOINTS = 8
+"""Finished checkpoint duties that are kept, so that the list stays short in a run of weeks."""
+
 
 class DutyKind(StrEnum):
     """What a duty asks for."""
@@ -133,10 +136,26 @@ def plan_duties(
         is_news = progress.outer_step > progress.newest_checkpoint_outer_step
         age_seconds = now_unix_seconds - last
         if is_news and age_seconds >= policy.checkpoint_interval_seconds:
-            number = sum(d.kind is DutyKind.CHECKPOINT for d in duties)
             reason = f"the last checkpoint is {age_seconds:.0f} s old"
-            create(DutyKind.CHECKPOINT, f"{progress.run_id}/checkpoint/{number}", reason)
+            create(
+                DutyKind.CHECKPOINT,
+                f"{progress.run_id}/checkpoint/{progress.incarnation}-{progress.outer_step}",
+                reason,
+            )
     return created
+
+
+def forgettable_duties(duties: Sequence[DutyRecord]) -> list[DutyRecord]:
+    """Finished duties of which nobody will ask again: all checkpoints but the newest few and the final ones."""
+    ended = [
+        duty
+        for duty in duties
+        if duty.kind is DutyKind.CHECKPOINT
+        and not duty.is_pending
+        and "/final-" not in duty.duty_id
+    ]
+    ended.sort(key=lambda duty: duty.finish_unix_seconds)
+    return ended[:-NUM_REMEMBERED_CHECKPOINTS]
 
 
 def withdraw_outdated(

@@ -29,10 +29,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """A state that can be had: a live member's attestation or a stored, proved checkpoint."""
+    """A state that can be had: a live member's attestation, a stored, proved checkpoint, or the initial state."""
 
     peer_id: str
-    """Empty for a checkpoint."""
+    """Empty for a checkpoint and for the initial state, which every peer can build."""
     incarnation: int
     outer_step: int
     state_digest: bytes
@@ -41,7 +41,7 @@ class Holding:
 
     @property
     def is_checkpoint(self) -> bool:
-        """True if the coordinator itself holds it."""
+        """True if no member is needed to have it."""
         return not self.peer_id
 
 
@@ -53,7 +53,7 @@ class Base:
     outer_step: int
     state_digest: bytes
     holders: frozenset[str]
-    """Live members that hold it; empty if only a checkpoint does."""
+    """Live members that hold it; empty if it comes from a checkpoint or is the initial state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +331,8 @@ def plan_rollback(
     same = [h for h in usable if h.outer_step == newest[0] and h.state_digest == digest]
     holders = frozenset(h.peer_id for h in same if not h.is_checkpoint)
     lost_steps = certified_outer_step - newest[0]
-    source = f"{len(holders)} live members" if holders else "a stored checkpoint"
+    stored = "a stored checkpoint" if newest != (0, 0) else "every peer (the initial state)"
+    source = f"{len(holders)} live members" if holders else stored
     reason = f"{need_reason}; goes back {lost_steps} steps to outer step {newest[0]}, which {source} hold(s)"
     base = Base(incarnation=newest[1], outer_step=newest[0], state_digest=digest, holders=holders)
     return IncarnationPlan(base=base, reason=reason, refused=refused)

@@ -1,17 +1,22 @@
 """Lease decisions: which windows a peer may train next so that they count.
 
-Every window that was ever granted lies before the *frontier* and is exactly one of active, released, expired or credited;
-every window after it is free. Grants come from, in this order:
+Every window that was ever granted lies before the *frontier* and is exactly one of active,
+released, expired or credited; every window after it is free. Grants come from, in this order:
 1. released windows (given back, or rolled back), oldest in the schedule first;
 2. never-leased windows, by moving the frontier;
-3. expired windows: last, because a late certificate may still credit them until somebody else gets them.
-A grant of windows that were leased before raises their fence by one, which is what refuses the late holder from then on.
+3. expired windows: last, because a late certificate may still credit them until somebody else gets
+   them.
 
-The budget: the frontier never moves past budget_tokens, so active + released + expired + credited <= budget at all times, and
-a late certificate always has room. Hence a budget may be lowered to the tokens granted so far, not below.
+A grant of windows that were leased before raises their fence by one, which is what refuses the late
+holder from then on.
 
-Leases are whole windows inside one chunk, sized to seconds of the peer's measured work, and shrink towards the end of the
-budget in proportion to the peer's share of the swarm's speed, so that the last tokens are not all with one slow peer.
+The budget: the frontier never moves past budget_tokens, so active + released + expired + credited
+<= budget at all times, and a late certificate always has room. Hence a budget may be lowered to the
+tokens granted so far, not below.
+
+Leases are whole windows inside one chunk, sized to seconds of the peer's measured work, and shrink
+towards the end of the budget in proportion to the peer's share of the swarm's speed, so that the
+last tokens are not all with one slow peer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +28,9 @@ from coordinator.domain.spans import Interval, Span, subtract
 
 MIN_LEASE_SECONDS = 5.0
 MAX_LEASE_SECONDS = 60.0
-"""A lease is one round of the peer's work within these: a dead peer's is back soon, leases are not the traffic."""
+"""A lease is one round of the peer's work within these: a dead peer's is back soon, leases are not
+the traffic.
+"""
 MAX_LEASES_PER_ANSWER = 16
 HELD_ROUNDS = 2
 """A peer may hold this many of its rounds: the one under way and the next."""
@@ -43,7 +50,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeRange:
-    """Windows that were leased before and are not now; `fence` is the newest one they were under."""
+    """Windows that were leased before and are not now; `fence` is their newest one."""
 
     span: Span
     fence: int
@@ -113,7 +120,9 @@ class GrantPlan:
 
 
 def lease_size_windows(demand: Demand, *, left_windows: int) -> int:
-    """Windows of one lease: a round of this peer, within 5 to 60 s of its work, less near the end, at least one."""
+    """Windows of one lease: a round of this peer, within 5 to 60 s of its work, less near the end,
+    at least one.
+    """
     size = float(demand.round_windows)
     if demand.tokens_per_second > 0:
         windows_per_second = demand.tokens_per_second / demand.window_tokens
@@ -136,7 +145,8 @@ def allowance_windows(demand: Demand, *, left_windows: int) -> tuple[int, str]:
     if room <= share:
         return (
             allowed,
-            f"{demand.held_windows} windows held, at most {cap} (two rounds of {demand.round_windows})",
+            f"{demand.held_windows} windows held, at most {cap} (two rounds of "
+            f"{demand.round_windows})",
         )
     return allowed, f"share {demand.share_ratio:.3f} of the {left_windows} windows left"
 
@@ -151,11 +161,12 @@ class _Planner:
 
     @property
     def is_done(self) -> bool:
+        """True once the allowance is used up or the answer is full."""
         return self.left <= 0 or len(self.grants) >= MAX_LEASES_PER_ANSWER
 
-    def grant(self, span: Span, *, fence: int, limit: int) -> int:
+    def grant(self, span: Span, *, fence: int, max_windows: int) -> int:
         """Grant a lease at the beginning of the span; returns its windows, 0 if none fits."""
-        windows = min(span.num_windows, self._lease_windows, self.left, limit)
+        windows = min(span.num_windows, self._lease_windows, self.left, max_windows)
         if windows <= 0 or self.is_done:
             return 0
         self.grants.append(
@@ -165,9 +176,11 @@ class _Planner:
         return windows
 
     def take_from(
-        self, ranges: Sequence[FreeRange], *, limit: int
+        self, ranges: Sequence[FreeRange], *, max_windows: int
     ) -> tuple[list[FreeRange], list[FreeRange], int]:
-        """Grant out of returned ranges in order; gives (used rows, what is left of them, windows granted)."""
+        """Grant out of returned ranges in order; gives (used rows, what is left of them, windows
+        granted).
+        """
         used: list[FreeRange] = []
         left: list[FreeRange] = []
         total = 0
@@ -176,7 +189,9 @@ class _Planner:
             begin = span.begin_window
             while begin < span.end_window:
                 granted = self.grant(
-                    span.part(begin, span.end_window), fence=free.fence + 1, limit=limit - total
+                    span.part(begin, span.end_window),
+                    fence=free.fence + 1,
+                    max_windows=max_windows - total,
                 )
                 if granted == 0:
                     break
@@ -186,7 +201,7 @@ class _Planner:
                 used.append(free)
                 if begin < span.end_window:
                     left.append(FreeRange(span=span.part(begin, span.end_window), fence=free.fence))
-            if self.is_done or total >= limit:
+            if self.is_done or total >= max_windows:
                 break
         return used, left, total
 
@@ -199,7 +214,9 @@ def plan_grants(
     max_data_passes: int,
     may_grant_again: bool,
 ) -> GrantPlan:
-    """Decide the leases for one request; `may_grant_again` is False while the coordinator is RECOVERING."""
+    """Decide the leases for one request; `may_grant_again` is False while the coordinator is
+    RECOVERING.
+    """
     unleased = max(0, book.budget_windows - book.credited_windows - book.active_windows)
     allowed, reason = allowance_windows(demand, left_windows=unleased)
     planner = _Planner(
@@ -208,14 +225,14 @@ def plan_grants(
     nothing: tuple[list[FreeRange], list[FreeRange], int] = ([], [], 0)
     released = expired = nothing
     if may_grant_again:
-        released = planner.take_from(book.released, limit=unleased - book.expired_windows)
+        released = planner.take_from(book.released, max_windows=unleased - book.expired_windows)
     frontier = _Frontier(book.frontier_position, book.frontier_window, 0)
     num_released = _num_windows(book.released)
     if not may_grant_again or released[2] == num_released:
         frontier, pass_reason = _move_frontier(book, planner, schedule, max_data_passes)
         reason = pass_reason or reason
     if may_grant_again and unleased >= book.expired_windows:
-        expired = planner.take_from(book.expired, limit=unleased)
+        expired = planner.take_from(book.expired, max_windows=unleased)
     num_left = num_released - released[2] + _num_windows(book.expired) - expired[2]
     is_exhausted = (
         num_left == 0 and book.granted_windows + frontier.num_windows >= book.budget_windows
@@ -248,7 +265,9 @@ class _Frontier(NamedTuple):
 def _move_frontier(
     book: BookState, planner: _Planner, schedule: Schedule, max_data_passes: int
 ) -> tuple[_Frontier, str]:
-    """Grant never-leased windows; returns where the frontier is then, and why it stopped if the passes are used up."""
+    """Grant never-leased windows; returns where the frontier is then, and why it stopped if the
+    passes are used up.
+    """
     position, window, fresh = book.frontier_position, book.frontier_window, 0
     while not planner.is_done and book.granted_windows + fresh < book.budget_windows:
         data_pass, chunk_index = schedule.chunk_at(position)
@@ -266,7 +285,7 @@ def _move_frontier(
             end_window=num_windows,
         )
         granted = planner.grant(
-            span, fence=1, limit=book.budget_windows - book.granted_windows - fresh
+            span, fence=1, max_windows=book.budget_windows - book.granted_windows - fresh
         )
         fresh += granted
         window += granted
@@ -300,7 +319,9 @@ def open_intervals(lease: Interval, credited: Iterable[Interval]) -> list[Interv
 
 
 def merged(ranges: Iterable[FreeRange]) -> list[FreeRange]:
-    """Neighbouring returned ranges of one chunk joined; the joined range keeps the higher fence, which stays newest."""
+    """Neighbouring returned ranges of one chunk joined; the joined range keeps the higher fence,
+    which stays newest.
+    """
     joined: list[FreeRange] = []
     for free in sorted(ranges, key=lambda r: (r.span.schedule_position, r.span.begin_window)):
         last = joined[-1] if joined else None

@@ -3,9 +3,10 @@
 A window that a certificate lists is credited iff
 - it lies in a lease that this coordinator granted to that peer in this incarnation,
 - no newer lease covers it (its fence is the newest one: nobody else was given it meanwhile), and
-- it was not credited before in the chain of outer steps in force.
-Whether the lease has expired or was released does not matter by itself; only a new grant takes the right away. Everything
-else is booked once in uncredited_trained_tokens with the reason. Decisions are per window, so one range may split.
+- it was not credited before in the chain of outer steps in force. Whether the lease has expired or
+  was released does not matter by itself; only a new grant takes the right away. Everything else is
+  booked once in uncredited_trained_tokens with the reason. Decisions are per window, so one range
+  may split.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ def decide_credit(
 ) -> list[Piece]:
     """Split a claim into credited and uncredited pieces, in window order.
 
-    `credited` are the windows of the chunk that are credited already, with the outer step that did it; they do not overlap.
+    `credited` are the windows of the chunk that are credited already, with the outer step that did
+    it; they do not overlap.
     """
     begin, end = claim.windows
     if begin >= end:
@@ -110,7 +112,10 @@ def _decide_inside(
         stale = subtract(open_part, subtract(open_part, [other.windows for other in newer]))
         if newer and stale:
             newest = max(newer, key=lambda other: other.fence)
-            reason = f"fence {lease.fence} is old: granted again under {newest.fence} to {newest.peer_id}"
+            reason = (
+                f"fence {lease.fence} is old: granted again under {newest.fence} to "
+                f"{newest.peer_id}"
+            )
             pieces += [_refused(part, reason) for part in stale]
         for part in subtract(open_part, [other.windows for other in newer]):
             pieces.append(Piece(windows=part, is_credited=True, reason=""))
@@ -166,6 +171,8 @@ def decide_chain(
         return ChainVerdict(
             is_next=False,
             is_old=False,
-            reason=f"names roster {roster_number}; the outer step before names {head.directive_number}",
+            reason=(
+                f"names roster {roster_number}; the outer step before names {head.directive_number}"
+            ),
         )
     return ChainVerdict(is_next=True, is_old=False, reason="")

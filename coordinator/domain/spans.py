@@ -1,11 +1,12 @@
 """Runs of whole windows inside one chunk of one data pass, and the little arithmetic on them.
 
-A span is (schedule_position, data_pass, chunk_index, begin_window, end_window), half-open. The position fixes pass and chunk; it
-orders spans as the schedule does. Windows count positions in the chunk's permuted order.
+A span is (schedule_position, data_pass, chunk_index, begin_window, end_window), half-open. The
+position fixes pass and chunk; it orders spans as the schedule does. Windows count positions in the
+chunk's permuted order.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,13 @@ class Span:
 
     def part(self, begin_window: int, end_window: int) -> "Span":
         """The same chunk, other windows."""
-        return replace(self, begin_window=begin_window, end_window=end_window)
+        return Span(
+            schedule_position=self.schedule_position,
+            data_pass=self.data_pass,
+            chunk_index=self.chunk_index,
+            begin_window=begin_window,
+            end_window=end_window,
+        )
 
 
 Interval = tuple[int, int]
@@ -33,7 +40,9 @@ Interval = tuple[int, int]
 
 
 def subtract(whole: Interval, holes: Iterable[Interval]) -> list[Interval]:
-    """What is left of an interval without the holes, in order; holes may overlap and come in any order."""
+    """What is left of an interval without the holes, in order; holes may overlap and come in any
+    order.
+    """
     left: list[Interval] = []
     begin, end = whole
     for hole_begin, hole_end in sorted(holes):
@@ -52,7 +61,9 @@ def subtract(whole: Interval, holes: Iterable[Interval]) -> list[Interval]:
 
 
 def intersect(whole: Interval, others: Iterable[Interval]) -> list[Interval]:
-    """Parts of an interval that lie in one of the others, in order; the others do not overlap each other."""
+    """Parts of an interval that lie in one of the others, in order; the others do not overlap each
+    other.
+    """
     begin, end = whole
     cut = ((max(begin, other[0]), min(end, other[1])) for other in sorted(others))
     return [found for found in cut if found[0] < found[1]]

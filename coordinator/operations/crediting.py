@@ -1,7 +1,9 @@
-"""Taking a proven certificate into the books: certificate, credits, lease rows and totals in one transaction.
+"""Taking a proven certificate into the books: certificate, credits, lease rows and totals in one
+transaction.
 
-The caller has checked that the certificate is proven and continues the chain. domain/ledger decides window by window; a range
-that cannot be credited does not make the round invalid, it is booked once as uncredited with the reason.
+The caller has checked that the certificate is proven and continues the chain. domain/ledger decides
+window by window; a range that cannot be credited does not make the round invalid, it is booked once
+as uncredited with the reason.
 """
 
 import math
@@ -12,7 +14,7 @@ from coordinator.domain.lease_book import FreeRange
 from coordinator.domain.ledger import BookedLease, Claim, Piece, decide_credit
 from coordinator.domain.spans import Interval, intersect, num_windows, subtract
 from coordinator.operations.common import load_book, unix_ms
-from coordinator.operations.leases import free_range, note, returned_row
+from coordinator.operations.lease_rows import free_range, note, returned_row
 from coordinator.operations.requests_ledger import CertificateReceipt
 from coordinator.store.base import Transaction
 from coordinator.store.rows import CertificateRow, CreditRow, LeaseRow, UncreditedRow
@@ -54,6 +56,37 @@ def take_certificate(
     tally = _Tally()
     for claim, is_own in claims:
         _take_range(tx, value, claim, tally, is_own=is_own)
+    receipt = _write_totals(
+        tx,
+        certificate,
+        value,
+        tally,
+        num_members=len(contributions.contributions),
+        loss_nats=_mean_loss_nats(contributions, tally),
+        now_unix_seconds=now_unix_seconds,
+    )
+    note(
+        tx,
+        value.run_id,
+        "CERTIFICATE",
+        now_unix_seconds,
+        incarnation=value.incarnation,
+        outer_step=value.outer_step,
+    )
+    return receipt
+
+
+def _write_totals(
+    tx: Transaction,
+    certificate: rounds_pb2.Certificate,
+    value: rounds_pb2.RoundValue,
+    tally: _Tally,
+    *,
+    num_members: int,
+    loss_nats: float,
+    now_unix_seconds: float,
+) -> CertificateReceipt:
+    """Store the certificate's row, and move the totals of the run and of each peer."""
     book = load_book(tx, value.run_id)
     seq_len = book.seq_len
     credited = sum(tally.credited_by_peer.values()) * seq_len
@@ -62,22 +95,22 @@ def take_certificate(
     schedule_tokens = book.schedule_tokens + trained
     tx.insert_certificate(
         CertificateRow(
-            value.run_id,
-            value.incarnation,
-            value.outer_step,
-            certificate.attempt,
-            certificate.value,
-            certificate.SerializeToString(),
-            value.next_directive_number,
-            len(contributions.contributions),
-            sum(1 for windows in tally.trained_by_peer.values() if windows),
-            trained,
-            credited,
-            uncredited,
-            schedule_tokens,
-            _mean_loss_nats(contributions, tally),
-            unix_ms(now_unix_seconds),
-            0,
+            run_id=value.run_id,
+            incarnation=value.incarnation,
+            outer_step=value.outer_step,
+            attempt=certificate.attempt,
+            next_directive_number=value.next_directive_number,
+            num_members=num_members,
+            num_contributors=sum(1 for windows in tally.trained_by_peer.values() if windows),
+            trained_tokens=trained,
+            credited_tokens=credited,
+            uncredited_tokens=uncredited,
+            schedule_tokens=schedule_tokens,
+            loss_nats=loss_nats,
+            store_unix_ms=unix_ms(now_unix_seconds),
+            rolled_back_by=0,
+            value=certificate.value,
+            certificate=certificate.SerializeToString(),
         )
     )
     for peer_id in tally.trained_by_peer:
@@ -98,14 +131,6 @@ def take_certificate(
             schedule_tokens=schedule_tokens,
             certified_outer_step=value.outer_step,
         )
-    )
-    note(
-        tx,
-        value.run_id,
-        "CERTIFICATE",
-        now_unix_seconds,
-        incarnation=value.incarnation,
-        outer_step=value.outer_step,
     )
     return CertificateReceipt(
         outer_step=value.outer_step,
@@ -147,17 +172,19 @@ def _take_range(
     if lease is None:
         pieces = decide_credit(claim, lease=None, leases_of_chunk=(), credited=())
     else:
-        position = lease.schedule_position
+        position, windows = lease.schedule_position, (lease.begin_window, lease.end_window)
         pieces = decide_credit(
             claim,
             lease=_booked(lease),
             leases_of_chunk=[
                 _booked(row)
-                for row in tx.leases_of_chunk(value.run_id, value.incarnation, position)
+                for row in tx.leases_of_chunk(
+                    value.run_id, value.incarnation, position, windows=windows
+                )
             ],
             credited=[
                 ((row.begin_window, row.end_window), row.outer_step)
-                for row in tx.live_credits_of_chunk(value.run_id, position)
+                for row in tx.live_credits_of_chunk(value.run_id, position, windows=windows)
             ],
         )
     tally.trained_by_peer[peer_id] += num_windows([piece.windows for piece in pieces])
@@ -263,7 +290,8 @@ def _book_uncredited(
         tally.uncredited_by_peer[claim.peer_id] += piece.windows[1] - piece.windows[0]
         if not tally.first_reason:
             tally.first_reason = (
-                f"windows {piece.windows[0]} to {piece.windows[1]} of peer {claim.peer_id} not credited: "
+                f"windows {piece.windows[0]} to {piece.windows[1]} of peer {claim.peer_id} not "
+                "credited: "
                 f"{piece.reason}"
             )
 

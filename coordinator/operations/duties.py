@@ -72,6 +72,11 @@ def load_duties(tx: Transaction, run_id: str) -> list[DutyRecord]:
     return [duty_from_row(row) for row in tx.duties(run_id)]
 
 
+def load_pending_duties(tx: Transaction, run_id: str) -> list[DutyRecord]:
+    """Duties whose result may still come, oldest first."""
+    return [duty_from_row(row) for row in tx.pending_duties(run_id)]
+
+
 def save_duty(tx: Transaction, run_id: str, duty: DutyRecord, *, eval_tokens: int = 0) -> None:
     """Insert or replace a duty; `eval_tokens` counts for new ones only."""
     known = tx.duty(duty.duty_id)
@@ -114,7 +119,7 @@ def release_duties(
     tx: Transaction, run_id: str, peer_id: str, *, reason: str, now_unix_seconds: float
 ) -> None:
     """Free the duties of a peer that is gone."""
-    for duty in load_duties(tx, run_id):
+    for duty in load_pending_duties(tx, run_id):
         if duty.state is DutyState.ASSIGNED and duty.peer_id == peer_id:
             save_duty(tx, run_id, reopen(duty, reason, now_unix_seconds))
 

@@ -111,7 +111,9 @@ def _check_identity(request: JoinRequest) -> tuple[str, str]:
     try:
         peer_id = peer_id_from_public_key(request.public_key)
     except ValueError as error:
-        raise UsageError(str(error), remedy="upgrade the peer") from error
+        raise UsageError(
+            str(error), allowed="a raw Ed25519 public key", remedy="upgrade the peer"
+        ) from error
     payload = join_payload(
         request.nonce, run_id=request.run_id, p2p_public_key=request.p2p_public_key
     )

@@ -1,9 +1,10 @@
-"""Leases: grant, renew, return, expire. lease_book decides; rows, totals and journal change in the same transaction.
+"""Leases: grant, renew, return, expire. lease_book decides; rows, totals and journal change in the
+same transaction.
 
-Every change of the ledger is also one line of the journal, in order; ledger_verify recomputes the books from those lines.
+Every change of the ledger is also one line of the journal, in order; ledger_verify recomputes the
+books from those lines.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.domain.lease_book import (
@@ -12,22 +13,20 @@ from coordinator.domain.lease_book import (
     FreeRange,
     Grant,
     GrantPlan,
-    merged,
-    open_intervals,
     plan_grants,
 )
-from coordinator.domain.spans import Span, num_windows
 from coordinator.operations.common import (
     OperationContext,
     RunData,
     answer_once,
     is_recovering,
     load_book,
-    load_directive,
+    load_directive_data,
     load_run,
     load_run_data,
     unix_ms,
 )
+from coordinator.operations.lease_rows import end_leases, free_range, note, returned_row
 from coordinator.operations.members import speed_from_row
 from coordinator.operations.requests_ledger import (
     AcquireLeasesRequest,
@@ -41,7 +40,7 @@ from coordinator.operations.requests_ledger import (
     RenewLeasesResponse,
 )
 from coordinator.store.base import Transaction
-from coordinator.store.rows import BookRow, JournalRow, LeaseRow, ReturnedRow, RunRow
+from coordinator.store.rows import BookRow, LeaseRow, RunRow
 from protos.contract.certificate import Tag
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
 from protos.contract.telemetry import LeaseState, RunState
@@ -68,55 +67,6 @@ def open_book(
     note(tx, run_id, "OPEN", now_unix_seconds, reason=f"budget {budget_tokens} tokens")
 
 
-def note(
-    tx: Transaction,
-    run_id: str,
-    kind: str,
-    now_unix_seconds: float,
-    *,
-    lease: LeaseRow | None = None,
-    incarnation: int = 0,
-    outer_step: int = 0,
-    reason: str = "",
-) -> None:
-    """Append one line to the journal, about a lease or about the run."""
-    if lease is None:
-        row = JournalRow(
-            0,
-            run_id,
-            unix_ms(now_unix_seconds),
-            kind,
-            incarnation,
-            outer_step,
-            "",
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            reason,
-        )
-    else:
-        row = JournalRow(
-            0,
-            run_id,
-            unix_ms(now_unix_seconds),
-            kind,
-            lease.incarnation,
-            outer_step,
-            lease.peer_id,
-            lease.lease_number,
-            lease.fence,
-            lease.data_pass,
-            lease.chunk_index,
-            lease.begin_window,
-            lease.end_window,
-            reason,
-        )
-    tx.insert_journal(row)
-
-
 def check_incarnation(run: RunRow, incarnation: int) -> None:
     """Raises RefusedError (STALE_INCARNATION) unless the caller is in the run's incarnation."""
     if incarnation != run.incarnation:
@@ -136,7 +86,7 @@ def acquire_leases(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> AcquireLeasesResponse:
-    """Grant and sign leases in schedule order, or none with the reason. Idempotent by request_id."""
+    """Grant and sign leases in schedule order, or none with the reason; once per request_id."""
     return answer_once(
         tx,
         caller=f"{request.run_id}/{request.peer_id}",
@@ -211,22 +161,21 @@ def _demand(
     book: BookRow,
     context: OperationContext,
 ) -> tuple[Demand | None, str]:
-    directive = load_directive(tx, context, run.run_id, run.directive_number)
-    roster = [] if directive is None else directive.roster
-    round_tokens = next(
-        (entry.round_tokens for entry in roster if entry.peer_id == request.peer_id), 0
-    )
-    if round_tokens < book.seq_len:
-        return None, f"directive {run.directive_number} gives this peer no tokens per round yet"
-    total_tokens = sum(entry.round_tokens for entry in roster)
+    directive = load_directive_data(tx, context, run.run_id, run.directive_number)
+    round_tokens = directive.round_tokens_by_peer.get(request.peer_id, 0) if directive else 0
+    if directive is None or round_tokens < book.seq_len:
+        return (
+            None,
+            f"directive {run.directive_number} gives this peer no tokens per round yet",
+        )
     peer = tx.peer(run.run_id, request.peer_id)
     held = tx.active_leases(run.run_id, request.peer_id)
     demand = Demand(
         wanted_windows=-(-request.wanted_tokens // book.seq_len),
         held_windows=sum(row.end_window - row.begin_window - row.credited_windows for row in held),
         round_windows=round_tokens // book.seq_len,
-        share_ratio=round_tokens / total_tokens,
-        num_peers=sum(1 for entry in roster if entry.round_tokens),
+        share_ratio=round_tokens / directive.total_round_tokens,
+        num_peers=directive.num_training_peers,
         tokens_per_second=0.0 if peer is None else speed_from_row(peer),
         window_tokens=book.seq_len,
     )
@@ -252,33 +201,6 @@ def _free_ranges(tx: Transaction, book: BookRow, cause: LeaseState) -> list[Free
     return [
         free_range(row) for row in tx.returned(book.run_id, cause, num_ranges=_NUM_RETURNED_RANGES)
     ]
-
-
-def free_range(row: ReturnedRow) -> FreeRange:
-    """A returned row as the domain sees it."""
-    span = Span(
-        schedule_position=row.schedule_position,
-        data_pass=row.data_pass,
-        chunk_index=row.chunk_index,
-        begin_window=row.begin_window,
-        end_window=row.end_window,
-    )
-    return FreeRange(span=span, fence=row.fence)
-
-
-def returned_row(run_id: str, free: FreeRange, *, cause: str) -> ReturnedRow:
-    """The inverse of `free_range`."""
-    span = free.span
-    return ReturnedRow(
-        run_id,
-        span.schedule_position,
-        span.begin_window,
-        span.end_window,
-        span.data_pass,
-        span.chunk_index,
-        free.fence,
-        cause,
-    )
 
 
 def _write_grants(
@@ -383,7 +305,9 @@ def release_leases(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> ReleaseLeasesResponse:
-    """Return the named leases; what of them was credited stays credited. Raises RefusedError (STALE_INCARNATION)."""
+    """Return the named leases; what of them was credited stays credited. Raises RefusedError
+    (STALE_INCARNATION).
+    """
     run = load_run(tx, request.run_id)
     check_incarnation(run, request.incarnation)
     wanted = set(request.lease_numbers)
@@ -422,7 +346,7 @@ def renew_leases(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> RenewLeasesResponse:
-    """Prolong the peer's active leases among the named ones, and name those that it no longer has."""
+    """Prolong the peer's active leases among the named ones; name those that it no longer has."""
     run = load_run(tx, request.run_id)
     if request.incarnation != run.incarnation:
         return RenewLeasesResponse(lost_lease_numbers=request.lease_numbers)
@@ -452,7 +376,9 @@ def expire_leases(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> ExpireLeasesResponse:
-    """Expire leases whose time is over; none while RECOVERING. Their windows stay in the budget until granted again."""
+    """Expire leases whose time is over; none while RECOVERING. Their windows stay in the budget
+    until granted again.
+    """
     if is_recovering(tx, now_unix_seconds=now_unix_seconds):
         return ExpireLeasesResponse(
             num_expired_leases=0, num_tokens=0, reason="recovering: nothing expires"
@@ -467,70 +393,3 @@ def expire_leases(
     return ExpireLeasesResponse(
         num_expired_leases=len(leases), num_tokens=tokens, reason=reason if leases else ""
     )
-
-
-def end_leases(
-    tx: Transaction,
-    leases: Sequence[LeaseRow],
-    state: LeaseState,
-    *,
-    reason: str,
-    now_unix_seconds: float,
-) -> int:
-    """End active leases as RELEASED or EXPIRED: their open windows become free; returns their tokens."""
-    if not leases:
-        return 0
-    run_id = leases[0].run_id
-    book = load_book(tx, run_id)
-    total_windows = 0
-    for lease in leases:
-        tx.update_lease(replace(lease, state=state, end_reason=reason))
-        note(
-            tx,
-            run_id,
-            "RELEASE" if state is LeaseState.RELEASED else "EXPIRE",
-            now_unix_seconds,
-            lease=lease,
-        )
-        credited = tx.live_credits_of_chunk(run_id, lease.schedule_position)
-        left = open_intervals(
-            (lease.begin_window, lease.end_window),
-            [(row.begin_window, row.end_window) for row in credited],
-        )
-        free = [
-            FreeRange(
-                span=Span(
-                    schedule_position=lease.schedule_position,
-                    data_pass=lease.data_pass,
-                    chunk_index=lease.chunk_index,
-                    begin_window=begin,
-                    end_window=end,
-                ),
-                fence=lease.fence,
-            )
-            for begin, end in left
-        ]
-        put_returned(tx, run_id, free, cause=state)
-        total_windows += num_windows(left)
-    tokens = total_windows * book.seq_len
-    is_release = state is LeaseState.RELEASED
-    tx.update_book(
-        replace(
-            book,
-            active_tokens=book.active_tokens - tokens,
-            released_tokens=book.released_tokens + (tokens if is_release else 0),
-            expired_tokens=book.expired_tokens + (0 if is_release else tokens),
-        )
-    )
-    return tokens
-
-
-def put_returned(tx: Transaction, run_id: str, free: Sequence[FreeRange], *, cause: str) -> None:
-    """Add windows of one chunk to the returned ones, joined with their neighbours of the same cause."""
-    if not free:
-        return
-    position = free[0].span.schedule_position
-    present = [row for row in tx.returned_of_chunk(run_id, position) if row.cause == cause]
-    tx.delete_returned(present)
-    joined = merged([*(free_range(row) for row in present), *free])
-    tx.insert_returned(returned_row(run_id, one, cause=cause) for one in joined)

@@ -1,14 +1,15 @@
-"""Second half of `ledger verify`: every row and total in the store against what the replay gave, and members' states.
+"""Second half of `ledger verify`: every row and total in the store against what the replay gave,
+and members' states.
 
-Works on single windows, like the replay (ledger_verify.py). Order of the checks: leases, returned ranges, credits, uncredited
-ranges, totals, the coordinator's votes, attested states.
+Works on single windows, like the replay (ledger_verify.py). Order of the checks: leases, returned
+ranges, credits, uncredited ranges, totals, the coordinator's votes, attested states.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from coordinator.operations.common import load_book
-from coordinator.operations.ledger_replay import Books, Window, window_list
+from coordinator.operations.ledger_replay import Books, Window, parse, window_list
 from coordinator.store.base import Transaction
 from protos.contract.certificate import Tag
 from protos.contract.ids import COORDINATOR_VOTER
@@ -44,12 +45,14 @@ def _compare_leases(tx: Transaction, run_id: str, books: Books, fail: Fail) -> N
             fail(f"{name} is stored with other windows than were granted")
         if row.fence != books.fence_by_lease[key]:
             fail(
-                f"{name} is stored with fence {row.fence}; it was granted {books.fence_by_lease[key]}"
+                f"{name} is stored with fence {row.fence}; it was granted "
+                f"{books.fence_by_lease[key]}"
             )
         credited = books.num_credited_by_lease[key]
         if row.credited_windows != credited:
             fail(
-                f"{name} is stored with {row.credited_windows} credited windows; certificates give {credited}"
+                f"{name} is stored with {row.credited_windows} credited windows; certificates "
+                f"give {credited}"
             )
         open_state = "COMMITTED" if credited == len(windows) else "ACTIVE"
         state = books.end_by_lease.get(key, open_state)
@@ -66,7 +69,8 @@ def _compare_returned(tx: Transaction, run_id: str, books: Books, fail: Fail) ->
             cause_by_window[window] = row.cause
             if row.fence < books.fence.get(window, 0):
                 fail(
-                    f"returned window {window} has fence {row.fence}, below {books.fence.get(window, 0)}"
+                    f"returned window {window} has fence {row.fence}, below "
+                    f"{books.fence.get(window, 0)}"
                 )
     for window in sorted(set(cause_by_window) | set(books.status)):
         status = books.status.get(window, "never leased")
@@ -84,7 +88,8 @@ def _compare_credits(tx: Transaction, run_id: str, books: Books, fail: Fail) -> 
             key = (row.incarnation, row.outer_step, row.peer_id, row.lease_number, window)
             if key in found or (row.rolled_back_by == 0 and window in live):
                 fail(
-                    f"window {window} is credited twice (outer step {row.outer_step}, {row.peer_id})"
+                    f"window {window} is credited twice (outer step {row.outer_step}, "
+                    f"{row.peer_id})"
                 )
             found[key] = row.rolled_back_by
             if row.rolled_back_by == 0:
@@ -112,7 +117,8 @@ def _compare_uncredited(tx: Transaction, run_id: str, books: Books, fail: Fail) 
     for key in sorted(set(found) | set(books.uncredited_windows)):
         if found[key] != books.uncredited_windows[key]:
             fail(
-                f"window {key[3]} of {key[2]} in outer step {key[1]} is booked {found[key]} times as uncredited; "
+                f"window {key[3]} of {key[2]} in outer step {key[1]} is booked {found[key]} times "
+                "as uncredited; "
                 f"certificates give {books.uncredited_windows[key]}"
             )
 
@@ -122,7 +128,8 @@ def _compare_certificates(tx: Transaction, run_id: str, books: Books, fail: Fail
         expected = books.rolled_back_certificates.get((row.incarnation, row.outer_step), 0)
         if row.rolled_back_by != expected:
             fail(
-                f"certificate of incarnation {row.incarnation} outer step {row.outer_step} is stored as rolled back "
+                f"certificate of incarnation {row.incarnation} outer step {row.outer_step} is "
+                "stored as rolled back "
                 f"by {row.rolled_back_by}; events give {expected}"
             )
 
@@ -144,7 +151,8 @@ def _compare_book(tx: Transaction, run_id: str, books: Books, fail: Fail) -> Non
             fail(f"the book has {found} {name} tokens; events give {windows * book.seq_len}")
     if book.certified_outer_step != books.outer_step:
         fail(
-            f"the book stands at outer step {book.certified_outer_step}; events give {books.outer_step}"
+            f"the book stands at outer step {book.certified_outer_step}; events give "
+            f"{books.outer_step}"
         )
 
 
@@ -177,14 +185,17 @@ def _compare_peers(tx: Transaction, run_id: str, books: Books, fail: Fail) -> No
 def _compare_votes(tx: Transaction, run_id: str, fail: Fail) -> None:
     signed: dict[tuple[int, int], tuple[int, bytes]] = {}
     for row in tx.certificates(run_id):
-        certificate = rounds_pb2.Certificate.FromString(row.certificate)
+        certificate = parse(
+            rounds_pb2.Certificate, row.certificate, name="a certificate", fail=fail
+        )
         if any(vote.voter == COORDINATOR_VOTER for vote in certificate.votes):
             signed[(row.incarnation, row.outer_step)] = (certificate.attempt, certificate.value)
     voted: dict[tuple[int, int], tuple[int, bytes]] = {}
     for state in tx.acceptors(run_id):
         if state.vote_attempt > state.promised_attempt:
             fail(
-                f"the coordinator voted in attempt {state.vote_attempt} of outer step {state.outer_step} unpromised"
+                f"the coordinator voted in attempt {state.vote_attempt} of outer step "
+                f"{state.outer_step} unpromised"
             )
         if state.vote_attempt >= 0:
             voted[(state.incarnation, state.outer_step)] = (state.vote_attempt, state.vote_value)
@@ -193,21 +204,27 @@ def _compare_votes(tx: Transaction, run_id: str, fail: Fail) -> None:
     for key in sorted(set(signed) | set(voted)):
         if signed.get(key) != voted.get(key):
             fail(
-                f"the coordinator's vote for incarnation {key[0]} outer step {key[1]} does not match "
+                f"the coordinator's vote for incarnation {key[0]} outer step {key[1]} does not "
+                "match "
                 "the stored certificate"
             )
 
 
 def state_flaws(tx: Transaction, run_id: str) -> list[str]:
-    """Sentences about members whose attested states differ, over every attested outer step; empty if all are equal."""
+    """Sentences about members whose attested states differ, over every attested outer step; empty
+    if all are equal.
+    """
     flaws: list[str] = []
     key_by_peer = {row.peer_id: row.public_key for row in tx.peers(run_id)}
     peers_by_digest: dict[tuple[int, int], dict[bytes, list[str]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in tx.all_attestations(run_id):
-        name = f"attestation of {row.peer_id} for incarnation {row.incarnation} outer step {row.outer_step}"
-        message = common_pb2.Attestation.FromString(row.payload)
+        name = (
+            f"attestation of {row.peer_id} for incarnation {row.incarnation} outer step "
+            f"{row.outer_step}"
+        )
+        message = parse(common_pb2.Attestation, row.payload, name=name, fail=flaws.append)
         found = (
             message.run_id,
             message.incarnation,
@@ -222,7 +239,7 @@ def state_flaws(tx: Transaction, run_id: str) -> list[str]:
             flaws.append(f"{name} has no valid signature")
         peers_by_digest[(row.incarnation, row.outer_step)][row.state_digest].append(row.peer_id)
     for certificate in tx.certificates(run_id):
-        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        value = parse(rounds_pb2.RoundValue, certificate.value, name="a value", fail=flaws.append)
         state = (certificate.incarnation, certificate.outer_step - 1)
         if state in peers_by_digest:
             peers_by_digest[state][value.previous_state_digest].append("the next certificate")

@@ -1,11 +1,16 @@
 """First half of `ledger verify`: the journal replayed into the books, one small record per window.
 
-Certificates are parsed anew, checked against their rosters, and credited by looking at single windows (status, fence, holder).
-The books of this module are what the store's rows and totals should say (ledger_compare.py).
+Certificates are parsed anew, checked against their rosters, and credited by looking at single
+windows (status, fence, holder). The books of this module are what the store's rows and totals
+should say (ledger_compare.py).
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from coordinator.operations.common import OperationContext, load_book, load_run_data
 from coordinator.store.base import Transaction
@@ -16,6 +21,8 @@ from protos.contract.signing import check_certificate
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 _MAX_VIOLATIONS = 200
+
+_Message = TypeVar("_Message", bound=Message)
 
 Window = tuple[int, int, int]
 """(data_pass, chunk_index, window)."""
@@ -43,7 +50,9 @@ class Books:
     uncredited_windows: Counter[tuple[int, int, str, Window]] = field(default_factory=Counter)
     """(incarnation, outer_step, peer_id, window)."""
     credit_windows: dict[tuple[int, int, str, int, Window], int] = field(default_factory=dict)
-    """(incarnation, outer_step, peer_id, lease_number, window) -> incarnation that rolled it back, or 0."""
+    """(incarnation, outer_step, peer_id, lease_number, window) -> incarnation that rolled it back,
+    or 0.
+    """
     seen_certificates: set[tuple[int, int]] = field(default_factory=set)
     rolled_back_certificates: dict[tuple[int, int], int] = field(default_factory=dict)
     schedule_windows_by_step: dict[int, int] = field(default_factory=lambda: {0: 0})
@@ -63,6 +72,17 @@ class Books:
         self.status[window] = status
 
 
+def parse(kind: type[_Message], data: bytes, *, name: str, fail: Callable[[str], None]) -> _Message:
+    """The message, or an empty one after saying that it cannot be read."""
+    message: _Message = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        fail(f"{name} cannot be read")
+        message.Clear()
+    return message
+
+
 class Replay:
     """Replays one run; `violations` collects sentences."""
 
@@ -72,15 +92,20 @@ class Replay:
         self._key = context.signing_key.public_key
         self._book: BookRow = load_book(tx, run_id)
         self._order: ScheduleOrder = load_run_data(tx, context, run_id).order
+        self.books = Books()
+        self.violations: list[str] = []
         self._certificates = {
             (row.incarnation, row.outer_step): row for row in tx.certificates(run_id)
         }
         self._directives = {
-            row.directive_number: common_pb2.Directive.FromString(row.payload)
+            row.directive_number: parse(
+                common_pb2.Directive,
+                row.payload,
+                name=f"directive {row.directive_number}",
+                fail=self.fail,
+            )
             for row in tx.directives(run_id)
         }
-        self.books = Books()
-        self.violations: list[str] = []
 
     def fail(self, text: str) -> None:
         """Note a violation; the first few hundred say enough."""
@@ -112,7 +137,8 @@ class Replay:
         windows = counts["ACTIVE"] + counts["CREDITED"] + counts["EXPIRED"]
         if windows * self._book.seq_len > self._book.budget_tokens:
             self.fail(
-                f"after journal line {row.journal_number} {windows * self._book.seq_len} tokens are leased, expired "
+                f"after journal line {row.journal_number} {windows * self._book.seq_len} tokens "
+                "are leased, expired "
                 f"or credited; the budget is {self._book.budget_tokens}"
             )
 
@@ -124,7 +150,8 @@ class Replay:
             self.fail(f"{name} was granted while incarnation {books.incarnation} was in force")
         if row.lease_number != books.newest_number[(row.incarnation, row.peer_id)] + 1:
             self.fail(
-                f"{name} does not follow number {books.newest_number[(row.incarnation, row.peer_id)]}"
+                f"{name} does not follow number "
+                f"{books.newest_number[(row.incarnation, row.peer_id)]}"
             )
         books.newest_number[(row.incarnation, row.peer_id)] = row.lease_number
         if not 0 <= row.begin_window < row.end_window <= self._num_windows(row.chunk_index):
@@ -138,7 +165,8 @@ class Replay:
                 self.fail(f"{name} covers window {window}, which was {status} then")
             if row.fence <= books.fence.get(window, 0):
                 self.fail(
-                    f"{name} has fence {row.fence}, not above {books.fence.get(window, 0)} of {window}"
+                    f"{name} has fence {row.fence}, not above {books.fence.get(window, 0)} of "
+                    f"{window}"
                 )
             if status is None:
                 books.first_grants.append(window)
@@ -182,8 +210,8 @@ class Replay:
             self.fail(f"{name} is in the journal twice")
             return
         books.seen_certificates.add(key)
-        certificate = rounds_pb2.Certificate.FromString(stored.certificate)
-        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        certificate = parse(rounds_pb2.Certificate, stored.certificate, name=name, fail=self.fail)
+        value = parse(rounds_pb2.RoundValue, certificate.value, name=name, fail=self.fail)
         self._check_proof(name, stored, certificate, value)
         credited, uncredited = self._count(row, certificate)
         seq_len = self._book.seq_len
@@ -223,7 +251,8 @@ class Replay:
             )
         if (value.incarnation, value.outer_step) != (books.incarnation, books.outer_step + 1):
             self.fail(
-                f"{name} was taken while incarnation {books.incarnation} stood at outer step {books.outer_step}"
+                f"{name} was taken while incarnation {books.incarnation} stood at outer step "
+                f"{books.outer_step}"
             )
         if value.roster_directive_number != books.directive_number:
             self.fail(
@@ -245,12 +274,19 @@ class Replay:
         """Credit window by window; returns (credited, uncredited) windows."""
         books = self.books
         credited = uncredited = 0
-        for contribution in rounds_pb2.Contributions.FromString(
-            certificate.contributions
-        ).contributions:
+        name = f"contributions of outer step {row.outer_step}"
+        contributions = parse(
+            rounds_pb2.Contributions, certificate.contributions, name=name, fail=self.fail
+        )
+        for contribution in contributions.contributions:
             peer_id = contribution.peer_id
             for leased in contribution.ranges:
-                lease = common_pb2.Lease.FromString(leased.lease.payload)
+                lease = parse(
+                    common_pb2.Lease,
+                    leased.lease.payload,
+                    name=f"a lease of {name}",
+                    fail=self.fail,
+                )
                 key = (row.incarnation, peer_id, lease.lease_number)
                 is_real = (lease.run_id, lease.incarnation, lease.peer_id) == (
                     self._run_id,
@@ -288,7 +324,8 @@ class Replay:
             self.fail(f"incarnation {row.incarnation} follows incarnation {books.incarnation}")
         if row.outer_step > books.outer_step:
             self.fail(
-                f"incarnation {row.incarnation} begins at {row.outer_step}, after {books.outer_step}"
+                f"incarnation {row.incarnation} begins at {row.outer_step}, after "
+                f"{books.outer_step}"
             )
         for window, (peer_id, outer_step) in list(books.credited_by.items()):
             if outer_step > row.outer_step:
@@ -315,18 +352,25 @@ class Replay:
     def _first_directive_number(self, row: JournalRow) -> int:
         record = self._tx.incarnation(self._run_id, row.incarnation)
         if record is None:
-            self.fail(f"the record of incarnation {row.incarnation} is not in the store")
+            self.fail(f"the record of incarnation {row.incarnation} is not stored")
             return 0
-        message = common_pb2.IncarnationRecord.FromString(record.payload)
+        name = f"the record of incarnation {row.incarnation}"
+        message = parse(common_pb2.IncarnationRecord, record.payload, name=name, fail=self.fail)
         if message.to_outer_step != row.outer_step:
             self.fail(
-                f"the record of incarnation {row.incarnation} names outer step {message.to_outer_step}"
+                f"the record of incarnation {row.incarnation} names outer step "
+                f"{message.to_outer_step}"
             )
-        number: int = common_pb2.Directive.FromString(message.directive.payload).directive_number
+        directive = parse(
+            common_pb2.Directive, message.directive.payload, name=name, fail=self.fail
+        )
+        number: int = directive.directive_number
         return number
 
     def _check_order(self) -> None:
-        """Windows granted for the first time follow the schedule without a gap, and the frontier is where they end."""
+        """Windows granted for the first time follow the schedule without a gap, and the frontier is
+        where they end.
+        """
         position, window = 0, 0
         for granted in self.books.first_grants:
             while window >= self._num_windows(self._order.chunk_at(position)[1]):
@@ -344,4 +388,5 @@ class Replay:
 
 
 def window_list(data_pass: int, chunk_index: int, begin: int, end: int) -> list[Window]:
+    """The single windows of a range."""
     return [(data_pass, chunk_index, window) for window in range(begin, end)]

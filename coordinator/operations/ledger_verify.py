@@ -1,10 +1,12 @@
 """`ledger verify`: the books recomputed from certificates, lease events and manifest alone.
 
-ledger_replay replays the journal line by line, window by window; ledger_compare holds the result against every row and
-total in the store. Nothing is shared with domain/ledger or domain/lease_book, which work on intervals: two programs that
-agree on every run are hard to get wrong in the same way. Each violation is one sentence.
+ledger_replay replays the journal line by line, window by window; ledger_compare holds the result
+against every row and total in the store. Nothing is shared with domain/ledger or domain/lease_book,
+which work on intervals: two programs that agree on every run are hard to get wrong in the same way.
+Each violation is one sentence.
 
-Cost: about 1 us per window and journal line; a run of 4 M tokens (16,000 windows) takes well under a second.
+Cost: about 1 us per window and journal line; a run of 4 M tokens (16,000 windows) takes well under
+a second.
 """
 
 from coordinator.operations.common import OperationContext, load_book

@@ -17,7 +17,7 @@ from coordinator.operations.common import (
     unix_ms,
 )
 from coordinator.operations.duties import (
-    load_duties,
+    load_pending_duties,
     order_from_duty,
     release_duties,
     save_duty,
@@ -249,7 +249,7 @@ def _duty_for(
     tx: Transaction, run: RunRow, row: PeerRow, *, now_unix_seconds: float
 ) -> DutyOrder | None:
     """The duty that the peer holds or gets now; told again with every heartbeat until its result is here."""
-    duties = load_duties(tx, run.run_id)
+    duties = load_pending_duties(tx, run.run_id)
     duty = assign(
         duties,
         member_from_row(row),

@@ -1,7 +1,7 @@
 """Requests and answers as JSON's types, for Admin.Perform, `--json` and the JSON API.
 
-Dataclasses become objects, bytes and protobuf messages hex, numbers that are not finite null. The way
-back is strict: unknown fields and wrong types are refused.
+Dataclasses become objects, bytes and protobuf messages hex, numbers that are not finite null. The
+way back is strict: unknown fields and wrong types are refused.
 """
 
 import dataclasses
@@ -40,43 +40,45 @@ def plain_from_response(value: Any) -> Any:
     return value
 
 
-def from_plain(kind: type[_Kind], plain: Any, *, name: str = "arguments") -> _Kind:
-    """The inverse of `plain_from_response` for a type that is named. Raises UsageError for what does not fit."""
+def from_plain(kind: type[_Kind], plain: Any) -> _Kind:
+    """The inverse of `plain_from_response` for a named type. Raises UsageError for what does not
+    fit.
+    """
+    found: _Kind = _parse(kind, plain, name="arguments")
+    return found
+
+
+def _parse(kind: Any, plain: Any, *, name: str) -> Any:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _dataclass_from_plain(kind, plain, name=name)
+        return _parse_fields(kind, plain, name=name)
     if origin in (types.UnionType, typing.Union):
-        if plain is None:
-            return typing.cast(_Kind, None)
-        return typing.cast(
-            _Kind,
-            from_plain(next(part for part in parts if part is not type(None)), plain, name=name),
-        )
+        chosen = next(part for part in parts if part is not type(None))
+        return None if plain is None else _parse(chosen, plain, name=name)
     if origin is tuple and isinstance(plain, list):
-        return typing.cast(_Kind, tuple(from_plain(parts[0], item, name=name) for item in plain))
+        return tuple(_parse(parts[0], item, name=name) for item in plain)
     if origin is dict and isinstance(plain, dict):
-        return typing.cast(
-            _Kind, {key: from_plain(parts[1], item, name=name) for key, item in plain.items()}
-        )
+        return {key: _parse(parts[1], item, name=name) for key, item in plain.items()}
     try:
         if kind is bytes and isinstance(plain, str):
-            return typing.cast(_Kind, bytes.fromhex(plain))
+            return bytes.fromhex(plain)
         if isinstance(kind, type) and issubclass(kind, Message) and isinstance(plain, str):
-            return typing.cast(_Kind, kind.FromString(bytes.fromhex(plain)))
+            parse: Any = kind
+            return parse.FromString(bytes.fromhex(plain))
     except (ValueError, DecodeError) as error:
         raise UsageError(f"{name} is not hex of the expected kind: {error}") from error
     if kind is float and type(plain) in (int, float):
-        return typing.cast(_Kind, float(plain))
+        return float(plain)
     if type(plain) is not kind:
         raise UsageError(
             f"{name} = {plain!r}",
             allowed=f"a value of type {kind!r}",
             remedy="use this version's client",
         )
-    return typing.cast(_Kind, plain)
+    return plain
 
 
-def _dataclass_from_plain(kind: Any, plain: Any, *, name: str) -> Any:
+def _parse_fields(kind: Any, plain: Any, *, name: str) -> Any:
     kinds = typing.get_type_hints(kind)
     if not isinstance(plain, dict) or not set(plain) <= set(kinds):
         raise UsageError(
@@ -84,9 +86,7 @@ def _dataclass_from_plain(kind: Any, plain: Any, *, name: str) -> Any:
             allowed=f"an object with {', '.join(kinds)}",
             remedy="use this version's client",
         )
-    values = {
-        key: from_plain(kinds[key], value, name=f"{name}.{key}") for key, value in plain.items()
-    }
+    values = {key: _parse(kinds[key], item, name=f"{name}.{key}") for key, item in plain.items()}
     try:
         return kind(**values)
     except TypeError as error:

@@ -1,4 +1,6 @@
-"""What peers and the ticker ask of leases, rounds and the ledger; the conventions are those of requests.py."""
+"""What peers and the ticker ask of leases, rounds and the ledger; the conventions are those of
+requests.py.
+"""
 
 from dataclasses import dataclass
 
@@ -68,7 +70,7 @@ class RenewLeasesRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenewLeasesResponse:
-    """Leases named in the request that are not the peer's (any more); committed ones are not lost."""
+    """Leases named in the request that are not the peer's; committed ones are not lost."""
 
     lost_lease_numbers: tuple[int, ...]
 
@@ -176,7 +178,9 @@ class FetchCertificatesResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyRollback:
-    """A new incarnation begins from `to_outer_step`; its record and directive are written by the caller."""
+    """A new incarnation begins from `to_outer_step`; its record and directive are written by the
+    caller.
+    """
 
     run_id: str
     incarnation: int

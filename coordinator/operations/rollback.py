@@ -1,7 +1,8 @@
 """The ledger's part of a new incarnation: everything credited after its base becomes free again.
 
-The caller writes the signed record, the directive and the run's row in the same transaction. Certificates of older
-incarnations after the base are refused from then on (chain_head), so their windows can be granted at once.
+The caller writes the signed record, the directive and the run's row in the same transaction.
+Certificates of older incarnations after the base are refused from then on (chain_head), so their
+windows can be granted at once.
 """
 
 from collections import defaultdict
@@ -10,7 +11,7 @@ from dataclasses import replace
 from coordinator.domain.lease_book import FreeRange
 from coordinator.domain.spans import Span
 from coordinator.operations.common import OperationContext, load_book, unix_ms
-from coordinator.operations.leases import end_leases, free_range, note, put_returned
+from coordinator.operations.lease_rows import end_leases, free_range, note, put_returned
 from coordinator.operations.requests_ledger import ApplyRollback
 from coordinator.store.base import Transaction
 from coordinator.store.rows import CreditRow
@@ -28,8 +29,8 @@ def apply_rollback(
 ) -> int:
     """Free what was credited after `to_outer_step` and all leases; returns the tokens rolled back.
 
-    Raises RefusedError while a certificate up to `to_outer_step` is missing. After it: nothing is active or expired, and
-    granted = released + credited.
+    Raises RefusedError while a certificate up to `to_outer_step` is missing. After it: nothing is
+    active or expired, and granted = released + credited.
     """
     run_id = request.run_id
     book = load_book(tx, run_id)
@@ -51,11 +52,7 @@ def apply_rollback(
     for row in tx.returned(run_id, LeaseState.EXPIRED, num_ranges=1_000_000):
         tx.delete_returned([row])
         put_returned(tx, run_id, [free_range(row)], cause=LeaseState.RELEASED)
-    undone = tx.live_credits_after(run_id, request.to_outer_step)
-    windows_by_peer: dict[str, int] = defaultdict(int)
-    for credit in undone:
-        windows_by_peer[credit.peer_id] += credit.end_window - credit.begin_window
-        put_returned(tx, run_id, [_freed(tx, credit)], cause=LeaseState.RELEASED)
+    windows_by_peer = _free_credits(tx, run_id, after_outer_step=request.to_outer_step)
     tx.mark_credits_rolled_back(
         run_id, after_outer_step=request.to_outer_step, rolled_back_by=request.incarnation
     )
@@ -101,8 +98,17 @@ def apply_rollback(
     return rolled_back
 
 
+def _free_credits(tx: Transaction, run_id: str, *, after_outer_step: int) -> dict[str, int]:
+    """Return what later outer steps credited; gives windows by peer."""
+    windows_by_peer: dict[str, int] = defaultdict(int)
+    for credit in tx.live_credits_after(run_id, after_outer_step):
+        windows_by_peer[credit.peer_id] += credit.end_window - credit.begin_window
+        put_returned(tx, run_id, [_freed(tx, credit)], cause=LeaseState.RELEASED)
+    return windows_by_peer
+
+
 def _freed(tx: Transaction, credit: CreditRow) -> FreeRange:
-    """Windows of a credit as free ones, under the fence of the lease that they were trained under."""
+    """Windows of a credit as free ones, under the fence of the lease they were trained under."""
     lease = tx.lease(credit.run_id, credit.incarnation, credit.peer_id, credit.lease_number)
     span = Span(
         schedule_position=credit.schedule_position,

@@ -1,7 +1,8 @@
 """Rounds: the coordinator as a voter of one half, and as the keeper of certificates.
 
-A certificate is proof whoever brings it. Certificates are taken in order of outer_step, because each names the roster
-that decides the next; one that comes too early is answered with what is missing.
+A certificate is proof whoever brings it. Certificates are taken in order of outer_step, because
+each names the roster that decides the next; one that comes too early is answered with what is
+missing.
 """
 
 from google.protobuf.message import DecodeError
@@ -48,7 +49,9 @@ def exchange(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> ExchangeResponse:
-    """Promise not to vote below the attempt and say what was voted, or return the certificate that exists already."""
+    """Promise not to vote below the attempt and say what was voted, or return the certificate that
+    exists already.
+    """
     run = load_run(tx, request.run_id)
     answer = rounds_pb2.ExchangeAnswer(newest_directive=_signed_directive(tx, run))
     if request.incarnation != run.incarnation:
@@ -64,7 +67,10 @@ def exchange(
         )
     certified = load_book(tx, run.run_id).certified_outer_step
     if request.outer_step != certified + 1 or run.incarnation == 0:
-        reason = f"outer step {certified + 1} of incarnation {run.incarnation} is next; report what is missing"
+        reason = (
+            f"outer step {certified + 1} of incarnation {run.incarnation} is next; report what is "
+            "missing"
+        )
         return ExchangeResponse(answer=answer, certificate=None, is_promised=False, reason=reason)
     decision = acceptor.promise(
         _acceptor_state(tx, run.run_id, request.incarnation, request.outer_step),
@@ -139,7 +145,9 @@ def submit_votes(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> SubmitVotesResponse:
-    """Add the coordinator's half if that completes a quorum; store, credit and return the certificate."""
+    """Add the coordinator's half if that completes a quorum; store, credit and return the
+    certificate.
+    """
     if not request.votes:
         return SubmitVotesResponse(certificate=None, reason="no votes were offered")
     first = request.votes[0]
@@ -243,12 +251,14 @@ def _roster_of(
     if following is None or following.incarnation != value.incarnation:
         return (
             None,
-            f"directive {value.next_directive_number} was not issued for incarnation {value.incarnation}",
+            f"directive {value.next_directive_number} was not issued for incarnation "
+            f"{value.incarnation}",
         )
     if value.next_directive_number < value.roster_directive_number:
         return (
             None,
-            f"directive {value.next_directive_number} is older than {value.roster_directive_number}",
+            f"directive {value.next_directive_number} is older than "
+            f"{value.roster_directive_number}",
         )
     directive = load_directive(tx, context, run.run_id, value.roster_directive_number)
     return (
@@ -265,7 +275,9 @@ def report_certificates(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> ReportCertificatesResponse:
-    """Check each certificate against its roster and the chain, store and credit it; known ones are confirmed."""
+    """Check each certificate against its roster and the chain, store and credit it; known ones are
+    confirmed.
+    """
     run = load_run(tx, request.run_id)
     return ReportCertificatesResponse(
         receipts=tuple(
@@ -319,7 +331,10 @@ def _take(
             unix_ms=unix_ms(now_unix_seconds),
             kind="uncredited",
             peer_id="",
-            text=f"outer step {value.outer_step}: {receipt.uncredited_tokens} tokens; {receipt.reason}",
+            text=(
+                f"outer step {value.outer_step}: {receipt.uncredited_tokens} tokens; "
+                f"{receipt.reason}"
+            ),
         )
     return receipt
 
@@ -333,7 +348,9 @@ def _confirm(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> CertificateReceipt:
-    """Answer to a certificate of an outer step that has one; another proven value is shown as equivocation."""
+    """Answer to a certificate of an outer step that has one; another proven value is shown as
+    equivocation.
+    """
     reason = f"rolled back by incarnation {stored.rolled_back_by}" if stored.rolled_back_by else ""
     if certificate.value != stored.value:
         value = rounds_pb2.RoundValue.FromString(certificate.value)

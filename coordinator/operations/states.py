@@ -177,19 +177,24 @@ def _take(
     incarnation, outer_step = attestation.incarnation, attestation.outer_step
     digest = attestation.state_digest
     others = tx.attestations(run.run_id, incarnation, outer_step)
-    tx.put_attestation(
-        AttestationRow(
-            run_id=run.run_id,
-            incarnation=incarnation,
-            outer_step=outer_step,
-            peer_id=member.peer_id,
-            state_digest=digest,
-            payload=signed.payload,
-            signature=signed.signature,
-            receive_unix_ms=unix_ms(now_unix_seconds),
-        )
-    )
     proved = proved_digest(tx, context, run.run_id, incarnation=incarnation, outer_step=outer_step)
+    own = next((row.state_digest for row in others if row.peer_id == member.peer_id), b"")
+    if proved is None or proved != own:  # a word that helped to prove a state is not taken back
+        tx.put_attestation(
+            AttestationRow(
+                run_id=run.run_id,
+                incarnation=incarnation,
+                outer_step=outer_step,
+                peer_id=member.peer_id,
+                state_digest=digest,
+                payload=signed.payload,
+                signature=signed.signature,
+                receive_unix_ms=unix_ms(now_unix_seconds),
+            )
+        )
+        proved = proved_digest(
+            tx, context, run.run_id, incarnation=incarnation, outer_step=outer_step
+        )
     if incarnation > 0 and any(row.state_digest != digest for row in others):
         place = f"outer step {outer_step} of incarnation {incarnation}"
         note_unequal(

@@ -14,6 +14,7 @@ from coordinator.domain.duties import (
     DutyState,
     Progress,
     final_duty_id,
+    forgettable_duties,
     plan_duties,
     recover_duties,
     withdraw_outdated,
@@ -192,8 +193,19 @@ class _RunTick:
         return voters_of_directive(self._tx, self._context, self._run.run_id, directive_number)
 
     def _holdings(self, members: list[Member], epoch: Epoch) -> list[Holding]:
-        """What live members attest and what is stored."""
+        """What live members attest, what is stored, and the initial state, which every peer can build from the spec."""
         found = [
+            Holding(
+                peer_id="",
+                incarnation=record.base_incarnation,
+                outer_step=record.to_outer_step,
+                state_digest=record.base_state_digest,
+                since_unix_seconds=record.decide_unix_ms / 1000,
+            )
+            for record in self._tx.incarnations(self._run.run_id)
+            if record.incarnation > 0 and (record.base_incarnation, record.to_outer_step) == (0, 0)
+        ][:1]
+        found += [
             Holding(
                 peer_id="",
                 incarnation=row.incarnation,
@@ -297,6 +309,8 @@ class _RunTick:
         for duty in (*withdrawn, *recovered):
             save_duty(self._tx, run_id, duty)
             self.changes.append(f"duty {duty.duty_id} is {duty.state}: {duty.reason}")
+        for duty in forgettable_duties(duties):
+            self._tx.delete_duty(duty.duty_id)
         created = plan_duties(
             load_duties(self._tx, run_id),
             progress=progress,

@@ -1,11 +1,14 @@
-"""The only thread that writes: operations queue up, share one transaction, and are answered after its fsync.
+"""The only thread that writes: operations queue up, share one transaction, and are answered after
+its fsync.
 
-Servicers, ticker and page submit the same way. The thread drains up to MAX_BATCH queued operations, runs each inside a
-savepoint, commits once, and then resolves their futures: so a reply means durable, and an fsync is shared by everybody
-who waited for the last one (group commit; ops-security 4.1: 2,600 to 3,650 durable RPC/s on two loaded cores).
+Servicers, ticker and page submit the same way. The thread drains up to MAX_BATCH queued operations,
+runs each inside a savepoint, commits once, and then resolves their futures: so a reply means
+durable, and an fsync is shared by everybody who waited for the last one (group commit; ops-security
+4.1: 2,600 to 3,650 durable RPC/s on two loaded cores).
 
-An operation that raises takes only its own changes back, and its caller gets the exception. A store that fails
-(disk full) takes the whole batch back, and every caller of it gets the store's error; the thread goes on.
+An operation that raises takes only its own changes back, and its caller gets the exception. A store
+that fails (disk full) takes the whole batch back, and every caller of it gets the store's error;
+the thread goes on.
 """
 
 import logging
@@ -23,7 +26,8 @@ from coordinator.store.base import Store, Transaction
 from protos.contract.errors import CorruptDataError, ErrorCode, MusterError, UnavailableError
 
 MAX_BATCH = 512
-"""Operations per commit: at about 0.2 ms each, nobody waits much longer than 0.1 s for the others."""
+"""Operations per commit: at about 0.2 ms each, nobody waits much longer than 0.1 s for the others.
+"""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -32,7 +36,9 @@ _Response = TypeVar("_Response", covariant=True)
 
 
 class Operation(Protocol[_Request, _Response]):
-    """A plain function over an open transaction; its changes are kept if it returns and undone if it raises."""
+    """A plain function over an open transaction; its changes are kept if it returns and undone if
+    it raises.
+    """
 
     def __call__(
         self,
@@ -68,6 +74,7 @@ class _Job:
     error: BaseException | None = None
 
     def resolve(self) -> None:
+        """Tell the caller, after the commit."""
         if self.error is not None:
             self.future.set_exception(self.error)
         else:
@@ -75,10 +82,13 @@ class _Job:
 
 
 class _Delivering:
-    """Scope of one operation: whatever it raises is kept for its caller, not swallowed; a store's failure goes on up."""
+    """Scope of one operation: whatever it raises is kept for its caller, not swallowed; a store's
+    failure goes on up.
+    """
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: _Job, context: OperationContext) -> None:
         self._job = job
+        self._context = context
 
     def __enter__(self) -> None:
         return None
@@ -92,11 +102,12 @@ class _Delivering:
         if error is None or is_store_failure(error):
             return False
         self._job.error = error
+        self._context.directive_by_number.clear()
         return True
 
 
 def is_store_failure(error: BaseException) -> bool:
-    """True if the store itself failed, so that nothing of the transaction can be trusted to commit."""
+    """True if the store itself failed: nothing of the transaction can be trusted to commit."""
     codes = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.DISK_FULL)
     return isinstance(error, MusterError) and error.__cause__ is not None and error.code in codes
 
@@ -137,7 +148,9 @@ class Writer:
     def submit(
         self, operation: Operation[_Request, _Response], request: _Request
     ) -> Future[_Response]:
-        """Queue an operation; the future resolves once its changes are durable. Raises UnavailableError if stopped."""
+        """Queue an operation; the future resolves once its changes are durable. Raises
+        UnavailableError if stopped.
+        """
         job = _Job(operation, request)
         with self._gate:
             if not self._is_open:
@@ -198,7 +211,7 @@ class Writer:
         try:
             with self._store.write() as tx:
                 for job in jobs:
-                    with _Delivering(job), tx.savepoint():
+                    with _Delivering(job, self._context), tx.savepoint():
                         job.result = job.operation(
                             tx,
                             job.request,
@@ -207,6 +220,7 @@ class Writer:
                         )
         except MusterError as error:
             is_failed = True
+            self._context.directive_by_number.clear()
             _LOGGER.error("store failed, %d operations taken back: %s", len(jobs), error)
             for job in jobs:
                 job.error = _batch_error(error)

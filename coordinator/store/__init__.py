@@ -1,1 +1,3 @@
-"""The coordinator's durable memory: base.py says what holds, sqlite.py does it, migrations/ is the schema."""
+"""The coordinator's durable memory: base.py says what holds, sqlite.py does it, migrations/ is the
+schema.
+"""

@@ -1,4 +1,6 @@
-"""Transaction methods about the ledger: book, leases, returned ranges, journal, certificates, credits, acceptor."""
+"""Transaction methods about the ledger: book, leases, returned ranges, journal, certificates,
+credits, acceptor.
+"""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -17,7 +19,9 @@ from coordinator.store.rows import (
 
 
 class LedgerTransaction(Protocol):
-    """Leases and what was credited. The operations keep rows and totals in step within one transaction."""
+    """Leases and what was credited. The operations keep rows and totals in step within one
+    transaction.
+    """
 
     def insert_book(self, row: BookRow) -> None:
         """Open a run's ledger."""
@@ -46,7 +50,7 @@ class LedgerTransaction(Protocol):
         """Add leases; (run, incarnation, peer, number) must be new."""
 
     def update_lease(self, row: LeaseRow) -> None:
-        """Replace a lease's row."""
+        """Change state, credited windows, expiry and reason of a lease; the rest of it never changes."""
 
     def lease(
         self, run_id: str, incarnation: int, peer_id: str, lease_number: int
@@ -68,9 +72,11 @@ class LedgerTransaction(Protocol):
         """At most `num_leases` active leases whose time is over, oldest expiry first."""
 
     def leases_of_chunk(
-        self, run_id: str, incarnation: int, schedule_position: int
+        self, run_id: str, incarnation: int, schedule_position: int, *, windows: tuple[int, int]
     ) -> list[LeaseRow]:
-        """All leases ever granted in one chunk of one pass in one incarnation, in any state."""
+        """All leases ever granted in one chunk of one pass in one incarnation, in any state, that
+        share windows with [begin, end).
+        """
 
     def renew_leases(
         self,
@@ -135,8 +141,12 @@ class LedgerTransaction(Protocol):
     def insert_credits(self, rows: Iterable[CreditRow]) -> None:
         """Add credited ranges."""
 
-    def live_credits_of_chunk(self, run_id: str, schedule_position: int) -> list[CreditRow]:
-        """Credited ranges of one chunk of one pass that are not rolled back, in window order."""
+    def live_credits_of_chunk(
+        self, run_id: str, schedule_position: int, *, windows: tuple[int, int]
+    ) -> list[CreditRow]:
+        """Credited ranges of one chunk of one pass that are not rolled back and share windows with
+        [begin, end), in window order.
+        """
 
     def live_credits_after(self, run_id: str, outer_step: int) -> list[CreditRow]:
         """Credited ranges of later outer steps that are not rolled back."""

@@ -67,6 +67,12 @@ class MembershipTransaction(Protocol):
     def duties(self, run_id: str) -> list[DutyRow]:
         """Duties of a run, oldest first."""
 
+    def pending_duties(self, run_id: str) -> list[DutyRow]:
+        """Duties that are OPEN or ASSIGNED, oldest first."""
+
+    def delete_duty(self, duty_id: str) -> None:
+        """Forget a duty."""
+
     def put_evaluation(self, row: EvaluationRow) -> None:
         """Insert or replace an evaluation."""
 

@@ -1,4 +1,5 @@
-"""One coordinator per data directory: an exclusive flock on its lock file, which names the holder's process.
+"""One coordinator per data directory: an exclusive flock on its lock file, which names the holder's
+process.
 
 The lock dies with the process, so a SIGKILL leaves nothing to clean up.
 """
@@ -33,7 +34,9 @@ class DataDirLock:
     """Held from construction to `release`."""
 
     def __init__(self, data_dir: Path) -> None:
-        """Create the directory if needed and lock it. Raises MachineError (DATA_DIR_LOCKED names the holder)."""
+        """Create the directory if needed and lock it. Raises MachineError (DATA_DIR_LOCKED names
+        the holder).
+        """
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             self._file = os.open(

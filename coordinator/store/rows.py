@@ -1,7 +1,9 @@
-"""Rows of runs and of the ledger: one frozen dataclass per table, one field per column, in the schema's order.
+"""Rows of runs and of the ledger: one frozen dataclass per table, one field per column, in the
+schema's order.
 
-Instants are unix milliseconds, ranges are half-open windows in the chunk's permuted order. 0 stands for "not yet" in
-instants and for "never" in `rolled_back_by` (an incarnation that rolls something back is at least 1).
+Instants are unix milliseconds, ranges are half-open windows in the chunk's permuted order. 0 stands
+for "not yet" in instants and for "never" in `rolled_back_by` (an incarnation that rolls something
+back is at least 1).
 """
 
 from dataclasses import dataclass
@@ -137,7 +139,9 @@ class LeaseRow:
 
 @dataclass(frozen=True, slots=True)
 class ReturnedRow:
-    """Windows that were leased before and may be leased again; `fence` is the newest one they were under."""
+    """Windows that were leased before and may be leased again; `fence` is the newest one they were
+    under.
+    """
 
     run_id: str
     schedule_position: int
@@ -179,8 +183,6 @@ class CertificateRow:
     incarnation: int
     outer_step: int
     attempt: int
-    value: bytes
-    certificate: bytes
     next_directive_number: int
     num_members: int
     num_contributors: int
@@ -193,6 +195,11 @@ class CertificateRow:
     """Token-weighted mean of the members' claims; 0 if nobody trained."""
     store_unix_ms: int
     rolled_back_by: int
+    value: bytes
+    """Serialised RoundValue; like the certificate at the end, so that the numbers before can be
+    read without it.
+    """
+    certificate: bytes
 
 
 @dataclass(frozen=True, slots=True)

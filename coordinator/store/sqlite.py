@@ -1,8 +1,9 @@
 """SQLite: the store of every deployment so far (guarantees: base.py).
 
-WAL with synchronous=FULL: a commit is one fsync of the log, shared by up to 512 operations (operations/writer.py), which
-makes FULL as cheap as NORMAL (measured, ops-security 4.1). One connection writes, readers have their own, so a slow page
-never holds up a lease. `:memory:` keeps one connection behind a lock, for tests.
+WAL with synchronous=FULL: a commit is one fsync of the log, shared by up to 512 operations
+(operations/writer.py), which makes FULL as cheap as NORMAL (measured, ops-security 4.1). One
+connection writes, readers have their own, so a slow page never holds up a lease. `:memory:` keeps
+one connection behind a lock, for tests.
 """
 
 import queue
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from coordinator.store.data_dir_lock import DataDirLock
+from coordinator.store.sqlite_kept import KeptRows
 from coordinator.store.sqlite_ledger import SqliteLedger
 from coordinator.store.sqlite_membership import SqliteMembership
 from coordinator.store.sqlite_runs import SqliteRuns
@@ -29,16 +31,32 @@ _CACHED_STATEMENTS = 256
 class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
     """All typed methods over one connection with an open transaction."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, kept: KeptRows) -> None:
+        """`kept` holds the newest rows; a reader brings an empty one."""
         self._connection = connection
+        self._kept = kept
+
+    def copy_to(self, path: Path) -> None:
+        """Write what this transaction sees to a new database file. Raises MachineError,
+        UnavailableError.
+        """
+        target = _connect(str(path))
+        try:
+            self._connection.backup(target)
+        except sqlite3.Error as error:
+            raise_store_error(error)
+        finally:
+            target.close()
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """See base.Transaction.savepoint."""
         run_sql(self._connection, "SAVEPOINT operation")
+        unwritten_books = dict(self._kept.unwritten_books)
         try:
             yield
         except BaseException:
+            self._kept.forget(unwritten_books=unwritten_books)
             if self._connection.in_transaction:
                 run_sql(self._connection, "ROLLBACK TO operation")
                 run_sql(self._connection, "RELEASE operation")
@@ -53,7 +71,9 @@ def migrations() -> list[tuple[int, str]]:
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the schema forward, each script in its own transaction. Raises MachineError for a newer schema."""
+    """Bring the schema forward, each script in its own transaction. Raises MachineError for a newer
+    schema.
+    """
     scripts = migrations()
     current = run_sql(connection, "PRAGMA user_version").fetchone()[0]
     newest = scripts[-1][0]
@@ -109,12 +129,16 @@ class SqliteStore:
         """Empty for a store in memory, whose one connection also reads."""
         self._lock = lock
         self._guard = threading.RLock()
+        self._kept = KeptRows()
+        """The writer's; used under the guard."""
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._is_closed = False
 
     @classmethod
     def open(cls, data_dir: Path) -> Self:
-        """Lock the data directory, open or create its store, migrate it. Raises MachineError, CorruptDataError."""
+        """Lock the data directory, open or create its store, migrate it. Raises MachineError,
+        CorruptDataError.
+        """
         lock = DataDirLock(data_dir)
         try:
             location = str(data_dir / STORE_FILE_NAME)
@@ -129,7 +153,9 @@ class SqliteStore:
 
     @classmethod
     def open_read_only(cls, data_dir: Path) -> Self:
-        """Open for reading only, without the lock, beside a running coordinator or none. Raises MachineError."""
+        """Open for reading only, without the lock, beside a running coordinator or none. Raises
+        MachineError.
+        """
         path = data_dir / STORE_FILE_NAME
         if not path.is_file():
             raise MachineError(
@@ -161,9 +187,12 @@ class SqliteStore:
             connection = self._writer
             run_sql(connection, "BEGIN IMMEDIATE")
             try:
-                yield SqliteTransaction(connection)
+                tx = SqliteTransaction(connection, self._kept)
+                yield tx
+                tx.flush()
                 run_sql(connection, "COMMIT")
             except BaseException:
+                self._kept.forget()
                 if connection.in_transaction:
                     run_sql(connection, "ROLLBACK")
                 raise
@@ -175,12 +204,12 @@ class SqliteStore:
         if not self._location:
             with self._guard:
                 assert self._writer is not None
-                yield SqliteTransaction(self._writer)
+                yield SqliteTransaction(self._writer, KeptRows())
             return
         connection = self._reader()
         try:
             run_sql(connection, "BEGIN")
-            yield SqliteTransaction(connection)
+            yield SqliteTransaction(connection, KeptRows())
         finally:
             if connection.in_transaction:
                 run_sql(connection, "ROLLBACK")
@@ -199,7 +228,9 @@ class SqliteStore:
             connection.close()
             raise MachineError(
                 "the store's schema is not this version's",
-                remedy="start the coordinator once with this version, or use the version that wrote it",
+                remedy=(
+                    "start the coordinator once with this version, or use the version that wrote it"
+                ),
             )
         return connection
 
@@ -208,14 +239,8 @@ class SqliteStore:
         self._check_open()
         if path.exists():
             raise MachineError(f"{path} exists", allowed="a new file", remedy="name another file")
-        connection = self._writer if not self._location else self._reader()
-        assert connection is not None
-        try:
-            with sqlite3.connect(path) as target:
-                connection.backup(target)
-            target.close()
-        except sqlite3.Error as error:
-            raise_store_error(error)
+        with self.read() as tx:
+            tx.copy_to(path)
 
     def close(self) -> None:
         """See base.Store.close."""

@@ -1,4 +1,6 @@
-"""SQLite: book, leases, returned ranges, journal, certificates, credits, acceptor (guarantees: base_ledger.py)."""
+"""SQLite: book, leases, returned ranges, journal, certificates, credits, acceptor (guarantees:
+base_ledger.py).
+"""
 
 import sqlite3
 from collections.abc import Iterable
@@ -14,6 +16,7 @@ from coordinator.store.rows import (
     ReturnedRow,
     UncreditedRow,
 )
+from coordinator.store.sqlite_kept import KeptRows
 from coordinator.store.sqlite_table import Table, run_sql
 
 BOOKS = Table("books", BookRow, key=("run_id",))
@@ -37,15 +40,28 @@ class SqliteLedger:
     """Mixin of SqliteTransaction."""
 
     _connection: sqlite3.Connection
+    _kept: KeptRows
 
     def insert_book(self, row: BookRow) -> None:
         BOOKS.insert(self._connection, row)
 
     def update_book(self, row: BookRow) -> None:
-        BOOKS.upsert(self._connection, row)
+        self._kept.unwritten_books[row.run_id] = row
 
     def book(self, run_id: str) -> BookRow | None:
-        return BOOKS.one(self._connection, run_id)
+        row = self._kept.unwritten_books.get(run_id) or self._kept.book_by_run.get(run_id)
+        if row is None:
+            row = BOOKS.one(self._connection, run_id)
+            if row is not None:
+                self._kept.book_by_run[run_id] = row
+        return row
+
+    def flush(self) -> None:
+        """Write the changed books; the store calls it before it commits."""
+        for row in self._kept.unwritten_books.values():
+            BOOKS.update(self._connection, row)
+        self._kept.book_by_run |= self._kept.unwritten_books
+        self._kept.unwritten_books = {}
 
     def add_peer_totals(
         self,
@@ -57,7 +73,8 @@ class SqliteLedger:
         rolled_back: int = 0,
     ) -> None:
         sql = (
-            "INSERT INTO peer_totals (run_id, peer_id, credited_tokens, uncredited_tokens, rolled_back_tokens) "
+            "INSERT INTO peer_totals (run_id, peer_id, credited_tokens, uncredited_tokens, "
+            "rolled_back_tokens) "
             "VALUES (?, ?, ?, ?, ?) ON CONFLICT (run_id, peer_id) DO UPDATE SET "
             "credited_tokens = credited_tokens + excluded.credited_tokens, "
             "uncredited_tokens = uncredited_tokens + excluded.uncredited_tokens, "
@@ -69,10 +86,21 @@ class SqliteLedger:
         return PEER_TOTALS.where(self._connection, "run_id = ? ORDER BY peer_id", run_id)
 
     def insert_leases(self, rows: Iterable[LeaseRow]) -> None:
-        LEASES.insert_all(self._connection, rows)
+        for row in rows:
+            LEASES.insert(self._connection, row)
+            key = (row.run_id, row.incarnation, row.peer_id)
+            newest = self._kept.lease_number_by_key.get(key)
+            if newest is not None:
+                self._kept.keep_lease_number(key, max(newest, row.lease_number))
 
     def update_lease(self, row: LeaseRow) -> None:
-        LEASES.upsert(self._connection, row)
+        sql = (
+            "UPDATE leases SET state = ?, credited_windows = ?, expire_unix_ms = ?, end_reason = ? "
+            "WHERE run_id = ? AND incarnation = ? AND peer_id = ? AND lease_number = ?"
+        )
+        values = (row.state, row.credited_windows, row.expire_unix_ms, row.end_reason)
+        key = (row.run_id, row.incarnation, row.peer_id, row.lease_number)
+        run_sql(self._connection, sql, values + key)
 
     def lease(
         self, run_id: str, incarnation: int, peer_id: str, lease_number: int
@@ -80,12 +108,22 @@ class SqliteLedger:
         return LEASES.one(self._connection, run_id, incarnation, peer_id, lease_number)
 
     def newest_lease_number(self, run_id: str, incarnation: int, peer_id: str) -> int:
-        sql = "SELECT MAX(lease_number) FROM leases WHERE run_id = ? AND incarnation = ? AND peer_id = ?"
-        return run_sql(self._connection, sql, (run_id, incarnation, peer_id)).fetchone()[0] or 0
+        key = (run_id, incarnation, peer_id)
+        newest = self._kept.lease_number_by_key.get(key)
+        if newest is None:
+            sql = (
+                "SELECT MAX(lease_number) FROM leases "
+                "WHERE run_id = ? AND incarnation = ? AND peer_id = ?"
+            )
+            newest = int(run_sql(self._connection, sql, key).fetchone()[0] or 0)
+            self._kept.keep_lease_number(key, newest)
+        return newest
 
     def active_leases(self, run_id: str, peer_id: str) -> list[LeaseRow]:
         condition = "run_id = ? AND peer_id = ? AND state = 'ACTIVE' ORDER BY lease_number"
-        return LEASES.where(self._connection, condition, run_id, peer_id)
+        return LEASES.where(
+            self._connection, condition, run_id, peer_id, index="leases_active_by_peer"
+        )
 
     def all_active_leases(self, run_id: str) -> list[LeaseRow]:
         condition = "run_id = ? AND state = 'ACTIVE' ORDER BY peer_id, lease_number"
@@ -94,14 +132,21 @@ class SqliteLedger:
     def expired_candidates(
         self, run_id: str, *, now_unix_ms: int, num_leases: int
     ) -> list[LeaseRow]:
-        condition = "run_id = ? AND expire_unix_ms <= ? AND state = 'ACTIVE' ORDER BY expire_unix_ms LIMIT ?"
+        condition = (
+            "run_id = ? AND expire_unix_ms <= ? AND state = 'ACTIVE' ORDER BY expire_unix_ms "
+            "LIMIT ?"
+        )
         return LEASES.where(self._connection, condition, run_id, now_unix_ms, num_leases)
 
     def leases_of_chunk(
-        self, run_id: str, incarnation: int, schedule_position: int
+        self, run_id: str, incarnation: int, schedule_position: int, *, windows: tuple[int, int]
     ) -> list[LeaseRow]:
-        condition = "run_id = ? AND incarnation = ? AND schedule_position = ?"
-        return LEASES.where(self._connection, condition, run_id, incarnation, schedule_position)
+        condition = (
+            "run_id = ? AND incarnation = ? AND schedule_position = ? "
+            "AND end_window > ? AND begin_window < ?"
+        )
+        values = (run_id, incarnation, schedule_position, *windows)
+        return LEASES.where(self._connection, condition, *values, index="leases_by_chunk")
 
     def renew_leases(
         self,
@@ -114,7 +159,8 @@ class SqliteLedger:
     ) -> None:
         sql = (
             "UPDATE leases SET expire_unix_ms = ? "
-            "WHERE run_id = ? AND incarnation = ? AND peer_id = ? AND lease_number = ? AND state = 'ACTIVE'"
+            "WHERE run_id = ? AND incarnation = ? AND peer_id = ? AND lease_number = ? AND state "
+            "= 'ACTIVE'"
         )
         for number in lease_numbers:
             run_sql(self._connection, sql, (expire_unix_ms, run_id, incarnation, peer_id, number))
@@ -133,13 +179,19 @@ class SqliteLedger:
         RETURNED.insert_all(self._connection, rows)
 
     def delete_returned(self, rows: Iterable[ReturnedRow]) -> None:
-        sql = "DELETE FROM returned_ranges WHERE run_id = ? AND schedule_position = ? AND begin_window = ?"
+        sql = (
+            "DELETE FROM returned_ranges WHERE run_id = ? AND schedule_position = ? AND "
+            "begin_window = ?"
+        )
         for row in rows:
             run_sql(self._connection, sql, (row.run_id, row.schedule_position, row.begin_window))
 
     def returned(self, run_id: str, cause: str, *, num_ranges: int) -> list[ReturnedRow]:
         condition = "run_id = ? AND cause = ? ORDER BY schedule_position, begin_window LIMIT ?"
-        return RETURNED.where(self._connection, condition, run_id, cause, num_ranges)
+        values = (run_id, cause, num_ranges)
+        return RETURNED.where(
+            self._connection, condition, *values, index="returned_ranges_by_cause"
+        )
 
     def returned_of_chunk(self, run_id: str, schedule_position: int) -> list[ReturnedRow]:
         condition = "run_id = ? AND schedule_position = ? ORDER BY begin_window"
@@ -184,17 +236,23 @@ class SqliteLedger:
     def mark_certificates_rolled_back(
         self, run_id: str, *, after_outer_step: int, rolled_back_by: int
     ) -> int:
-        sql = "UPDATE certificates SET rolled_back_by = ? WHERE run_id = ? AND outer_step > ? AND rolled_back_by = 0"
+        sql = (
+            "UPDATE certificates SET rolled_back_by = ? WHERE run_id = ? AND outer_step > ? AND "
+            "rolled_back_by = 0"
+        )
         return run_sql(self._connection, sql, (rolled_back_by, run_id, after_outer_step)).rowcount
 
     def insert_credits(self, rows: Iterable[CreditRow]) -> None:
         CREDITS.insert_all(self._connection, rows)
 
-    def live_credits_of_chunk(self, run_id: str, schedule_position: int) -> list[CreditRow]:
+    def live_credits_of_chunk(
+        self, run_id: str, schedule_position: int, *, windows: tuple[int, int]
+    ) -> list[CreditRow]:
         condition = (
-            "run_id = ? AND schedule_position = ? AND rolled_back_by = 0 ORDER BY begin_window"
+            "run_id = ? AND schedule_position = ? AND end_window > ? AND begin_window < ? "
+            "AND rolled_back_by = 0 ORDER BY begin_window"
         )
-        return CREDITS.where(self._connection, condition, run_id, schedule_position)
+        return CREDITS.where(self._connection, condition, run_id, schedule_position, *windows)
 
     def live_credits_after(self, run_id: str, outer_step: int) -> list[CreditRow]:
         condition = "run_id = ? AND outer_step > ? AND rolled_back_by = 0 ORDER BY outer_step"
@@ -207,7 +265,10 @@ class SqliteLedger:
     def mark_credits_rolled_back(
         self, run_id: str, *, after_outer_step: int, rolled_back_by: int
     ) -> None:
-        sql = "UPDATE credits SET rolled_back_by = ? WHERE run_id = ? AND outer_step > ? AND rolled_back_by = 0"
+        sql = (
+            "UPDATE credits SET rolled_back_by = ? WHERE run_id = ? AND outer_step > ? AND "
+            "rolled_back_by = 0"
+        )
         run_sql(self._connection, sql, (rolled_back_by, run_id, after_outer_step))
 
     def insert_uncredited(self, rows: Iterable[UncreditedRow]) -> None:

@@ -11,6 +11,7 @@ from coordinator.store.rows_membership import (
     StepRow,
     TokenRow,
 )
+from coordinator.store.sqlite_kept import KeptRows
 from coordinator.store.sqlite_table import Table, run_sql
 
 TOKENS = Table("tokens", TokenRow, key=("token_id",))
@@ -31,6 +32,7 @@ class SqliteMembership:
     """Mixin of SqliteTransaction."""
 
     _connection: sqlite3.Connection
+    _kept: KeptRows
 
     def insert_token(self, row: TokenRow) -> None:
         TOKENS.insert(self._connection, row)
@@ -62,10 +64,19 @@ class SqliteMembership:
         return run_sql(self._connection, sql, (token_id, peer_id)).fetchone() is not None
 
     def put_peer(self, row: PeerRow) -> None:
-        PEERS.upsert(self._connection, row)
+        if self._kept.peer_by_key.get((row.run_id, row.peer_id)) is None:
+            PEERS.upsert(self._connection, row)
+        else:
+            PEERS.update(self._connection, row)
+        self._kept.keep_peer(row)
 
     def peer(self, run_id: str, peer_id: str) -> PeerRow | None:
-        return PEERS.one(self._connection, run_id, peer_id)
+        row = self._kept.peer_by_key.get((run_id, peer_id))
+        if row is None:
+            row = PEERS.one(self._connection, run_id, peer_id)
+            if row is not None:
+                self._kept.keep_peer(row)
+        return row
 
     def peers(self, run_id: str) -> list[PeerRow]:
         return PEERS.where(self._connection, "run_id = ? ORDER BY peer_id", run_id)
@@ -92,6 +103,13 @@ class SqliteMembership:
 
     def duties(self, run_id: str) -> list[DutyRow]:
         return DUTIES.where(self._connection, "run_id = ? ORDER BY create_unix_ms, duty_id", run_id)
+
+    def pending_duties(self, run_id: str) -> list[DutyRow]:
+        condition = "run_id = ? AND state IN ('OPEN', 'ASSIGNED') ORDER BY create_unix_ms, duty_id"
+        return DUTIES.where(self._connection, condition, run_id)
+
+    def delete_duty(self, duty_id: str) -> None:
+        run_sql(self._connection, "DELETE FROM duties WHERE duty_id = ?", (duty_id,))
 
     def put_evaluation(self, row: EvaluationRow) -> None:
         EVALUATIONS.upsert(self._connection, row)

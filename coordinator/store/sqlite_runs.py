@@ -3,6 +3,7 @@
 import sqlite3
 
 from coordinator.store.rows import DirectiveRow, EventRow, IncarnationRow, RequestRow, RunRow
+from coordinator.store.sqlite_kept import KeptRows
 from coordinator.store.sqlite_table import Table, run_sql
 
 RUNS = Table("runs", RunRow, key=("run_id",))
@@ -16,15 +17,22 @@ class SqliteRuns:
     """Mixin of SqliteTransaction."""
 
     _connection: sqlite3.Connection
+    _kept: KeptRows
 
     def insert_run(self, row: RunRow) -> None:
         RUNS.insert(self._connection, row)
 
     def update_run(self, row: RunRow) -> None:
         RUNS.upsert(self._connection, row)
+        self._kept.run_by_id[row.run_id] = row
 
     def run(self, run_id: str) -> RunRow | None:
-        return RUNS.one(self._connection, run_id)
+        row = self._kept.run_by_id.get(run_id)
+        if row is None:
+            row = RUNS.one(self._connection, run_id)
+            if row is not None:
+                self._kept.run_by_id[run_id] = row
+        return row
 
     def runs(self) -> list[RunRow]:
         return RUNS.where(self._connection, "1 ORDER BY create_unix_ms, run_id")
@@ -79,11 +87,17 @@ class SqliteRuns:
         return run_sql(self._connection, sql, (before_unix_ms, num_requests)).rowcount
 
     def meta(self, name: str) -> str:
-        found = run_sql(
-            self._connection, "SELECT value FROM meta WHERE name = ?", (name,)
-        ).fetchone()
-        return "" if found is None else str(found[0])
+        value = self._kept.meta_by_name.get(name)
+        if value is None:
+            sql = "SELECT value FROM meta WHERE name = ?"
+            found = run_sql(self._connection, sql, (name,)).fetchone()
+            value = self._kept.meta_by_name[name] = "" if found is None else str(found[0])
+        return value
 
     def set_meta(self, name: str, value: str) -> None:
-        sql = "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        sql = (
+            "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value "
+            "= excluded.value"
+        )
         run_sql(self._connection, sql, (name, value))
+        self._kept.meta_by_name[name] = value

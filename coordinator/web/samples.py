@@ -1,7 +1,8 @@
 """From a status snapshot to Prometheus samples: the newest run that is not over, or the newest one.
 
-Claims of peers and what the coordinator counted are different metrics (their names say which). Counters of things that the
-store counts per incarnation (ends of leases) are advanced by their differences, so that they only ever rise.
+Claims of peers and what the coordinator counted are different metrics (their names say which).
+Counters of things that the store counts per incarnation (ends of leases) are advanced by their
+differences, so that they only ever rise.
 """
 
 from collections import Counter

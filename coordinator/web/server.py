@@ -1,7 +1,9 @@
-"""Starlette application and the uvicorn thread that serves it. Read-only: every route is a GET, nothing is authenticated.
+"""Starlette application and the uvicorn thread that serves it. Read-only: every route is a GET,
+nothing is authenticated.
 
-The listening socket is opened before the thread starts, so a taken port is an error at start and not a line in a log.
-Handlers are plain functions: starlette runs them in worker threads, where a look at the store may block.
+The listening socket is opened before the thread starts, so a taken port is an error at start and
+not a line in a log. Handlers are plain functions: starlette runs them in worker threads, where a
+look at the store may block.
 """
 
 import json
@@ -18,7 +20,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.metrics import CONTENT_TYPE, CoordinatorMetrics
 from coordinator.operations.plain import plain_from_response
@@ -37,7 +39,8 @@ _STATIC_TYPES = {
 _SECURITY_HEADERS = (
     (
         b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        b"connect-src 'self'; "
         b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
     (b"x-content-type-options", b"nosniff"),
@@ -57,12 +60,12 @@ class SecurityHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
 
-        async def send_with_headers(message: dict[str, object]) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *_SECURITY_HEADERS]  # type: ignore[misc]
-            await send(message)  # type: ignore[arg-type]
+                message["headers"] = [*message.get("headers", []), *_SECURITY_HEADERS]
+            await send(message)
 
-        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)  # type: ignore[arg-type]
+        await self._app(scope, receive, send_with_headers)
 
 
 class Pages:

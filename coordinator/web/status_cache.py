@@ -1,7 +1,8 @@
-"""One look at each run per second at most, shared by the page, the JSON API and the scraper, whatever their number.
+"""One look at each run per second at most, shared by the page, the JSON API and the scraper,
+whatever their number.
 
-Looks are read-only transactions in the web server's threads, beside the writer. Answers are kept as they are (frozen
-dataclasses); a run that nobody asks about costs nothing.
+Looks are read-only transactions in the web server's threads, beside the writer. Answers are kept as
+they are (frozen dataclasses); a run that nobody asks about costs nothing.
 """
 
 import threading

@@ -1,1 +1,3 @@
-"""Checkpoints as safetensors files: written atomically, checked by digest, exported for transformers."""
+"""Checkpoints as safetensors files: written atomically, checked by digest, exported for
+transformers.
+"""

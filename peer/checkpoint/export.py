@@ -1,11 +1,13 @@
 """Export of a trained model as a Hugging Face folder that transformers.LlamaForCausalLM loads.
 
-config.json, model.safetensors (fp32, transformers' names, no permutation needed), generation_config.json and the tokenizer's
-files. The metadata of model.safetensors names run, state and version, so a file can be traced back to its run.
+config.json, model.safetensors (fp32, transformers' names, no permutation needed),
+generation_config.json and the tokenizer's files. The metadata of model.safetensors names run, state
+and version, so a file can be traced back to its run.
 """
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from protos.contract.run_spec import ModelSpec, RunSpec
 
 
 def named_parameters(spec: ModelSpec, params: Float32Vector) -> dict[str, Float32Array]:
-    """Views of the canonical vector by parameter name. Raises CorruptDataError for a vector of another model."""
+    """Views of the canonical vector by parameter name.
+
+    Raises CorruptDataError for a vector of another model.
+    """
     table = ModelShape.from_spec(spec).parameter_table()
     num_values = sum(math.prod(shape) for _, shape in table)
     if params.size != num_values:
@@ -71,11 +76,15 @@ def export_model(
     folder: Path,
     tokenizer_path: Path,
     eos_token_id: int,
-    provenance: dict[str, str] | None = None,
+    provenance: Mapping[str, str | int] | None = None,
 ) -> None:
-    """Write the folder; existing files of these names are replaced. Raises MachineError, CorruptDataError."""
+    """Write the folder; existing files of these names are replaced.
+
+    Raises MachineError, CorruptDataError.
+    """
     tensors = {hf_name(name): view for name, view in named_parameters(spec.model, params).items()}
-    metadata = {"format": "pt", "run_digest": spec.run_digest, **(provenance or {})}
+    metadata = {"format": "pt", "run_digest": spec.run_digest}
+    metadata |= {key: str(value) for key, value in (provenance or {}).items()}
     tokenizer_bytes = tokenizer_path.read_bytes()
     eos_token = _token_of_id(tokenizer_bytes, eos_token_id, path=tokenizer_path)
     try:
@@ -107,7 +116,9 @@ def _token_of_id(tokenizer_bytes: bytes, token_id: int, *, path: Path) -> str:
     try:
         plain = json.loads(tokenizer_bytes)
         by_id = {int(index): str(token) for token, index in plain["model"]["vocab"].items()}
-        by_id |= {int(token["id"]): str(token["content"]) for token in plain.get("added_tokens", [])}
+        by_id |= {
+            int(token["id"]): str(token["content"]) for token in plain.get("added_tokens", [])
+        }
         return by_id[token_id]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptDataError(

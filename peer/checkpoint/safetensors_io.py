@@ -1,8 +1,9 @@
 """safetensors files of fp32 arrays: written as a stream and atomically, read strictly.
 
-The format is a little-endian uint64 with the length of a JSON header, the header (name -> dtype, shape, byte range; text
-metadata under "__metadata__"), then the data. Writing it here needs no copy of the vectors, which the library's `save`
-makes; files are read by any safetensors library. Reading maps the file and accepts nothing but contiguous F32 tensors.
+The format is a little-endian uint64 with the length of a JSON header, the header (name -> dtype,
+shape, byte range; text metadata under "__metadata__"), then the data. Writing it here needs no copy
+of the vectors, which the library's `save` makes; files are read by any safetensors library. Reading
+maps the file and accepts nothing but contiguous F32 tensors.
 """
 
 import json
@@ -28,7 +29,8 @@ _METADATA = "__metadata__"
 def save_tensors(
     path: Path, tensors: Mapping[str, Float32Array], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file so that it is either whole and durable under `path` or not there. Raises MachineError.
+    """Write a file so that it is either whole and durable under `path` or not there. Raises
+    MachineError.
 
     Arrays are fp32 and C-contiguous.
     """
@@ -38,7 +40,7 @@ def save_tensors(
             file.write(_header(tensors, metadata))
             for array in tensors.values():
                 assert array.dtype == np.float32 and array.flags.c_contiguous
-                flat = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+                flat = array.reshape(-1).view(np.uint8).data
                 for begin in range(0, flat.nbytes, _WRITE_BYTES):
                     file.write(flat[begin : begin + _WRITE_BYTES])
             file.flush()
@@ -57,7 +59,10 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Float32Array], dict[str, str]]:
-    """Read-only arrays mapped from a file, and its metadata. Raises CorruptDataError for any other content."""
+    """Read-only arrays mapped from a file, and its metadata.
+
+    Raises CorruptDataError for any other content.
+    """
     try:
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:

@@ -1,9 +1,11 @@
-"""Local checkpoints of the replicated state: {incarnation}-{outer_step}.safetensors, two kept, digest-checked.
+"""Local checkpoints of the replicated state: {incarnation}-{outer_step}.safetensors, two kept,
+digest-checked.
 
-The file holds the flat vectors of the state and, as metadata, all that a restarted member needs to go on without anybody: the
-state's meta and digest, the directive in force, the incarnation record, and the certificates that the coordinator has not
-acknowledged yet. The coordinator's checkpoints are the same files. A damaged newest file costs one step back, with the
-reason said, never a wrong state: the digest is recomputed before a byte reaches the vectors.
+The file holds the flat vectors of the state and, as metadata, all that a restarted member needs to
+go on without anybody: the state's meta and digest, the directive in force, the incarnation record,
+and the certificates that the coordinator has not acknowledged yet. The coordinator's checkpoints
+are the same files. A damaged newest file costs one step back, with the reason said, never a wrong
+state: the digest is recomputed before a byte reaches the vectors.
 """
 
 import json
@@ -47,10 +49,11 @@ class LoadedCheckpoint:
     """Which checkpoint was taken, and what was wrong with newer ones."""
 
 
-def save_checkpoint(
-    path: Path, header: CheckpointHeader, vectors: Sequence[Float32Vector]
-) -> None:
-    """Write params, exp_avg and exp_avg_sq with their header, atomically and durably. Raises MachineError."""
+def save_checkpoint(path: Path, header: CheckpointHeader, vectors: Sequence[Float32Vector]) -> None:
+    """Write params, exp_avg and exp_avg_sq with their header, atomically and durably.
+
+    Raises MachineError.
+    """
     metadata = {
         "format": "muster state 1",
         "state_meta": header.meta.to_json().decode(),
@@ -65,7 +68,10 @@ def save_checkpoint(
 
 
 def open_checkpoint(path: Path) -> tuple[CheckpointHeader, tuple[Float32Vector, ...]]:
-    """Header and read-only mapped vectors of a file whose digest has been recomputed. Raises CorruptDataError."""
+    """Header and read-only mapped vectors of a file whose digest has been recomputed.
+
+    Raises CorruptDataError.
+    """
     tensors, metadata = load_tensors(path)
     try:
         header = CheckpointHeader(
@@ -89,7 +95,10 @@ def open_checkpoint(path: Path) -> tuple[CheckpointHeader, tuple[Float32Vector, 
 
 
 def load_checkpoint(path: Path, targets: Sequence[Float32Vector]) -> CheckpointHeader:
-    """Copy a checked checkpoint into the vectors. Raises CorruptDataError, with the vectors untouched."""
+    """Copy a checked checkpoint into the vectors.
+
+    Raises CorruptDataError, with the vectors untouched.
+    """
     header, vectors = open_checkpoint(path)
     if any(vector.size != target.size for vector, target in zip(vectors, targets, strict=True)):
         raise _corrupt(path, f"{vectors[0].size} parameters where the run has {targets[0].size}")
@@ -131,9 +140,15 @@ class CheckpointStore:
         return path
 
     def load_newest(
-        self, targets: Sequence[Float32Vector], *, run_digest: str, max_incarnation: int | None = None
+        self,
+        targets: Sequence[Float32Vector],
+        *,
+        run_digest: str,
+        max_incarnation: int | None = None,
     ) -> LoadedCheckpoint:
-        """Load the newest usable checkpoint of this run, trying older ones where one is damaged or of another run."""
+        """Load the newest usable checkpoint of this run, trying older ones where one is damaged or
+        of another run.
+        """
         problems: list[str] = []
         for path in self.paths():
             match = _FILE_PATTERN.fullmatch(path.name)

@@ -24,7 +24,7 @@ from peer.metrics import PeerMetrics
 from protos.contract.certificate import Tag
 from protos.contract.errors import ErrorCode, MusterError, RefusedError, UnavailableError
 from protos.contract.signing import has_valid_signature
-from protos.contract.telemetry import PEER_CLOCK_OFFSET_SECONDS, PEER_RPC_SECONDS, LogField
+from protos.contract.telemetry import PEER_RPC_SECONDS, LogField
 from protos.muster.v1 import (
     common_pb2,
     duties_pb2,
@@ -91,8 +91,11 @@ class CoordinatorTasks:
         """Leases of the current incarnation, for the trainer."""
         self.duty_by_id: dict[str, duties_pb2.Duty] = {}
 
-    async def heartbeat(self, action: ev.SendHeartbeat, membership: Membership) -> None:
+    async def heartbeat(
+        self, action: ev.SendHeartbeat, current_membership: Callable[[], Membership]
+    ) -> None:
         """One heartbeat and everything that its answer sets off."""
+        membership = current_membership()
         attestations = self._outbox.attestations()
         request = membership_pb2.HeartbeatRequest(
             claims=self._numbers.claims(),
@@ -110,6 +113,7 @@ class CoordinatorTasks:
             return
         self._outbox.acknowledge_attestations(attestations)
         self.note_clock(clock)
+        membership = current_membership()
         updated = membership.updated(response)
         if updated.response != membership.response:
             self._hooks.keep_membership(updated)
@@ -132,7 +136,9 @@ class CoordinatorTasks:
     def _offer_duty(self, duty: duties_pb2.Duty) -> None:
         kind = _DUTY_KINDS.get(duty.kind)
         if kind is None:
-            _LOGGER.warning("%s=%s of unknown kind %d ignored", LogField.DUTY, duty.duty_id, duty.kind)
+            _LOGGER.warning(
+                "%s=%s of unknown kind %d ignored", LogField.DUTY, duty.duty_id, duty.kind
+            )
             return
         self.duty_by_id[duty.duty_id] = duty
         self._hooks.feed(
@@ -152,7 +158,9 @@ class CoordinatorTasks:
             held_tokens=action.held_tokens,
         )
         try:
-            response = await self._client.acquire_leases(request, retry_seconds=_LEASE_RETRY_SECONDS)
+            response = await self._client.acquire_leases(
+                request, retry_seconds=_LEASE_RETRY_SECONDS
+            )
         except MusterError as error:
             self._hooks.feed(ev.LeasesNotGranted(reason=error.found))
             self.note_refusal(error)
@@ -161,7 +169,9 @@ class CoordinatorTasks:
         for signed in response.leases:
             lease = common_pb2.Lease.FromString(signed.payload)
             if not self._is_own_lease(signed, lease, membership):
-                _LOGGER.warning("%s=%d refused: not signed for this peer", LogField.LEASE, lease.lease_number)
+                _LOGGER.warning(
+                    "%s=%d refused: not signed for this peer", LogField.LEASE, lease.lease_number
+                )
                 continue
             if lease.incarnation == self._numbers.incarnation:
                 kept = LeaseBytes(signed=signed.SerializeToString(), lease=lease)
@@ -254,9 +264,9 @@ class CoordinatorTasks:
         try:
             if method == "exchange":
                 exchange = rounds_pb2.CoordinatorExchangeRequest.FromString(request)
-                return (await self._client.exchange(exchange)).SerializeToString()
+                return bytes((await self._client.exchange(exchange)).SerializeToString())
             votes = rounds_pb2.SubmitVotesRequest.FromString(request)
-            return (await self._client.submit_votes(votes)).SerializeToString()
+            return bytes((await self._client.submit_votes(votes)).SerializeToString())
         except MusterError as error:
             _LOGGER.info("%s: %s", method, error.found)
             self.note_refusal(error)
@@ -304,8 +314,3 @@ class CallObserver:
             if self._num_deadlines_missed < _MAX_DEADLINES_MISSED:
                 return
         self._feed(ev.CoordinatorReachable(is_reachable=False, reason=result.reason))
-
-
-def show_clock(metrics: PeerMetrics, numbers: SessionNumbers) -> None:
-    """Expose the offset."""
-    metrics.set(PEER_CLOCK_OFFSET_SECONDS, numbers.clock_offset_seconds)

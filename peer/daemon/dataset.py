@@ -5,7 +5,7 @@ dataset id is the manifest's digest, the manifest names the digests of the rest;
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from peer.data.fetch import ChunkCache, WantedFile
@@ -77,7 +77,7 @@ class Dataset:
             )
             for index, chunk in enumerate(manifest.heldout_chunks)
         ]
-        self.tokenizer_path, *paths = await _gather([tokenizer, *heldout])
+        self.tokenizer_path, *paths = await asyncio.gather(tokenizer, *heldout)
         self.heldout_paths = tuple(paths)
 
     async def fetch_chunk(self, chunk_index: int, *, digest: bytes) -> Path:
@@ -119,14 +119,3 @@ class Dataset:
     async def _fetch(self, wanted: WantedFile, file: int, *, chunk_index: int = 0) -> Path:
         async with self._downloads:
             return await self._cache.fetch(wanted, lambda _: self._fetch_file(file, chunk_index))
-
-
-async def _gather(downloads: list[Awaitable[Path]]) -> list[Path]:
-    """All paths, in order; the first failure ends the rest."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_as_coroutine(download)) for download in downloads]
-    return [task.result() for task in tasks]
-
-
-async def _as_coroutine(download: Awaitable[Path]) -> Path:
-    return await download

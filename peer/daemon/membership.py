@@ -57,12 +57,13 @@ class Membership:
     def incarnation(self) -> int:
         """Current incarnation."""
         record = common_pb2.IncarnationRecord.FromString(self.response.incarnation_record.payload)
-        return record.incarnation
+        return int(record.incarnation)
 
     @property
     def directive_number(self) -> int:
         """Newest directive."""
-        return common_pb2.Directive.FromString(self.response.directive.payload).directive_number
+        directive = common_pb2.Directive.FromString(self.response.directive.payload)
+        return int(directive.directive_number)
 
     def updated(self, heartbeat: membership_pb2.HeartbeatResponse) -> "Membership":
         """With what a heartbeat brought. Raises CorruptDataError if the coordinator did not sign it."""

@@ -52,6 +52,12 @@ class Outbox:
         """Not acknowledged yet."""
         return len(self._certificates)
 
+    def oldest_step(self, incarnation: int) -> int | None:
+        """Oldest unacknowledged outer step of an incarnation."""
+        return min(
+            (step for number, step in self._certificates if number == incarnation), default=None
+        )
+
     def next_report(self) -> list[tuple[CertificateKey, rounds_pb2.Certificate]]:
         """The oldest certificates that fit into one call."""
         batch: list[tuple[CertificateKey, rounds_pb2.Certificate]] = []

@@ -1,8 +1,10 @@
-"""Held-out loss: nats summed over whole windows, with the text bytes that the predicted tokens stand for.
+"""Held-out loss: nats summed over whole windows, with the text bytes that the predicted tokens
+stand for.
 
-Bits per byte = nats / ln 2 / bytes, so tokenizers can be compared and gzip too. A token's bytes come from the
-byte-level vocabulary itself; an end-of-document token stands for no bytes and its nats still count. An evaluation
-advances slice by slice, so a trainer can fit it into the time in which it waits for others.
+Bits per byte = nats / ln 2 / bytes, so tokenizers can be compared and gzip too. A token's bytes
+come from the byte-level vocabulary itself; an end-of-document token stands for no bytes and its
+nats still count. An evaluation advances slice by slice, so a trainer can fit it into the time in
+which it waits for others.
 
 Letters: B sequences, T positions.
 """
@@ -56,9 +58,11 @@ class EvalResult:
 
 
 def token_byte_lengths(tokenizer_path: Path) -> npt.NDArray[np.int64]:
-    """Bytes of text that each token id stands for, from a byte-level BPE `tokenizer.json`; 0 for special tokens.
+    """Bytes of text that each token id stands for, from a byte-level BPE `tokenizer.json`; 0 for
+    special tokens.
 
-    In the byte-level alphabet each character stands for one byte. Raises CorruptDataError for another format.
+    In the byte-level alphabet each character stands for one byte. Raises CorruptDataError for
+    another format.
     """
     try:
         plain = json.loads(tokenizer_path.read_bytes())
@@ -78,7 +82,10 @@ def token_byte_lengths(tokenizer_path: Path) -> npt.NDArray[np.int64]:
 
 
 def load_chunk_tokens(path: Path, *, vocab_size: int) -> TokenArray:
-    """Token ids of a chunk file that was verified when it was fetched. Raises CorruptDataError for foreign ids."""
+    """Token ids of a chunk file that was verified when it was fetched.
+
+    Raises CorruptDataError for foreign ids.
+    """
     tokens: TokenArray = np.fromfile(path, dtype=token_dtype_for(vocab_size))
     if tokens.size and int(tokens.max()) >= vocab_size:
         raise CorruptDataError(
@@ -90,7 +97,9 @@ def load_chunk_tokens(path: Path, *, vocab_size: int) -> TokenArray:
 
 
 def choose_windows(total_windows: int, *, eval_tokens: int, seq_len: int) -> Int64Array:
-    """Indices of the windows to evaluate: evenly spread, at least one; all if `eval_tokens` is 0 or more than there are."""
+    """Indices of the windows to evaluate: evenly spread, at least one; all if `eval_tokens` is 0 or
+    more than there are.
+    """
     wanted = total_windows
     if eval_tokens > 0:
         wanted = min(total_windows, max(1, eval_tokens // seq_len))
@@ -109,7 +118,10 @@ class Evaluation:
         eval_tokens: int = 0,
         autocast: torch.autocast | None = None,
     ) -> None:
-        """Evaluate `model` as it is; its parameters must not change meanwhile. Raises UsageError without windows."""
+        """Evaluate `model` as it is; its parameters must not change meanwhile.
+
+        Raises UsageError without windows.
+        """
         self._model = model
         self._byte_lengths = byte_lengths
         self._autocast = autocast
@@ -137,7 +149,9 @@ class Evaluation:
     def advance(self) -> EvalResult | None:
         """Evaluate some more windows; the result once all are done."""
         part = self._windows[self._num_done : self._num_done + _SLICE_SEQUENCES]
-        pairs = [windows_from_chunk(chunk, self._model.spec.seq_len, [index]) for chunk, index in part]
+        pairs = [
+            windows_from_chunk(chunk, self._model.spec.seq_len, [index]) for chunk, index in part
+        ]
         inputs_BT = np.concatenate([inputs for inputs, _ in pairs])
         labels_BT = np.concatenate([labels for _, labels in pairs])
         device = self._model.norm.weight.device

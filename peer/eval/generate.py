@@ -1,4 +1,5 @@
-"""Text generation: temperature, top-k and top-p sampling with a seed, one token at a time with a key/value cache.
+"""Text generation: temperature, top-k and top-p sampling with a seed, one token at a time with a
+key/value cache.
 
 Letters: B sequences (one here), T positions, V vocabulary.
 """
@@ -57,9 +58,11 @@ def generate_tokens(
     sampling: Sampling,
     eos_token_id: int | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens until EOS (not yielded) or `max_new_tokens`; deterministic for a seed on one machine.
+    """Yield new tokens until EOS (not yielded) or `max_new_tokens`; deterministic for a seed on one
+    machine.
 
-    The model sees at most its seq_len newest tokens: when that is full, the older half is forgotten.
+    The model sees at most its seq_len newest tokens: when that is full, the older half is
+    forgotten.
     """
     if not prompt_tokens:
         raise UsageError(

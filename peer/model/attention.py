@@ -1,12 +1,13 @@
 """Causal grouped-query attention with rotary positions.
 
-Letters: B sequences, T query positions, S key positions, D model width, H query heads, G key/value heads, R = H / G
-query heads that share a key/value head, K head width.
+Letters: B sequences, T query positions, S key positions, D model width, H query heads, G key/value
+heads, R = H / G query heads that share a key/value head, K head width.
 
-Rotary layout is that of transformers' Llama (first half of a head rotates with the second half), so weights are exported
-without permutation. On CPU the products are explicit (scores, softmax, values): torch's fused CPU kernel has a slow
-bf16 backward (measured, +22 % on the whole step at T = 256). Queries that share a key/value head are laid along the
-position axis instead of repeating keys and values. On accelerators torch's fused kernel is used.
+Rotary layout is that of transformers' Llama (first half of a head rotates with the second half), so
+weights are exported without permutation. On CPU the products are explicit (scores, softmax,
+values): torch's fused CPU kernel has a slow bf16 backward (measured, +22 % on the whole step at T =
+256). Queries that share a key/value head are laid along the position axis instead of repeating keys
+and values. On accelerators torch's fused kernel is used.
 """
 
 import torch
@@ -43,14 +44,17 @@ def apply_rope(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 def explicit_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor) -> Tensor:
-    """Softmax(q k / sqrt(K) + mask) v as separate products; mask is 0 where allowed and -inf elsewhere."""
+    """Softmax(q k / sqrt(K) + mask) v as separate products; mask is 0 where allowed and -inf
+    elsewhere.
+    """
     B, H, T, K = q_BHTK.shape
     G, S = k_BGSK.shape[1], k_BGSK.shape[2]
     R = H // G
     q = (q_BHTK * K**-0.5).reshape(B, G, R * T, K)
     scores = (q @ k_BGSK.transpose(-1, -2)).view(B, G, R, T, S) + mask_TS.to(q.dtype)
     ratios = scores.softmax(dim=-1)
-    return (ratios.view(B, G, R * T, S) @ v_BGSK).view(B, H, T, K)
+    out_BHTK: Tensor = (ratios.view(B, G, R * T, S) @ v_BGSK).view(B, H, T, K)
+    return out_BHTK
 
 
 class Attention(nn.Module):
@@ -73,7 +77,9 @@ class Attention(nn.Module):
         mask_TS: Tensor,
         cache: list[Tensor] | None = None,
     ) -> Tensor:
-        """Attend from T new positions to all S so far; `cache` holds earlier keys and values and is extended."""
+        """Attend from T new positions to all S so far; `cache` holds earlier keys and values and is
+        extended.
+        """
         B, T, _ = x_BTD.shape
 
         def heads(weight: Weight, num_heads: int) -> Tensor:

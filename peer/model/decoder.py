@@ -1,8 +1,8 @@
 """Llama-family decoder whose parameters are views into one flat fp32 vector.
 
-Names and shapes are exactly ModelShape.parameter_table(), and the flat vector is the canonical one, so loading a
-state is one copy and collecting a gradient is one copy. A tied head is the embedding matrix used twice; autograd adds both
-uses into its one gradient.
+Names and shapes are exactly ModelShape.parameter_table(), and the flat vector is the canonical one,
+so loading a state is one copy and collecting a gradient is one copy. A tied head is the embedding
+matrix used twice; autograd adds both uses into its one gradient.
 
 Letters: B sequences, T positions, D model width, F MLP width, V vocabulary.
 """
@@ -65,7 +65,8 @@ class Layer(nn.Module):
         cache: list[Tensor] | None,
     ) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask_TS, cache)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        mlp_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + mlp_BTD
 
 
 class Decoder(nn.Module):
@@ -86,7 +87,8 @@ class Decoder(nn.Module):
         self._mask_TT = self._mask_TT.to(device)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits_BTV of the next token at each position; with a cache, of the T positions after the cached ones.
+        """Logits_BTV of the next token at each position; with a cache, of the T positions after the
+        cached ones.
 
         At most seq_len positions in all.
         """

@@ -1,4 +1,6 @@
-"""Names of our parameters in transformers' Llama; shapes and layouts are the same, rotary positions included."""
+"""Names of our parameters in transformers' Llama; shapes and layouts are the same, rotary positions
+included.
+"""
 
 import re
 

@@ -1,9 +1,10 @@
 """Learning rate as a pure function of schedule_tokens: linear warm-up, constant, 1 - sqrt cooldown.
 
-schedule_tokens is replicated state advanced by certificates, so all members compute the same rate. An update is
-made from the gradients of one round, so the rate is taken half a nominal round after the state that they were
-computed at: the first update then moves, and the last one has not quite reached zero. Only additions, divisions and
-one square root are used; IEEE 754 rounds each of them correctly, hence the same bits on every machine.
+schedule_tokens is replicated state advanced by certificates, so all members compute the same rate.
+An update is made from the gradients of one round, so the rate is taken half a nominal round after
+the state that they were computed at: the first update then moves, and the last one has not quite
+reached zero. Only additions, divisions and one square root are used; IEEE 754 rounds each of them
+correctly, hence the same bits on every machine.
 """
 
 import math
@@ -33,7 +34,7 @@ def lr_ratio(
 def learning_rate(
     spec: RunSpec, *, schedule_tokens: int, cooldown_start_tokens: int, budget_tokens: int
 ) -> float:
-    """Rate of the update that is made on the state at `schedule_tokens` (tokens before this round)."""
+    """Rate of the update made on the state at `schedule_tokens` (tokens before this round)."""
     return spec.optimizer.peak_lr * lr_ratio(
         position_tokens=schedule_tokens + spec.strategy.global_batch_tokens / 2,
         lr_warmup_tokens=spec.schedule.lr_warmup_tokens,
@@ -43,5 +44,5 @@ def learning_rate(
 
 
 def planned_cooldown_start_tokens(spec: RunSpec, *, budget_tokens: int) -> int:
-    """Where the cooldown begins if the budget stays as it is; directives carry the decided value."""
-    return budget_tokens - int(budget_tokens * spec.schedule.cooldown_ratio)
+    """Where the cooldown begins if the budget stays; directives carry the decided value."""
+    return round(budget_tokens * (1 - spec.schedule.cooldown_ratio))

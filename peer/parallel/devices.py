@@ -1,8 +1,10 @@
-"""This machine's device for the trainer: which one, how much memory, and the settings that make it fast.
+"""This machine's device for the trainer: which one, how much memory, and the settings that make it
+fast.
 
-CPU settings. glibc gives freed blocks above a threshold back to the kernel and faults them in again; a decoder's
-logits and scores are such blocks in every micro-batch. Keeping them costs no more than the peak and was worth 13-25 % of
-a training step (2 M parameters, one thread, 4 and 8 sequences of 256).
+CPU settings. glibc gives freed blocks above a threshold back to the kernel and faults them in
+again; a decoder's logits and scores are such blocks in every micro-batch. Keeping them costs no
+more than the peak and was worth 13-25 % of a training step (2 M parameters, one thread, 4 and 8
+sequences of 256).
 """
 
 import ctypes
@@ -30,7 +32,10 @@ class DeviceInfo:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next micro-batch; True if it took the setting. Call before torch works."""
+    """Make glibc keep freed memory for the next micro-batch; True if it took the setting.
+
+    Call before torch works.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
@@ -46,7 +51,8 @@ def choose_device(wanted: str) -> torch.device:
         torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     ):
         raise MachineError(
-            f"device {wanted!r} with {torch.cuda.device_count()} CUDA devices usable by torch {torch.__version__}",
+            f"device {wanted!r}, {torch.cuda.device_count()} CUDA devices usable by "
+            f"torch {torch.__version__}",
             allowed="cpu, or a CUDA device that torch sees",
             remedy="choose device cpu, or install a CUDA build of torch and its driver",
         )

@@ -1,311 +1,316 @@
-"""The reduce of one attempt: an unpipelined butterfly over member streams, encoded once, checked at every receipt.
+"""Averaging of one attempt: a plain butterfly over p2p streams, every byte checked, the result encoded once.
 
-Each reducer owns a run of whole pieces. Every member sends a reducer its pieces of that run on one stream, and gets the reduced
-pieces back on the same stream. A reducer hashes every piece on arrival against what the member committed to when it joined
-the group, refuses values that are not finite, and adds up in member order with one fp32 weight per member:
-`sum_i float32(w_i / W) * x_i`, each operation rounded separately, so the result does not depend on arrival. It encodes the
-result once; everybody, itself included, takes those bytes. Wire bytes per member: 2 (n-1)/n of the vector, each way.
-
-Any failure ends the attempt with a reason that names the peer; nothing of the state has been touched.
+The vector is cut into the pieces of digest.py; each member that can be dialled reduces a run of pieces. A member opens one
+stream to each other reducer, sends PartHeader and its pieces of that run, and receives ReducedHeader and the reduced
+pieces on the same stream, which it acknowledges. The reducer holds every piece against the digest that its sender committed
+to when it joined, so nobody chooses after seeing others; it sums float32(w_i / W) * x_i in member order, each operation
+rounded on its own, and everybody including the reducer uses the same result bytes. Any failure ends the attempt
+whole, with a reason that names the peer. A member without work sends a header and no piece.
 """
 
 import asyncio
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from peer.swarm.transport import PeerUnreachable, Stream, Transport
-from protos.contract.digest import PIECE_VALUES, Float32Vector, digest_of_pieces, vector_piece_digests
-from protos.muster.v1 import state_pb2
+from peer.swarm.transport import PeerCallError, Stream, StreamError, Transport
+from protos.contract.digest import (
+    PIECE_VALUES,
+    Float32Vector,
+    digest_of_pieces,
+    piece_digest,
+)
+from protos.muster.v1 import rounds_pb2, state_pb2
 
-_LOGGER = logging.getLogger(__name__)
-_OPEN_SECONDS = 5.0
-_KNOWN_GROUP_SECONDS = 10.0
-"""A stream may arrive before the group that it belongs to; it waits this long for it."""
+PART_STREAM = "part"
+_EARLY_SECONDS = 15.0
+"""How long a stream that arrives before the own group waits for it."""
 
 
-class ReduceFailed(Exception):
-    """The attempt cannot be completed; the message names the peer and the cause."""
+class ReduceError(Exception):
+    """The attempt cannot be averaged; `peer_id` is whose fault it looks like, `is_down` if it looks dead."""
+
+    def __init__(self, reason: str, *, peer_id: str = "", is_down: bool = False) -> None:
+        super().__init__(reason)
+        self.peer_id, self.is_down = peer_id, is_down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReduceMember:
-    """One member of the group, in member order (by peer_id)."""
+class AveragedVector:
+    """Result of a reduction; every member holds the same bytes."""
 
-    peer_id: str
-    p2p_peer_id: str
-    weight_tokens: int
-    """0 for a member without work."""
+    vector: Float32Vector
     piece_digests: tuple[bytes, ...]
-    """Commitment; empty without work."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReduceGroup:
-    """Everything that is fixed for one attempt's reduce."""
-
-    incarnation: int
-    outer_step: int
-    attempt: int
-    num_values: int
-    own_index: int
-    members: tuple[ReduceMember, ...]
-    reducer_piece_ends: tuple[int, ...]
-    """End of the piece range that each member reduces."""
 
     @property
-    def key(self) -> tuple[int, int, int]:
-        """What a stream's header names."""
-        return self.incarnation, self.outer_step, self.attempt
-
-    def piece_range(self, index: int) -> tuple[int, int]:
-        """Half-open range of pieces that a member reduces."""
-        return (self.reducer_piece_ends[index - 1] if index else 0), self.reducer_piece_ends[index]
-
-    def value_range(self, index: int) -> tuple[int, int]:
-        """The same in values."""
-        begin, end = self.piece_range(index)
-        return min(begin * PIECE_VALUES, self.num_values), min(end * PIECE_VALUES, self.num_values)
-
-    def coefficients(self) -> list[np.float32]:
-        """Weight of each member, rounded once to fp32; 0 without work."""
-        total = sum(member.weight_tokens for member in self.members)
-        return [np.float32(member.weight_tokens / total) for member in self.members]
+    def averaged_digest(self) -> bytes:
+        """What the value names."""
+        return digest_of_pieces(self.piece_digests)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReduceResult:
-    """The average on this member."""
-
-    averaged: Float32Vector
-    piece_digests: tuple[bytes, ...]
-    averaged_digest: bytes
-    sent_bytes: int
-    received_bytes: int
+def piece_bounds(begin_piece: int, end_piece: int, num_values: int) -> tuple[int, int]:
+    """Values of a run of pieces."""
+    return min(begin_piece * PIECE_VALUES, num_values), min(end_piece * PIECE_VALUES, num_values)
 
 
-def weighted_sum(vectors: Sequence[Float32Vector], coefficients: Sequence[np.float32]) -> Float32Vector:
-    """Sum in the given order, every multiplication and addition rounded to fp32 on its own."""
-    total = vectors[0] * coefficients[0]
-    scaled = np.empty_like(total)
-    for vector, coefficient in zip(vectors[1:], coefficients[1:], strict=True):
-        np.multiply(vector, coefficient, out=scaled)
-        np.add(total, scaled, out=total)
-    return total
+class Reduction:
+    """One member's part in one attempt; made when the group is accepted, used once."""
 
-
-@dataclass(eq=False, slots=True)
-class _OwnSlice:
-    """What this member reduces in one attempt."""
-
-    group: ReduceGroup
-    parts: dict[int, Float32Vector] = field(default_factory=dict)
-    reduced: asyncio.Future[tuple[Float32Vector, list[bytes]]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-    async def add(self, index: int, part: Float32Vector) -> None:
-        """Take one member's checked part; the last one triggers the sum."""
-        self.parts[index] = part
-        wanted = [i for i, member in enumerate(self.group.members) if member.weight_tokens]
-        if self.reduced.done() or any(i not in self.parts for i in wanted):
-            return
-        coefficients = self.group.coefficients()
-        vectors = [self.parts[i] for i in wanted]
-        total = await asyncio.to_thread(weighted_sum, vectors, [coefficients[i] for i in wanted])
-        digests = await asyncio.to_thread(vector_piece_digests, total)
-        if not self.reduced.done():
-            self.reduced.set_result((total, digests))
-
-    def fail(self, reason: str) -> None:
-        """End the reduce for everybody who waits."""
-        if not self.reduced.done():
-            self.reduced.set_exception(ReduceFailed(reason))
-            self.reduced.exception()  # seen, even if nobody waits
-
-
-class AllReduce:
-    """Serves parts of running attempts and runs own ones; one object per swarm process."""
-
-    def __init__(self, transport: Transport, *, stream_name: str) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        place: tuple[int, int, int],
+        group: rounds_pb2.FormGroup,
+        tokens_by_peer: dict[str, int],
+        own_peer_id: str,
+        own_vector: Float32Vector,
+    ) -> None:
+        """`place` = (incarnation, outer step, attempt); `own_vector` is read while the reduction runs."""
+        self.place = place
         self._transport = transport
-        self._stream_name = stream_name
-        self._slices: dict[tuple[int, int, int], _OwnSlice] = {}
-        self._changed = asyncio.Condition()
+        self._own_peer_id = own_peer_id
+        self._num_values = own_vector.size
+        self._members = [member.contribution.peer_id for member in group.members]
+        self._join_by_peer = {member.contribution.peer_id: member for member in group.members}
+        ends = list(group.reducer_piece_ends)
+        begins = [0, *ends[:-1]]
+        self._run_by_peer = dict(zip(self._members, zip(begins, ends, strict=True), strict=True))
+        total = sum(tokens_by_peer[peer] for peer in self._members)
+        self._weight_by_peer = {
+            peer: np.float32(tokens_by_peer[peer] / total) for peer in self._members
+        }
+        self._own_vector = own_vector
+        self._result = np.empty(self._num_values, dtype=np.float32)
+        self._digests: list[bytes] = [b""] * ends[-1]
+        begin, end = self._run_by_peer[own_peer_id]
+        self._own_run = (begin, end)
+        self._part_by_peer: dict[str, Float32Vector] = {}
+        self._all_parts = asyncio.Event()
+        self._reduced = asyncio.Event()
+        self._failure: ReduceError | None = None
+        self._failed = asyncio.Event()
 
-    async def run(self, group: ReduceGroup, contribution: Float32Vector | None, *, deadline_seconds: float) -> ReduceResult:
-        """Reduce with the group. `contribution` is None without work. Raises ReduceFailed."""
-        own = _OwnSlice(group)
-        async with self._changed:
-            self._slices[group.key] = own
-            self._changed.notify_all()
-        tasks: list[asyncio.Task[object]] = []
+    async def run(self) -> AveragedVector:
+        """Average. Raises ReduceError."""
+        jobs: list[Awaitable[None]] = [self._reduce_own(), self._raise_on_failure()]
+        for peer_id in self._members:
+            begin, end = self._run_by_peer[peer_id]
+            if peer_id != self._own_peer_id and begin < end:
+                jobs.append(self._exchange_with(peer_id))
+        tasks = [asyncio.ensure_future(job) for job in jobs]
+        watcher = tasks.pop(1)
         try:
-            async with asyncio.timeout(deadline_seconds):
-                averaged = np.empty(group.num_values, dtype=np.float32)
-                if contribution is not None:
-                    begin, end = group.value_range(group.own_index)
-                    await own.add(group.own_index, contribution[begin:end].copy())
-                exchanges = [
-                    asyncio.ensure_future(self._exchange(group, index, contribution, averaged))
-                    for index in range(len(group.members))
-                    if index != group.own_index and _has_pieces(group, index)
-                ]
-                tasks += exchanges  # type: ignore[arg-type]
-                digests: dict[int, list[bytes]] = {}
-                if _has_pieces(group, group.own_index):
-                    total, digests[group.own_index] = await _first_failure(own.reduced, exchanges)
-                    begin, end = group.value_range(group.own_index)
-                    averaged[begin:end] = total
-                sent = received = 0
-                for index, got, stream in await asyncio.gather(*exchanges):
-                    digests[index] = got
-                    sent, received = sent + stream.sent_bytes, received + stream.received_bytes
-        except TimeoutError as error:
-            missing = [m.peer_id[:8] for i, m in enumerate(group.members) if m.weight_tokens and i not in own.parts]
-            reason = f"not done within {deadline_seconds:.1f} s; parts missing from {missing or 'nobody'}"
-            own.fail(reason)
-            raise ReduceFailed(reason) from error
-        except ReduceFailed as error:
-            own.fail(str(error))
+            waiting = set(tasks)
+            while waiting:
+                done, _ = await asyncio.wait(
+                    {*waiting, watcher}, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
+                waiting -= done
+        except ReduceError as error:
+            self.fail(error)
             raise
         finally:
-            for task in tasks:
+            for task in (*tasks, watcher):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        ordered = [digest for index in sorted(digests) for digest in digests[index]]
-        return ReduceResult(
-            averaged=averaged,
-            piece_digests=tuple(ordered),
-            averaged_digest=digest_of_pieces(ordered),
-            sent_bytes=sent,
-            received_bytes=received,
-        )
+            await asyncio.gather(*tasks, watcher, return_exceptions=True)
+        return AveragedVector(vector=self._result, piece_digests=tuple(self._digests))
 
-    def forget(self, before_outer_step: int) -> None:
-        """Drop what older steps keep for late streams."""
-        for key in [key for key in self._slices if key[1] < before_outer_step]:
-            self._slices.pop(key).fail("the outer step is over")
+    def fail(self, error: ReduceError) -> None:
+        """End the reduction; streams that wait for it are told why."""
+        if self._failure is None:
+            self._failure = error
+        self._failed.set()
 
-    async def _exchange(
-        self, group: ReduceGroup, index: int, contribution: Float32Vector | None, averaged: Float32Vector
-    ) -> tuple[int, list[bytes], Stream]:
-        """Send one reducer its part and take its reduced pieces into `averaged`."""
-        member = group.members[index]
-        (begin_piece, end_piece), (begin, end) = group.piece_range(index), group.value_range(index)
+    async def _raise_on_failure(self) -> None:
+        await self._failed.wait()
+        assert self._failure is not None
+        raise self._failure
+
+    # As a reducer -----------------------------------------------------------------------------
+
+    async def serve(self, sender: str, header: state_pb2.PartHeader, stream: Stream) -> None:
+        """Take a member's pieces of the own run and answer with the reduced ones."""
+        join = self._join_by_peer.get(sender)
+        has_work = join is not None and len(join.contribution.ranges) > 0
+        begin, end = self._own_run
+        wanted = (begin, end) if has_work else (begin, begin)
+        if join is None or (header.begin_piece, header.end_piece) != wanted:
+            found = f"pieces {header.begin_piece}-{header.end_piece}"
+            await self._refuse(stream, f"{found} of {sender}; expected {wanted}")
+            return
+        try:
+            if has_work:
+                self._part_by_peer[sender] = await self._receive_part(sender, stream)
+            self._check_all_parts()
+        except (ReduceError, StreamError) as error:
+            failure = ReduceError(f"part of {sender}: {error}", peer_id=sender)
+            self.fail(failure)
+            await self._refuse(stream, str(failure))
+            return
+        await self._wait_reduced()
+        if self._failure is not None:
+            await self._refuse(stream, str(self._failure))
+            return
+        digests = self._digests[begin:end]
+        await stream.send_message(state_pb2.ReducedHeader(piece_digests=digests))
+        first, last = piece_bounds(begin, end, self._num_values)
+        await stream.send_bytes(self._result[first:last].data)
+        await stream.wait_acknowledged()
+
+    async def _wait_reduced(self) -> None:
+        waits = [asyncio.ensure_future(e.wait()) for e in (self._reduced, self._failed)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _refuse(self, stream: Stream, reason: str) -> None:
+        await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
+
+    async def _receive_part(self, sender: str, stream: Stream) -> Float32Vector:
+        begin, end = self._own_run
+        first, last = piece_bounds(begin, end, self._num_values)
+        part = np.empty(last - first, dtype=np.float32)
+        for piece in range(begin, end):
+            low, high = piece_bounds(piece, piece + 1, self._num_values)
+            data = await stream.read_bytes(4 * (high - low))
+            if piece_digest(data) != self._join_by_peer[sender].piece_digests[piece]:
+                raise ReduceError(f"piece {piece} is not what {sender} committed to")
+            values = np.frombuffer(data, dtype="<f4")
+            if not np.isfinite(values).all():
+                raise ReduceError(f"piece {piece} holds values that are not finite")
+            part[low - first : high - first] = values
+        return part
+
+    def _check_all_parts(self) -> None:
+        begin, end = self._own_run
+        working = {p for p in self._members if self._join_by_peer[p].contribution.ranges}
+        if begin == end or working <= {*self._part_by_peer, self._own_peer_id}:
+            self._all_parts.set()
+
+    async def _reduce_own(self) -> None:
+        """Sum the own run once every working member's pieces are here; `serve` then hands it out."""
+        begin, end = self._own_run
+        self._check_all_parts()
+        await self._all_parts.wait()
+        if begin < end:
+            await asyncio.to_thread(self._sum_own_run)
+        self._reduced.set()
+
+    def _sum_own_run(self) -> None:
+        begin, end = self._own_run
+        first, _ = piece_bounds(begin, end, self._num_values)
+        for piece in range(begin, end):
+            low, high = piece_bounds(piece, piece + 1, self._num_values)
+            total: Float32Vector | None = None
+            for peer_id in self._members:
+                if not self._join_by_peer[peer_id].contribution.ranges:
+                    continue
+                values = (
+                    self._own_vector[low:high]
+                    if peer_id == self._own_peer_id
+                    else self._part_by_peer[peer_id][low - first : high - first]
+                )
+                weighted = np.multiply(values, self._weight_by_peer[peer_id])
+                total = weighted if total is None else np.add(total, weighted, out=total)
+            assert total is not None
+            self._result[low:high] = total
+            self._digests[piece] = piece_digest(self._result[low:high])
+
+    # As a sender ------------------------------------------------------------------------------
+
+    async def _exchange_with(self, reducer: str) -> None:
+        """Send the own pieces of a reducer's run and take the reduced ones."""
         stream: Stream | None = None
         try:
-            stream = await self._transport.open_stream(
-                member.p2p_peer_id, self._stream_name, deadline_seconds=_OPEN_SECONDS
-            )
-            await stream.send_message(
-                state_pb2.PartHeader(
-                    incarnation=group.incarnation,
-                    outer_step=group.outer_step,
-                    attempt=group.attempt,
-                    begin_piece=begin_piece,
-                    end_piece=begin_piece if contribution is None else end_piece,
-                )
-            )
-            if contribution is not None:
-                await stream.send_bytes(memoryview(contribution[begin:end]))
-            header = await stream.receive_message(state_pb2.ReducedHeader)
-            if header.refusal_reason:
-                raise ReduceFailed(f"reducer {member.peer_id[:8]}: {header.refusal_reason}")
-            data = await stream.receive_bytes((end - begin) * 4)
-            reduced = np.frombuffer(data, dtype="<f4")
-            digests = await asyncio.to_thread(vector_piece_digests, reduced)
-            if digests != list(header.piece_digests):
-                raise ReduceFailed(f"reducer {member.peer_id[:8]} sent bytes that differ from their digests")
-            if not np.isfinite(reduced).all():
-                raise ReduceFailed(f"reducer {member.peer_id[:8]} sent values that are not finite")
-            averaged[begin:end] = reduced
+            stream = await self._transport.open_stream(reducer, PART_STREAM)
+            await self._send_part(reducer, stream)
+            await self._receive_reduced(reducer, stream)
             await stream.acknowledge()
-            return index, digests, stream
-        except PeerUnreachable as error:
-            raise ReduceFailed(f"reducer {member.peer_id[:8]} {error}") from error
+        except PeerCallError as error:
+            reason = f"{reducer} cannot be reached: {error}"
+            raise ReduceError(reason, peer_id=reducer, is_down=error.is_down) from error
+        except StreamError as error:
+            raise ReduceError(f"stream to {reducer}: {error}", peer_id=reducer) from error
         finally:
             if stream is not None:
-                self._transport.count(stream)
                 stream.close()
 
-    async def serve(self, stream: Stream, remote_id: str) -> None:
-        """Stream handler: take a member's part, answer with the reduced pieces."""
-        header = await stream.receive_message(state_pb2.PartHeader)
-        key = (header.incarnation, header.outer_step, header.attempt)
-        own = await self._known_slice(key)
-        if own is None:
-            await stream.send_message(state_pb2.ReducedHeader(refusal_reason=f"no reduce {key} here"))
-            return
-        try:
-            index, part = await self._receive_part(own.group, stream, header, remote_id)
-            if part is not None:
-                await own.add(index, part)
-            total, digests = await asyncio.shield(own.reduced)
-        except PeerUnreachable as error:
-            own.fail(f"member {remote_id[-8:]} {error}")
-            raise
-        except ReduceFailed as error:
-            own.fail(str(error))
-            await stream.send_message(state_pb2.ReducedHeader(refusal_reason=str(error)))
-            return
-        await stream.send_message(state_pb2.ReducedHeader(piece_digests=digests))
-        await stream.send_bytes(memoryview(total))
-        await stream.receive_acknowledgement()
-
-    async def _known_slice(self, key: tuple[int, int, int]) -> _OwnSlice | None:
-        try:
-            async with asyncio.timeout(_KNOWN_GROUP_SECONDS), self._changed:
-                await self._changed.wait_for(lambda: key in self._slices)
-        except TimeoutError:
-            return None
-        return self._slices.get(key)
-
-    async def _receive_part(
-        self, group: ReduceGroup, stream: Stream, header: state_pb2.PartHeader, remote_id: str
-    ) -> tuple[int, Float32Vector | None]:
-        """One member's part, checked against its commitment. Raises ReduceFailed that names the member."""
-        found = [i for i, member in enumerate(group.members) if member.p2p_peer_id == remote_id]
-        if not found:
-            raise ReduceFailed(f"{remote_id[-8:]} is not in the group")
-        index = found[0]
-        member = group.members[index]
-        (begin_piece, end_piece), (begin, end) = (
-            group.piece_range(group.own_index),
-            group.value_range(group.own_index),
-        )
-        wanted_end = end_piece if member.weight_tokens else begin_piece
-        if (header.begin_piece, header.end_piece) != (begin_piece, wanted_end):
-            raise ReduceFailed(
-                f"member {member.peer_id[:8]} sends pieces {header.begin_piece}-{header.end_piece}, "
-                f"not {begin_piece}-{wanted_end}"
+    async def _send_part(self, reducer: str, stream: Stream) -> None:
+        begin, end = self._run_by_peer[reducer]
+        has_work = len(self._join_by_peer[self._own_peer_id].contribution.ranges) > 0
+        incarnation, outer_step, attempt = self.place
+        await stream.send_message(
+            state_pb2.PartHeader(
+                incarnation=incarnation,
+                outer_step=outer_step,
+                attempt=attempt,
+                begin_piece=begin,
+                end_piece=end if has_work else begin,
             )
-        if not member.weight_tokens:
-            return index, None
-        part = np.frombuffer(await stream.receive_bytes((end - begin) * 4), dtype="<f4")
-        digests = await asyncio.to_thread(vector_piece_digests, part)
-        if digests != list(member.piece_digests[begin_piece:end_piece]):
-            raise ReduceFailed(f"member {member.peer_id[:8]} sent bytes that differ from its commitment")
-        if not np.isfinite(part).all():
-            raise ReduceFailed(f"member {member.peer_id[:8]} sent values that are not finite")
-        return index, part
+        )
+        if has_work:
+            first, last = piece_bounds(begin, end, self._num_values)
+            await stream.send_bytes(self._own_vector[first:last].data)
+
+    async def _receive_reduced(self, reducer: str, stream: Stream) -> None:
+        begin, end = self._run_by_peer[reducer]
+        header = await stream.read_message(state_pb2.ReducedHeader)
+        if header.refusal_reason:
+            raise ReduceError(f"{reducer}: {header.refusal_reason}")
+        if len(header.piece_digests) != end - begin:
+            found = f"{len(header.piece_digests)} digests for {end - begin} pieces"
+            raise ReduceError(f"{reducer} sent {found}", peer_id=reducer)
+        for piece, digest in enumerate(header.piece_digests, start=begin):
+            low, high = piece_bounds(piece, piece + 1, self._num_values)
+            data = await stream.read_bytes(4 * (high - low))
+            values = np.frombuffer(data, dtype="<f4")
+            if piece_digest(data) != digest or not np.isfinite(values).all():
+                raise ReduceError(f"reduced piece {piece} of {reducer} is damaged", peer_id=reducer)
+            self._result[low:high] = values
+            self._digests[piece] = digest
 
 
-def _has_pieces(group: ReduceGroup, index: int) -> bool:
-    begin, end = group.piece_range(index)
-    return end > begin
+class ReductionDesk:
+    """Hands streams of other members to the reduction that they belong to, which may begin a little later."""
 
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._current: Reduction | None = None
+        self._changed = asyncio.Event()
 
-async def _first_failure(
-    reduced: asyncio.Future[tuple[Float32Vector, list[bytes]]], exchanges: Sequence[asyncio.Future[object]]
-) -> tuple[Float32Vector, list[bytes]]:
-    """Wait for the own slice, but not past the first exchange that fails."""
-    pending: set[asyncio.Future[object]] = {reduced, *exchanges}  # type: ignore[arg-type]
-    while not reduced.done():
-        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        for future in done:
-            if future is not reduced:
-                future.result()
-    return reduced.result()
+    async def start(self) -> None:
+        """Begin to answer part streams."""
+        await self._transport.serve_streams(PART_STREAM, self._on_stream)
+
+    def open(self, reduction: Reduction | None) -> None:
+        """Make a reduction the current one."""
+        self._current = reduction
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _on_stream(self, sender: str, stream: Stream) -> None:
+        header = await stream.read_message(state_pb2.PartHeader)
+        place = (header.incarnation, header.outer_step, header.attempt)
+        reduction = await self._reduction_at(place)
+        if reduction is None:
+            reason = f"no reduction for incarnation, outer step and attempt {place}"
+            await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
+            return
+        await reduction.serve(sender, header, stream)
+
+    async def _reduction_at(self, place: tuple[int, int, int]) -> Reduction | None:
+        loop = asyncio.get_running_loop()
+        deadline_seconds = loop.time() + _EARLY_SECONDS
+        wait: Callable[[], float] = lambda: deadline_seconds - loop.time()  # noqa: E731
+        while self._current is None or self._current.place < place:
+            try:
+                await asyncio.wait_for(self._changed.wait(), wait())
+            except TimeoutError:
+                return None
+        return self._current if self._current.place == place else None

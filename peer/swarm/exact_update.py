@@ -1,14 +1,17 @@
-"""The exact update of `sync`: averaged gradient -> clip -> AdamW, the same bits on every CPU and thread count.
+"""The exact update of `sync`: averaged gradient -> clip -> AdamW, the same bits on every CPU and
+thread count.
 
-Order of things. The gradient's norm is taken in fp64: squares of fp32 values are exact there, a block is summed by
-repeated halving (element-wise additions only), and the sums of the blocks by math.fsum, which is correctly rounded. Then every
-element goes through a fixed sequence of separately rounded fp32 operations (add, multiply, divide, square root: IEEE 754
-fixes each result; nothing is fused, no reduction is left to a library). Scalars are fp64 Python arithmetic without
-libm's pow, rounded to fp32 once. Blocks are the pieces of digest.py, small enough for the cache; threads take whole
-blocks, so how many there are changes nothing. torch's own AdamW gives other bits on other CPUs (measured).
+Order of things. The gradient's norm is taken in fp64: squares of fp32 values are exact there, a
+block is summed by repeated halving (element-wise additions only), and the sums of the blocks by
+math.fsum, which is correctly rounded. Then every element goes through a fixed sequence of
+separately rounded fp32 operations (add, multiply, divide, square root: IEEE 754 fixes each result;
+nothing is fused, no reduction is left to a library). Scalars are fp64 Python arithmetic without
+libm's pow, rounded to fp32 once. Blocks are the pieces of digest.py, small enough for the cache;
+threads take whole blocks, so how many there are changes nothing. torch's own AdamW gives other bits
+on other CPUs (measured).
 
-Weight decay is decoupled and touches matrices only; norm gains are free. A tied embedding occurs once in the vector
-and so counts once in the norm.
+Weight decay is decoupled and touches matrices only; norm gains are free. A tied embedding occurs
+once in the vector and so counts once in the norm.
 """
 
 import math
@@ -71,7 +74,9 @@ def _block_bounds(num_values: int) -> list[tuple[int, int]]:
 
 
 def _block_square_sum(block: Float32Vector) -> float:
-    """Sum of squares of at most PIECE_VALUES values in fp64, halving the block until one value is left."""
+    """Sum of squares of at most PIECE_VALUES values in fp64, halving the block until one value is
+    left.
+    """
     squares: npt.NDArray[np.float64] = np.zeros(PIECE_VALUES, dtype=np.float64)
     squares[: block.size] = block
     np.multiply(squares, squares, out=squares)
@@ -128,10 +133,11 @@ class SyncUpdate:
         cooldown_start_tokens: int,
         budget_tokens: int,
     ) -> UpdateStats:
-        """Make update `update_number` (from 1; the outer step it completes) and leave `averaged` unchanged.
+        """Make update `update_number` (from 1; the outer step it completes) and leave `averaged`
+        unchanged.
 
-        `schedule_tokens` is the state's count *before* this round. Raises CorruptDataError, with the state
-        untouched, if the averaged gradient is not finite.
+        `schedule_tokens` is the state's count *before* this round. Raises CorruptDataError, with
+        the state untouched, if the averaged gradient is not finite.
         """
         for vector in (params, exp_avg, exp_avg_sq, averaged):
             assert vector.size == self.num_values and vector.dtype == np.float32
@@ -139,7 +145,9 @@ class SyncUpdate:
         square_sums = self._map_blocks(
             lambda index: _block_square_sum(averaged[slice(*self._bounds[index])])
         )
-        grad_norm = math.sqrt(math.fsum(square_sums)) if np.isfinite(square_sums).all() else math.inf
+        grad_norm = (
+            math.sqrt(math.fsum(square_sums)) if np.isfinite(square_sums).all() else math.inf
+        )
         if not math.isfinite(grad_norm):
             raise CorruptDataError(
                 "the averaged gradient holds values that are not finite",

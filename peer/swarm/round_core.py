@@ -124,7 +124,7 @@ class RoundCore:
     @property
     def has_own_vote(self) -> bool:
         """True if this member votes under the directive in force."""
-        return self.entry_by_peer[self.setup.own_peer_id].has_vote
+        return bool(self.entry_by_peer[self.setup.own_peer_id].has_vote)
 
     def value_of_group(self, group: rounds_pb2.FormGroup, averaged_digest: bytes) -> Proposal:
         """Value that a reduction in this attempt proves, as every member computes it."""

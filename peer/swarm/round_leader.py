@@ -101,7 +101,9 @@ class LeaderSide:
             return
         core.learn_directive(join.newest_directive)
         if join.previous_state_digest != core.setup.previous_state_digest:
-            reason = f"your state before outer step {core.setup.outer_step} differs from the leader's"
+            reason = (
+                f"your state before outer step {core.setup.outer_step} differs from the leader's"
+            )
             core.refuse(sender, attempt=attempt, kind=_RESYNC, reason=reason)
             return
         problem = self._problem_with(sender, join)
@@ -114,9 +116,7 @@ class LeaderSide:
         elif attempt < core.attempt or self.proposer is None:
             later = max(core.attempt, core.record.led_attempt + 1)
             reason = f"attempt {attempt} is over, {later} is next"
-            core.refuse(
-                sender, attempt=attempt, kind=_SUPERSEDED, reason=reason, to_attempt=later
-            )
+            core.refuse(sender, attempt=attempt, kind=_SUPERSEDED, reason=reason, to_attempt=later)
         else:
             self._answer_join(sender, join)
 

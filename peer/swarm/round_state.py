@@ -6,6 +6,9 @@ value that may have been decided is proposed again unchanged. Events and the tim
 `peer/swarm/replica.py` is the shell. `tests/peer/swarm/test_round_safety.py` is the model that checks the rules.
 """
 
+from google.protobuf.message import DecodeError
+
+from peer.swarm.round_agree import AgreeSide
 from peer.swarm.round_core import RoundCore, backoff_seconds
 from peer.swarm.round_leader import LeaderSide, own_join, proposal_from
 from peer.swarm.round_types import (
@@ -15,7 +18,6 @@ from peer.swarm.round_types import (
     Behind,
     BytesFetched,
     CertificateKnown,
-    Commit,
     Contributed,
     ContributionRefused,
     CoordinatorExchanged,
@@ -23,7 +25,6 @@ from peer.swarm.round_types import (
     DirectiveKnown,
     Effect,
     Event,
-    FetchBytes,
     PeerUnreachable,
     Proposal,
     Received,
@@ -35,10 +36,8 @@ from peer.swarm.round_types import (
     RoundSetup,
     RoundTiming,
     StartReduce,
-    SubmitVotes,
     Tick,
 )
-from protos.contract.ids import COORDINATOR_VOTER
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 _NEVER = float("inf")
@@ -66,26 +65,24 @@ class RoundMachine:
             record=record,
             newest_directive=newest_directive,
         )
+        self.now_seconds = now_seconds
+        self._agree = AgreeSide(self._core, self)
         self._leader = LeaderSide(self._core, self)
-        self._now_seconds = now_seconds
         self._first_due_seconds = _NEVER
         self._attempt_begin_seconds = now_seconds
-        self._phase_deadline_seconds = _NEVER
+        self.phase_deadline_seconds = _NEVER
         self._next_resend_seconds = now_seconds
-        self._next_submit_seconds = 0.0
         self._group: rounds_pb2.FormGroup | None = None
-        self._is_reducing = False
+        self.is_reducing = False
         self._is_in_group_before = False
-        self._proposal_by_digest: dict[bytes, Proposal] = {}
-        self._held_digests: set[bytes] = set()
         vote = record.highest_vote
         self._core.attempt = max(record.promised_attempt, record.led_attempt + 1)
         if vote is not None:
             self._core.votes.add(vote)
-            self._remember_contributions(vote.value, record.contributions)
+            self._agree.remember_contributions(vote.value, record.contributions)
             if vote.attempt == self._core.attempt:
-                self._enter_agree("voted before a restart")
-            self._check_certificate((vote.attempt, vote.value))
+                self.enter_agree("voted before a restart")
+            self._agree.check_certificate((vote.attempt, vote.value))
         self._leader.enter(now_seconds)
 
     # The door ---------------------------------------------------------------------------------
@@ -114,7 +111,7 @@ class RoundMachine:
         """Take one event; returns effects to carry out in order. Nothing happens after `Commit`."""
         if self._core.phase is RoundPhase.DONE:
             return self._core.take_effects()
-        self._now_seconds = now_seconds
+        self.now_seconds = now_seconds
         match event:
             case Received():
                 self._on_message(event.sender, event.message)
@@ -129,7 +126,7 @@ class RoundMachine:
             case ReduceFailed():
                 self._on_reduce_failed(event)
             case BytesFetched():
-                self._on_bytes(event.averaged_digest)
+                self._agree.on_bytes(event.averaged_digest)
             case PeerUnreachable():
                 self._core.unreachable.add(event.peer_id)
             case CoordinatorExchanged():
@@ -139,7 +136,7 @@ class RoundMachine:
             case DirectiveKnown():
                 self._core.learn_directive(event.directive)
             case CertificateKnown():
-                self._on_certificate(event.certificate)
+                self._agree.on_certificate(event.certificate)
             case Tick():
                 pass
         self._work()
@@ -147,13 +144,13 @@ class RoundMachine:
 
     def hold_bytes(self, averaged_digest: bytes) -> None:
         """The shell holds these averaged bytes already."""
-        self._held_digests.add(averaged_digest)
+        self._agree.hold(averaged_digest)
 
     # Time -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         """Whatever is due now: forming, giving up, repeating."""
-        core, now = self._core, self._now_seconds
+        core, now = self._core, self.now_seconds
         if core.phase is RoundPhase.DONE:
             return
         if self._first_due_seconds == _NEVER and (self._has_own_work() or self._leader.has_work()):
@@ -163,7 +160,7 @@ class RoundMachine:
             self._next_resend_seconds = now + core.timing.resend_seconds
         if core.phase is RoundPhase.FORM:
             self._work_form(is_resend)
-        elif now >= self._phase_deadline_seconds:
+        elif now >= self.phase_deadline_seconds:
             reason = f"{core.phase} took longer than allowed"
             if core.phase is RoundPhase.AGREE and core.record.highest_vote is not None:
                 vote = core.record.highest_vote
@@ -172,13 +169,13 @@ class RoundMachine:
             self.supersede(core.attempt + 1, reason)
         if is_resend and core.phase is RoundPhase.AGREE:
             core.send_own_vote(core.others)
-            self._fetch_pending()
+            self._agree.fetch_pending()
         if is_resend:
             self._leader.ask_again(now)
-        self._maybe_submit()
+        self._agree.maybe_submit()
 
     def _work_form(self, is_resend: bool) -> None:
-        core, now = self._core, self._now_seconds
+        core, now = self._core, self.now_seconds
         if self._leader.proposer is not None:
             missing = self._leader.try_form(now, self._form_deadline_seconds())
             if is_resend and self._leader.has_work():
@@ -234,15 +231,15 @@ class RoundMachine:
             if self._leader.leader(attempt) not in core.unreachable:
                 break
             attempt += 1
-        if self._is_reducing:
-            self._is_reducing = False
+        if self.is_reducing:
+            self.is_reducing = False
             core.emit(AbortReduce(core.attempt, reason))
         core.emit(AttemptDiscarded(core.attempt, reason))
         core.attempt, core.phase, self._group = attempt, RoundPhase.FORM, None
-        self._attempt_begin_seconds = self._now_seconds
-        self._phase_deadline_seconds = _NEVER
+        self._attempt_begin_seconds = self.now_seconds
+        self.phase_deadline_seconds = _NEVER
         core.show(RoundPhase.FORM, f"attempt {attempt}: {reason}")
-        self._leader.enter(self._now_seconds)
+        self._leader.enter(self.now_seconds)
         self._leader.join_own()
         self._send_join()
 
@@ -268,7 +265,12 @@ class RoundMachine:
         if place != (core.setup.incarnation, core.setup.outer_step):
             core.is_from_later(sender, *place)
             return
-        attempt = message.attempt
+        try:
+            self._on_body(sender, message.attempt, message)
+        except DecodeError as error:
+            core.show(core.phase, f"message of {sender} dropped: {error}")
+
+    def _on_body(self, sender: str, attempt: int, message: rounds_pb2.RoundMessage) -> None:
         match message.WhichOneof("body"):
             case "join_group":
                 self._leader.on_join(sender, attempt, message.join_group)
@@ -276,7 +278,7 @@ class RoundMachine:
                 if sender == self._leader.leader(attempt):
                     self.accept_group(attempt, message.form_group)
             case "vote":
-                self._on_vote(message.vote)
+                self._agree.on_vote(message.vote)
             case "exchange_request":
                 if sender == self._leader.leader(attempt):
                     self._on_exchange_request(sender, attempt)
@@ -286,7 +288,7 @@ class RoundMachine:
                 if sender == self._leader.leader(attempt):
                     self._on_repropose(sender, attempt, message.repropose)
             case "certificate":
-                self._on_certificate(message.certificate)
+                self._agree.on_certificate(message.certificate)
             case "refusal":
                 self._on_refusal(sender, attempt, message.refusal)
             case "nudge":
@@ -366,9 +368,9 @@ class RoundMachine:
         members = {member.contribution.peer_id for member in group.members}
         if core.setup.own_peer_id not in members:
             return
-        self._group, core.phase, self._is_reducing = group, RoundPhase.REDUCE, True
+        self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
         self._is_in_group_before = True
-        self._phase_deadline_seconds = self._now_seconds + core.timing.reduce_wait_seconds
+        self.phase_deadline_seconds = self.now_seconds + core.timing.reduce_wait_seconds
         core.show(RoundPhase.REDUCE, f"averaging with {len(members)} members, attempt {attempt}")
         core.emit(StartReduce(attempt, group))
 
@@ -398,15 +400,15 @@ class RoundMachine:
 
     def _on_reduce_done(self, event: ReduceDone) -> None:
         core = self._core
-        self._held_digests.add(event.averaged_digest)
-        if event.attempt != core.attempt or not self._is_reducing or self._group is None:
+        self._agree.hold(event.averaged_digest)
+        if event.attempt != core.attempt or not self.is_reducing or self._group is None:
             return
-        self._is_reducing = False
+        self.is_reducing = False
         proposal = core.value_of_group(self._group, event.averaged_digest)
-        self._remember_contributions(proposal.value, proposal.contributions)
-        self._enter_agree(f"averaged, attempt {event.attempt}")
+        self._agree.remember_contributions(proposal.value, proposal.contributions)
+        self.enter_agree(f"averaged, attempt {event.attempt}")
         core.cast_vote(proposal)
-        self._check_certificate((proposal.attempt, proposal.value))
+        self._agree.check_certificate((proposal.attempt, proposal.value))
         members = {member.contribution.peer_id for member in self._group.members}
         outside = tuple(p for p in core.others if p not in members)
         if self._leader.is_own(event.attempt) and not core.votes.is_quorum(members):
@@ -414,7 +416,7 @@ class RoundMachine:
                 self._leader.repropose_to(peer_id)
 
     def _on_reduce_failed(self, event: ReduceFailed) -> None:
-        if event.attempt == self._core.attempt and self._is_reducing:
+        if event.attempt == self._core.attempt and self.is_reducing:
             if event.peer_id:
                 self._core.unreachable.add(event.peer_id)
             group = self._group
@@ -430,12 +432,17 @@ class RoundMachine:
 
     # Agree ------------------------------------------------------------------------------------
 
-    def _enter_agree(self, reason: str) -> None:
+    def enter_agree(self, reason: str) -> None:
+        """The attempt has got as far as voting."""
         core = self._core
         core.phase = RoundPhase.AGREE
         wait = core.timing.agree_wait_seconds + backoff_seconds(core.attempt)
-        self._phase_deadline_seconds = self._now_seconds + wait
+        self.phase_deadline_seconds = self.now_seconds + wait
         core.show(RoundPhase.AGREE, reason)
+
+    def consider(self, proposal: Proposal) -> None:
+        """The leader's own proposal, taken as any member takes it."""
+        self._agree.consider(proposal)
 
     def _on_repropose(self, sender: str, attempt: int, repropose: rounds_pb2.Repropose) -> None:
         core = self._core
@@ -455,122 +462,15 @@ class RoundMachine:
             return
         if core.phase is not RoundPhase.REDUCE:
             self.supersede(attempt, f"{sender} proposes again in attempt {attempt}")
-        self.consider(proposal_from(repropose, attempt))
-
-    def consider(self, proposal: Proposal) -> None:
-        """Vote for a proposal once its bytes are here, if every check passes."""
-        core = self._core
-        value = rounds_pb2.RoundValue.FromString(proposal.value)
-        problem = core.check_proposal(proposal)
-        if problem:
-            core.show(core.phase, f"proposal of attempt {proposal.attempt} refused: {problem}")
-            if value.previous_state_digest != core.setup.previous_state_digest:
-                setup = core.setup
-                core.emit(Behind(self.leader_peer_id, setup.incarnation, setup.outer_step, problem))
-            return
-        self._remember_contributions(proposal.value, proposal.contributions)
-        self._proposal_by_digest[value.averaged_digest] = proposal
-        if value.averaged_digest in self._held_digests:
-            self._on_bytes(value.averaged_digest)
-        else:
-            if core.phase is RoundPhase.FORM:
-                self._enter_agree(f"fetching the bytes of attempt {proposal.attempt}")
-            core.emit(FetchBytes(value.averaged_digest, tuple(proposal.holders)))
-
-    def _fetch_pending(self) -> None:
-        for digest, proposal in self._proposal_by_digest.items():
-            if digest not in self._held_digests and self._core.may_vote(proposal.attempt):
-                self._core.emit(FetchBytes(digest, tuple(proposal.holders)))
-
-    def _on_bytes(self, averaged_digest: bytes) -> None:
-        self._held_digests.add(averaged_digest)
-        proposal = self._proposal_by_digest.get(averaged_digest)
-        if proposal is None or not self._core.cast_vote(proposal):
-            return
-        if proposal.attempt == self._core.attempt and not self._is_reducing:
-            self._enter_agree(f"voted in attempt {proposal.attempt}")
-        self._check_certificate((proposal.attempt, proposal.value))
-
-    def _on_vote(self, vote: rounds_pb2.Vote) -> None:
-        value = rounds_pb2.RoundValue.FromString(vote.value)
-        place = (value.incarnation, value.outer_step)
-        here = (self._core.setup.incarnation, self._core.setup.outer_step)
-        if place == here and self._core.checks.is_valid_vote(vote):
-            self._check_certificate(self._core.votes.add(vote))
-
-    def _remember_contributions(self, value: bytes, contributions: bytes) -> None:
-        digest = rounds_pb2.RoundValue.FromString(value).contributions_digest
-        self._core.contributions_by_digest[digest] = contributions
-
-    def _contributions_of(self, value: bytes) -> bytes | None:
-        digest = rounds_pb2.RoundValue.FromString(value).contributions_digest
-        return self._core.contributions_by_digest.get(digest)
-
-    def _check_certificate(self, ballot: tuple[int, bytes]) -> None:
-        core = self._core
-        contributions = self._contributions_of(ballot[1])
-        if contributions is None or core.phase is RoundPhase.DONE:
-            return
-        certificate = core.votes.certificate(ballot, contributions)
-        if certificate is not None:
-            core.send(core.others, attempt=ballot[0], certificate=certificate)
-            self._commit(certificate)
-
-    def _maybe_submit(self) -> None:
-        """Ask for the coordinator's half only if members' votes that will come make no quorum."""
-        core, now = self._core, self._now_seconds
-        vote = core.record.highest_vote
-        if vote is None or core.phase is RoundPhase.DONE or now < self._next_submit_seconds:
-            return
-        ballot = (vote.attempt, vote.value)
-        contributions = self._contributions_of(vote.value)
-        if contributions is None or not core.votes.needs_coordinator(core.votes.voters(ballot)):
-            return
-        will_vote = core.votes.voters(ballot) | (set(core.entry_by_peer) - core.unreachable)
-        is_early = now < self._phase_deadline_seconds - core.timing.agree_wait_seconds / 2
-        if core.votes.is_quorum(will_vote) and is_early and core.phase is RoundPhase.AGREE:
-            return
-        self._next_submit_seconds = now + core.timing.resend_seconds
-        core.emit(SubmitVotes(core.votes.votes(ballot), contributions))
+        self._agree.consider(proposal_from(repropose, attempt))
 
     def _on_coordinator_exchanged(self, event: CoordinatorExchanged) -> None:
         if event.response is not None and event.response.HasField("certificate"):
-            self._on_certificate(event.response.certificate)
+            self._agree.on_certificate(event.response.certificate)
         self._leader.on_coordinator(event.attempt, event.response)
 
     def _on_coordinator_voted(self, event: CoordinatorVoted) -> None:
         if event.response is not None and event.response.HasField("certificate"):
-            self._on_certificate(event.response.certificate)
+            self._agree.on_certificate(event.response.certificate)
         elif event.response is not None and event.response.reason:
             self._core.show(RoundPhase.NO_QUORUM, f"coordinator: {event.response.reason}")
-
-    def _on_certificate(self, certificate: rounds_pb2.Certificate) -> None:
-        core = self._core
-        value = rounds_pb2.RoundValue.FromString(certificate.value)
-        place = (value.incarnation, value.outer_step)
-        if place != (core.setup.incarnation, core.setup.outer_step):
-            core.is_from_later("a certificate", *place)
-        elif not core.checks.check_certificate(certificate):
-            if value.previous_state_digest != core.setup.previous_state_digest:
-                reason = "the certificate of this step continues another state than ours"
-                core.emit(Behind(certificate.votes[0].voter, *place, reason))
-            else:
-                self._commit(certificate)
-
-    def _commit(self, certificate: rounds_pb2.Certificate) -> None:
-        core = self._core
-        if self._is_reducing:
-            core.emit(AbortReduce(core.attempt, "the step is decided"))
-        value = rounds_pb2.RoundValue.FromString(certificate.value)
-        contributions = rounds_pb2.Contributions.FromString(certificate.contributions)
-        own = core.own
-        is_own_included = own is not None and any(
-            found == own.contribution for found in contributions.contributions
-        )
-        holders = tuple(v.voter for v in certificate.votes if v.voter != COORDINATOR_VOTER)
-        core.phase = RoundPhase.DONE
-        core.show(RoundPhase.DONE, f"certified in attempt {certificate.attempt}")
-        directive = core.directive_by_number.get(value.next_directive_number)
-        core.emit(
-            Commit(certificate, directive, holders, certificate.attempt, is_own_included)
-        )

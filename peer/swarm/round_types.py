@@ -132,9 +132,9 @@ class Acked:
 
 @dataclass(frozen=True, slots=True)
 class Contributed:
-    """The own contribution is there (empty: no work to be had)."""
+    """The own contribution is there (empty: no work to be had; None: an empty one is withdrawn)."""
 
-    own: OwnContribution
+    own: OwnContribution | None
 
 
 @dataclass(frozen=True, slots=True)

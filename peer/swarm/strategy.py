@@ -1,8 +1,10 @@
-"""What the training loop asks of a strategy, and what a strategy asks of the swarm; the loop knows no more than this.
+"""What the training loop asks of a strategy, and what a strategy asks of the swarm; the loop knows
+no more than this.
 
-A strategy owns the work that is not committed yet: it takes in each micro-batch's gradient, says when the own token budget of
-the round is done, and carries the contribution through a round. The swarm process, on the other side of the port,
-repeats attempts with that frozen contribution until it can name an outcome.
+A strategy owns the work that is not committed yet: it takes in each micro-batch's gradient, says
+when the own token budget of the round is done, and carries the contribution through a round. The
+swarm process, on the other side of the port, repeats attempts with that frozen contribution until
+it can name an outcome.
 """
 
 from dataclasses import dataclass
@@ -18,10 +20,16 @@ PlainState = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a round ended for this peer. After any of them the state in shared memory is read again."""
+    """How a round ended for this peer.
+
+    After any of them the state in shared memory is read again.
+    """
 
     kind: RoundOutcome
-    """COMMITTED: the contribution is in the state. RESYNC, CANCELLED: it is lost, and so is its data."""
+    """COMMITTED: the contribution is in the state.
+
+    RESYNC, CANCELLED: it is lost, and so is its data.
+    """
     round_tokens: int
     """Own token budget of the next round; 0 while not in the roster."""
     reason: str
@@ -67,7 +75,7 @@ class Strategy(Protocol):
         ...
 
     def due(self, *, is_feed_empty: bool) -> bool:
-        """True if a round should be run now: the budget is done, or there is work and no more data."""
+        """True if a round should be run: the budget is done, or there is work and no more data."""
         ...
 
     def run_round(self, port: RoundPort, ranges: tuple[TrainedRange, ...]) -> Outcome:

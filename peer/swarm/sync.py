@@ -1,8 +1,10 @@
-"""`sync`: one averaged gradient and one exact update per round; equals training with one large batch.
+"""`sync`: one averaged gradient and one exact update per round; equals training with one large
+batch.
 
-Gradients (sums over tokens) are added up in fp32 straight in the shared contribution vector, which the swarm process reads only
-between the announcement and the outcome; nothing is trained then, so no second buffer is needed. At the end the vector
-is divided by its tokens: it is the mean gradient per token, and the round weighs it by tokens again.
+Gradients (sums over tokens) are added up in fp32 straight in the shared contribution vector, which
+the swarm process reads only between the announcement and the outcome; nothing is trained then, so
+no second buffer is needed. At the end the vector is divided by its tokens: it is the mean gradient
+per token, and the round weighs it by tokens again.
 """
 
 import numpy as np
@@ -49,11 +51,13 @@ class SyncStrategy:
         self._total_nats += total_nats
 
     def due(self, *, is_feed_empty: bool) -> bool:
-        """Also with less than the budget when there is no more data: others may be waiting for it."""
+        """Also with less than the budget when there is no more data: others may be waiting."""
         return self.num_tokens > 0 and (is_feed_empty or self.left_tokens() == 0)
 
     def run_round(self, port: RoundPort, ranges: tuple[TrainedRange, ...]) -> Outcome:
-        """Announce the mean gradient per token; the caller calls `begin` with what the outcome brought."""
+        """Announce the mean gradient per token; the caller calls `begin` with what the outcome
+        brought.
+        """
         assert self._base is not None and self.num_tokens > 0
         windows = sum(part.end_window - part.begin_window for part in ranges)
         assert windows * self._seq_len == self.num_tokens
@@ -68,7 +72,9 @@ class SyncStrategy:
         )
 
     def state_dict(self) -> PlainState:
-        """Progress towards the round; gradients are not kept over a restart, their data is leased again."""
+        """Progress towards the round; gradients are not kept over a restart, their data is leased
+        again.
+        """
         return {
             "num_tokens": self.num_tokens,
             "round_tokens": self._round_tokens,

@@ -30,7 +30,7 @@ _SOCKET_NAME_BYTES = 32
 _MAX_HEADER_BYTES = 16 * 2**20
 _WRITE_BYTES = 2**18
 _START_SECONDS = 30.0
-_P2PD_IDLE_SECONDS = 5
+_P2PD_IDLE_SECONDS = 20
 
 _M = TypeVar("_M", bound=Message)
 
@@ -78,9 +78,10 @@ class Stream:
         if length > _MAX_HEADER_BYTES:
             raise StreamError(f"header of {length} bytes; at most {_MAX_HEADER_BYTES} are allowed")
         try:
-            return message_type.FromString(await self.read_bytes(length))
+            message: _M = message_type.FromString(await self.read_bytes(length))
         except DecodeError as error:
             raise StreamError(f"header is no {message_type.__name__}: {error}") from error
+        return message
 
     async def read_bytes(self, num_bytes: int) -> bytes:
         """Read exactly so many bytes."""
@@ -142,9 +143,9 @@ class Transport:
         p2p_daemon.loglevel = "CRITICAL"
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         folder = socket_folder(home)
-        private = type("PrivateP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
+        private: Any = type("PrivateP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
         is_public = host != "127.0.0.1"
-        relay_addresses = [Multiaddr(address) for address in relays]
+        relay_addresses = [Multiaddr(address) for address in relays] if is_public else []
         try:
             p2p = await private.create(
                 host_maddrs=[f"/ip4/{host}/tcp/{listen_port}"],
@@ -156,8 +157,10 @@ class Transport:
                 nat_port_map=is_public,
                 auto_nat=is_public,
                 use_relay=is_public or is_relay,
-                use_auto_relay=is_public and bool(relay_addresses),
-                trusted_relays=relay_addresses or None,
+                use_auto_relay=bool(relay_addresses),
+                trusted_relays=(relay_addresses or None)
+                if is_public
+                else None,  # p2pd: auto relay only
             )
         except (P2PDaemonError, OSError) as error:
             raise MachineError(
@@ -296,9 +299,7 @@ class Transport:
 
         await self.p2p.add_binary_stream_handler(f"{self._prefix}.{name}", guarded)
 
-    async def open_stream(
-        self, peer_id: str, name: str, *, timeout_seconds: float = 5.0
-    ) -> Stream:
+    async def open_stream(self, peer_id: str, name: str, *, timeout_seconds: float = 5.0) -> Stream:
         """Open a stream to a member. Raises PeerCallError."""
         identity = await self._ensure_connected(peer_id)
         try:

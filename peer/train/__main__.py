@@ -1,14 +1,14 @@
-"""Entry of the trainer process: `python -m peer.train --channel-fd N --vectors-fd M --num-values K`.
+"""Entry of the trainer process: `python -m peer.train --channel-fd N --vectors-fd M --num-values
+K`.
 
-Both descriptors are inherited from the daemon: its channel and the shared vectors. The process dies with the daemon at
-once, whatever it is doing, because nothing that it holds outlives it: leases expire or are released by the daemon.
+Both descriptors are inherited from the daemon: its channel and the shared vectors. The process dies
+with the daemon at once, whatever it is doing, because nothing that it holds outlives it: leases
+expire or are released by the daemon.
 """
 
 import argparse
-import ctypes
 import gc
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -20,27 +20,19 @@ from peer.data.reader import ChunkReader
 from peer.ipc import Channel, Message
 from peer.model.decoder import Decoder, FlatParameters
 from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
+from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
 from peer.swarm.sync import SyncStrategy
 from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.loop import TrainLoop
 from peer.train.step import MicroStep, probe_plan
-from protos.contract.errors import MachineError, MusterError, UsageError
+from protos.contract.errors import MusterError, UsageError
 from protos.contract.run_spec import RunSpec
 
-_PR_SET_PDEATHSIG = 1
 _EXIT_UNEXPECTED = 1
 _WAIT_SECONDS = 60.0
 _LOGGER = logging.getLogger(__name__)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies. Raises MachineError if the parent is gone already."""
-    parent_pid = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        raise MachineError("the daemon ended while the trainer started", remedy="start the peer again")
 
 
 def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) -> TrainLoop:
@@ -53,7 +45,8 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
     parameters = FlatParameters(model, device=device)
     if parameters.values.numel() != vectors.num_values:
         raise UsageError(
-            f"shared vectors of {vectors.num_values} values for a model of {parameters.values.numel()}",
+            f"shared vectors of {vectors.num_values} values, "
+            f"a model of {parameters.values.numel()}",
             allowed="the number of parameters that the run spec gives",
             remedy="run daemon and trainer from the same installation",
         )
@@ -101,8 +94,10 @@ def run_trainer(link: DaemonLink, vectors: SharedVectors) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run; an error of any kind is reported to the daemon as `failed` and gives a non-zero exit code."""
-    die_with_parent()
+    """Run; what goes wrong is reported to the daemon as `failed` and gives a non-zero exit
+    code.
+    """
+    die_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the daemon alone decides when the trainer ends
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
@@ -120,7 +115,7 @@ def main(arguments: list[str]) -> int:
     except MusterError as error:
         link.send("failed", reason=str(error), is_out_of_memory=False)
         exit_code = error.exit_code
-    except Exception as error:
+    except (RuntimeError, MemoryError, OSError, ValueError, AssertionError) as error:
         _LOGGER.exception("trainer failed")
         link.send(
             "failed",

@@ -1,12 +1,13 @@
-"""Evaluation duties of the trainer: on a copy of the state, slice by slice, in the time when the loop waits for others.
+"""Evaluation duties of the trainer: on a copy of the state, slice by slice, in the time when the
+loop waits for others.
 
-The copy is taken when an evaluation begins and labelled with the state that it is of, so training goes on meanwhile.
+The copy is taken when an evaluation begins and labelled with the state that it is of, so training
+goes on meanwhile.
 """
 
 import logging
 from pathlib import Path
 
-import numpy.typing as npt
 import torch
 
 from peer.eval.evaluate import Evaluation, token_byte_lengths
@@ -15,6 +16,7 @@ from peer.shared_vectors import SharedVectors, StatePosition
 from peer.train.link import DaemonLink
 from peer.train.state import EvaluationOrder
 from peer.train.step import MicroStep
+from protos.contract.chunk_format import Int64Array
 from protos.contract.errors import MusterError
 
 _LOGGER = logging.getLogger(__name__)
@@ -30,14 +32,15 @@ class EvaluationDesk:
         self._vectors = vectors
         self._link = link
         self._tokenizer_path = tokenizer_path
-        self._byte_lengths: npt.NDArray | None = None
+        self._byte_lengths: Int64Array | None = None
         self._copy: tuple[Decoder, FlatParameters] | None = None
         self._evaluation: Evaluation | None = None
         self._order: EvaluationOrder | None = None
         self._position: StatePosition | None = None
 
     def advance(self, orders: list[EvaluationOrder]) -> bool:
-        """Evaluate some windows of the order under way, or begin the next of `orders`; False if there is none.
+        """Evaluate some windows of the order under way, or begin the next of `orders`; False if
+        there is none.
 
         A held-out chunk that cannot be used ends the duty with a reason, never the trainer.
         """

@@ -1,7 +1,8 @@
 """The trainer's end of the daemon's channel: nothing that the loop does waits for the daemon.
 
-One thread receives and queues, so a stop is seen at the next border of a micro-batch. One thread sends from a queue, so a daemon
-that is slow for a moment costs no training; progress is limited in rate and dropped when the queue is long.
+One thread receives and queues, so a stop is seen at the next border of a micro-batch. One thread
+sends from a queue, so a daemon that is slow for a moment costs no training; progress is limited in
+rate and dropped when the queue is long.
 """
 
 import queue
@@ -38,13 +39,19 @@ class DaemonLink:
     def send_progress(self, **fields: Any) -> None:
         """Queue a `progress` message unless one was sent a moment ago."""
         now_seconds = self._clock()
-        if now_seconds < self._next_progress_seconds or self._outgoing.qsize() > _MAX_QUEUED_PROGRESS:
+        if (
+            now_seconds < self._next_progress_seconds
+            or self._outgoing.qsize() > _MAX_QUEUED_PROGRESS
+        ):
             return
         self._next_progress_seconds = now_seconds + PROGRESS_INTERVAL_SECONDS
         self.send("progress", **fields)
 
     def receive(self, *, wait_seconds: float = 0.0) -> list[Message]:
-        """Messages that have come; waits up to `wait_seconds` for the first. A closed channel is a message "closed"."""
+        """Messages that have come; waits up to `wait_seconds` for the first.
+
+        A closed channel is a message "closed".
+        """
         messages: list[Message] = []
         try:
             if wait_seconds > 0.0:

@@ -1,8 +1,8 @@
 """The same training in one process: what a swarm's result is compared with at equal tokens.
 
-Data order, windows, global batch, schedule and exact update are those of the run; only averaging is missing, because one
-process has the whole batch. `python -m peer.train.reference --spec RUN.toml --dataset DIR --num-tokens T --json` writes one
-JSON object as the last line of standard output.
+Data order, windows, global batch, schedule and exact update are those of the run; only averaging is
+missing, because one process has the whole batch. `python -m peer.train.reference --spec RUN.toml
+--dataset DIR --num-tokens T --json` writes one JSON object as the last line of standard output.
 """
 
 import argparse
@@ -96,7 +96,10 @@ class ReferenceRun:
         return self.budget_tokens - self.schedule_tokens < self.spec.model.seq_len
 
     def advance(self) -> float:
-        """Train one global batch and update; returns its mean loss in nats. Raises RunFailedError if not finite."""
+        """Train one global batch and update; returns its mean loss in nats.
+
+        Raises RunFailedError if not finite.
+        """
         seq_len = self.spec.model.seq_len
         left_tokens = self.budget_tokens - self.schedule_tokens
         batch_tokens = min(self.spec.strategy.global_batch_tokens, left_tokens)

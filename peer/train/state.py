@@ -1,7 +1,7 @@
 """What the daemon has said, folded into what the loop may do. Pure: messages in, plain fields out.
 
-The loop reads these fields at the border of each micro-batch and clears what it has acted on (`take_*`); nothing here looks at a
-clock or a socket, so every order of messages can be tested.
+The loop reads these fields at the border of each micro-batch and clears what it has acted on
+(`take_*`); nothing here looks at a clock or a socket, so every order of messages can be tested.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +50,9 @@ class TrainerState:
             case "leases":
                 self._fold_leases(message)
             case "lost_leases":
-                self.lost_lease_numbers += message["lease_numbers"]
+                lost = set(message["lease_numbers"])
+                self.lost_lease_numbers += sorted(lost)
+                self._leases = [e for e in self._leases if e[1].lease_number not in lost]
             case "no_more_leases":
                 self.has_no_more_leases = True
             case "state_ready":
@@ -94,7 +96,9 @@ class TrainerState:
             self._leases.append((incarnation, leased))
 
     def take_leases(self, incarnation: int) -> list[LeasedRange]:
-        """Leases of this incarnation that have come since; older ones are dropped, newer ones wait for their state."""
+        """Leases of this incarnation that have come since; older ones are dropped, newer ones wait
+        for their state.
+        """
         taken = [leased for number, leased in self._leases if number == incarnation]
         self._leases = [entry for entry in self._leases if entry[0] > incarnation]
         return taken

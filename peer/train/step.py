@@ -1,9 +1,11 @@
-"""One micro-batch: forward and backward into the flat gradient, in the precision and size that pay on this device.
+"""One micro-batch: forward and backward into the flat gradient, in the precision and size that pay
+on this device.
 
-Gradients are sums over tokens in fp32. Precision and micro-batch size are chosen once, at the start, by running single
-sequences: bf16 autocast where it is clearly faster (some CPUs emulate it 10x slower), else fp32; as many sequences as
-take about half a second and a bounded amount of memory, so that a stop is obeyed at once. Parameters, gradients,
-norms and the loss are fp32 in either case.
+Gradients are sums over tokens in fp32. Precision and micro-batch size are chosen once, at the
+start, by running single sequences: bf16 autocast where it is clearly faster (some CPUs emulate it
+10x slower), else fp32; as many sequences as take about half a second and a bounded amount of
+memory, so that a stop is obeyed at once. Parameters, gradients, norms and the loss are fp32 in
+either case.
 
 Letters: B sequences, T positions.
 """
@@ -58,7 +60,9 @@ class StepResult:
 
 
 class MicroStep:
-    """Runs micro-batches of one model; afterwards `parameters.grads` holds this micro-batch's summed gradient."""
+    """Runs micro-batches of one model; afterwards `parameters.grads` holds this micro-batch's
+    summed gradient.
+    """
 
     def __init__(
         self, model: Decoder, parameters: FlatParameters, *, precision: Precision = Precision.FP32
@@ -90,7 +94,9 @@ class MicroStep:
         )
 
     def host_grads(self) -> Float32Vector:
-        """The summed gradient in canonical order; on CPU the very memory that the next micro-batch overwrites."""
+        """The summed gradient in canonical order; on CPU the very memory that the next micro-batch
+        overwrites.
+        """
         grads: Float32Vector = self.parameters.grads.cpu().numpy()
         return grads
 

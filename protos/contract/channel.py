@@ -83,7 +83,7 @@ def request_mac(session_key: bytes, *, method: str, peer_id: str, unix_ms: int) 
     `/package.Service/Method`.
     """
     text = f"{method}\n{peer_id}\n{unix_ms}"
-    return hmac.new(session_key, text.encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(session_key, text.encode(), "sha256").hex()
 
 
 def auth_metadata(

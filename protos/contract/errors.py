@@ -124,6 +124,9 @@ class RunFailedError(MusterError):
     grpc_status_name = "FAILED_PRECONDITION"
 
 
+INTERRUPTED_EXIT_CODE = 130
+"""Exit code of a command that was interrupted before its end."""
+
 ERROR_CLASS_BY_STATUS: dict[str, type[MusterError]] = {
     "INVALID_ARGUMENT": UsageError,
     "PERMISSION_DENIED": RefusedError,

@@ -114,7 +114,7 @@ class OptimizerSpec:
 class ScheduleSpec:
     """Shape of the learning rate: linear warm-up, constant, cooldown 1 - sqrt."""
 
-    lr_warmup_tokens: int = 65_536
+    lr_warmup_tokens: int = 32_768
     cooldown_ratio: float = 0.2
     """Share of the budget that the cooldown takes."""
 
@@ -135,7 +135,7 @@ class StrategySpec:
     """How peers train together."""
 
     name: str = "sync"
-    global_batch_tokens: int = 32_768
+    global_batch_tokens: int = 4_096
     """Tokens of one outer step over the whole swarm."""
     codec: str = "fp32"
     """How averaged vectors travel; see codecs_wire."""
@@ -349,12 +349,13 @@ def _toml_line(name: str, value: bool | float | str) -> str:
 TINY_MODEL = ModelSpec(
     vocab_size=4096,
     d_model=192,
-    num_layers=4,
+    num_layers=2,
     num_heads=6,
-    num_kv_heads=2,
+    num_kv_heads=3,
     head_dim=32,
-    d_ff=384,
+    d_ff=512,
     seq_len=256,
+    has_tied_embeddings=False,
 )
 """Model of the main job: about 2 M parameters, trains on two CPU cores in minutes."""
 

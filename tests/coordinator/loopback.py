@@ -1,6 +1,8 @@
-"""A real coordinator on loopback and small clients that speak to it over TLS: what a peer's daemon does, without a swarm.
+"""A real coordinator on loopback and small clients that speak to it over TLS: what a peer's daemon
+does, without a swarm.
 
-The dataset is a few hundred random tokens; nothing is trained here, so its contents do not matter, its digests do.
+The dataset is a few hundred random tokens; nothing is trained here, so its contents do not matter,
+its digests do.
 """
 
 import asyncio
@@ -106,7 +108,9 @@ def write_dataset(dataset_dir: Path) -> Manifest:
                 num_tokens=CHUNK_TOKENS * (NUM_TRAINING_CHUNKS + 1),
             ),
         ),
-        training_chunks=tuple(write_chunk(training_chunk_path(i)) for i in range(NUM_TRAINING_CHUNKS)),
+        training_chunks=tuple(
+            write_chunk(training_chunk_path(i)) for i in range(NUM_TRAINING_CHUNKS)
+        ),
         heldout_chunks=(write_chunk(heldout_chunk_path(0)),),
     )
     (dataset_dir / MANIFEST_FILE).write_bytes(manifest.to_bytes())
@@ -244,31 +248,33 @@ class Client:
         """Stub of a service."""
         return STUBS[service](self.channel)
 
-    def metadata(self, service: str, method: str, **changes: Any) -> Any:
+    def metadata(self, service: str, rpc: str, /, **changes: Any) -> Any:
         """Metadata of an authenticated call."""
         values: dict[str, Any] = {
             "session_key": self.session_key,
-            "method": f"/muster.v1.{service}/{method}",
+            "method": f"/muster.v1.{service}/{rpc}",
             "peer_id": self.peer_id,
             "now_unix_seconds": time.time(),
         } | changes
         return auth_metadata(values.pop("session_key"), **values)
 
-    async def call(self, service: str, method: str, request: Any, **changes: Any) -> Any:
+    async def call(self, service: str, rpc: str, request: Any, /, **changes: Any) -> Any:
         """One unary call; raises the coordinator's MusterError."""
-        metadata = self.metadata(service, method, **changes)
-        call = getattr(self.stub(service), method)
+        metadata = self.metadata(service, rpc, **changes)
+        call = getattr(self.stub(service), rpc)
         try:
             return await call(request, metadata=metadata, timeout=DEADLINE_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
 
-    async def stream(self, service: str, method: str, request: Any) -> list[Any]:
+    async def stream(self, service: str, rpc: str, request: Any) -> list[Any]:
         """All messages of a server stream; raises the coordinator's MusterError."""
-        metadata = self.metadata(service, method)
-        call = getattr(self.stub(service), method)
+        metadata = self.metadata(service, rpc)
+        call = getattr(self.stub(service), rpc)
         try:
-            return [part async for part in call(request, metadata=metadata, timeout=DEADLINE_SECONDS)]
+            return [
+                part async for part in call(request, metadata=metadata, timeout=DEADLINE_SECONDS)
+            ]
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
 
@@ -285,7 +291,7 @@ class Client:
         self.session_key = self.joined.session_key
         return self.joined
 
-    def join_request(self, nonce: bytes, **changes: Any) -> membership_pb2.JoinRequest:
+    def join_request(self, nonce: bytes, /, **changes: Any) -> membership_pb2.JoinRequest:
         """A proper JoinRequest with some fields changed."""
         public = p2p_public_key(self.p2p_key)
         run_id = self.join_string.run_id
@@ -328,7 +334,9 @@ class Client:
     async def heartbeat(self, **fields: Any) -> membership_pb2.HeartbeatResponse:
         """One heartbeat."""
         request = membership_pb2.HeartbeatRequest(request_id="heartbeat", **fields)
-        response: membership_pb2.HeartbeatResponse = await self.call("Membership", "Heartbeat", request)
+        response: membership_pb2.HeartbeatResponse = await self.call(
+            "Membership", "Heartbeat", request
+        )
         return response
 
     async def reach_incarnation_one(self) -> common_pb2.IncarnationRecord:
@@ -337,13 +345,17 @@ class Client:
         async def has_begun() -> common_pb2.IncarnationRecord | None:
             reply = await self.heartbeat(attestations=[self.attestation()])
             record = common_pb2.IncarnationRecord.FromString(reply.incarnation_record.payload)
-            return record if reply.HasField("incarnation_record") and record.incarnation == 1 else None
+            return (
+                record if reply.HasField("incarnation_record") and record.incarnation == 1 else None
+            )
 
         found = await eventually(has_begun)
         assert isinstance(found, common_pb2.IncarnationRecord)
         return found
 
-    async def acquire(self, wanted_tokens: int, request_id: str = "acquire") -> list[common_pb2.Lease]:
+    async def acquire(
+        self, wanted_tokens: int, request_id: str = "acquire"
+    ) -> list[common_pb2.Lease]:
         """Leases of incarnation 1."""
         request = leases_pb2.AcquireLeasesRequest(
             request_id=request_id, incarnation=1, wanted_tokens=wanted_tokens
@@ -363,7 +375,9 @@ async def open_client(join_string: JoinString, index: int = 0) -> AsyncIterator[
         yield Client(channel, join_string, index)
 
 
-async def eventually(probe: Callable[[], Any], *, deadline_seconds: float = DEADLINE_SECONDS) -> Any:
+async def eventually(
+    probe: Callable[[], Any], *, deadline_seconds: float = DEADLINE_SECONDS
+) -> Any:
     """What an async probe returns once it is true; asks ten times a second until the deadline."""
     async with asyncio.timeout(deadline_seconds):
         while True:

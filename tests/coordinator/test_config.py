@@ -10,8 +10,14 @@ from protos.contract.errors import ErrorCode, MachineError, UsageError
 
 def test_later_sources_win(tmp_path: Path) -> None:
     path = tmp_path / "coordinator.toml"
-    path.write_text('port = 1\nhttp_port = 2\nrendezvous = ["/ip4/10.0.0.1/tcp/1"]\nlease_ttl_seconds = 90\n')
-    environment = {"MUSTER_COORDINATOR_HTTP_PORT": "3", "MUSTER_COORDINATOR_HOST": "::1", "HOME": "/"}
+    path.write_text(
+        'port = 1\nhttp_port = 2\nrendezvous = ["/ip4/10.0.0.1/tcp/1"]\nlease_ttl_seconds = 90\n'
+    )
+    environment = {
+        "MUSTER_COORDINATOR_HTTP_PORT": "3",
+        "MUSTER_COORDINATOR_HOST": "::1",
+        "HOME": "/",
+    }
     config = load_config(
         config_path=path, environment=environment, flags={"host": "127.0.0.1", "port": None}
     )
@@ -39,9 +45,19 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["port = '7'", "port = true", "port = 70000", "lease_ttl_seconds = 'x'", "lease_ttl_seconds = 5",
-     "stop_deadline_seconds = -1", "rendezvous = [1]", "max_peers = 0", "data_dir = 3", "= 3"],
-)  # fmt: skip
+    [
+        "port = '7'",
+        "port = true",
+        "port = 70000",
+        "lease_ttl_seconds = 'x'",
+        "lease_ttl_seconds = 5",
+        "stop_deadline_seconds = -1",
+        "rendezvous = [1]",
+        "max_peers = 0",
+        "data_dir = 3",
+        "= 3",
+    ],
+)
 def test_bad_values_are_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "coordinator.toml"
     path.write_text(line + "\n")

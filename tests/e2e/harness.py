@@ -103,7 +103,9 @@ class Swarm:
         """The coordinator's data directory."""
         return self.directory / "coordinator"
 
-    def run_cli(self, *arguments: str, module: str = "coordinator.cli.main", timeout_seconds: float = 60) -> str:
+    def run_cli(
+        self, *arguments: str, module: str = "coordinator.cli.main", timeout_seconds: float = 60
+    ) -> str:
         """Run a command to its end and return its standard output. Raises AssertionError with its errors."""
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
@@ -139,7 +141,11 @@ class Swarm:
             "--http-port", "0", module="coordinator.cli.main",
             MUSTER_COORDINATOR_RENDEZVOUS_PORT="0", **FAST_COORDINATOR,
         )  # fmt: skip
-        self.wait(lambda: info.exists() and self.read("/healthz") is not None, "the coordinator serves", 30)
+        self.wait(
+            lambda: info.exists() and self.read("/healthz") is not None,
+            "the coordinator serves",
+            30,
+        )
 
     @property
     def address(self) -> str:
@@ -157,14 +163,19 @@ class Swarm:
             return None
         return json.loads(text) if path.startswith("/api") else text
 
-    def create_run(self, corpus: Path, *, budget_tokens: int, batch_tokens: int, num_peers: int) -> None:
+    def create_run(
+        self, corpus: Path, *, budget_tokens: int, batch_tokens: int, num_peers: int
+    ) -> None:
         """Create the run and a join string for everybody."""
         self.run_cli(
-            "run", "create", "--data-dir", str(self.data_dir), "--corpus", str(corpus), "--model", TINY_MODEL,
-            "--budget-tokens", str(budget_tokens), "--global-batch-tokens", str(batch_tokens),
+            "run", "create", "--data-dir", str(self.data_dir), "--dataset", str(corpus), "--model", TINY_MODEL,
+            "--set", f"strategy.global_batch_tokens={batch_tokens}", "--set", "schedule.lr_warmup_tokens=4096",
+            "--set", "data.eval_tokens=2048", "--budget-tokens", str(budget_tokens),
             "--min-peers", str(num_peers), "--json",
         )  # fmt: skip
-        token = json.loads(self.run_cli("token", "create", "--data-dir", str(self.data_dir), "--json"))
+        token = json.loads(
+            self.run_cli("token", "create", "--data-dir", str(self.data_dir), "--json")
+        )
         self.join_string = token["join_string"]
 
     def start_peer(self, name: str) -> Process:
@@ -204,12 +215,18 @@ class Swarm:
     def wait_for_step(self, outer_step: int, deadline_seconds: float = 60) -> None:
         """Wait until an outer step is certified."""
         self.wait(
-            lambda: self.status().get("outer_step", -1) >= outer_step, f"outer step {outer_step}", deadline_seconds
+            lambda: self.status().get("outer_step", -1) >= outer_step,
+            f"outer step {outer_step}",
+            deadline_seconds,
         )
 
     def wait_for_end(self, deadline_seconds: float = 120) -> dict[str, Any]:
         """Wait until the run is finished and return its status."""
-        self.wait(lambda: self.status().get("state") == "FINISHED", "the run is finished", deadline_seconds)
+        self.wait(
+            lambda: self.status().get("state") == "FINISHED",
+            "the run is finished",
+            deadline_seconds,
+        )
         return self.status()
 
     def note_pids(self) -> None:
@@ -244,7 +261,9 @@ class Swarm:
 
     def leftovers(self) -> list[str]:
         """Processes and sockets that outlived their owners."""
-        found = [f"process {pid}: {_command(pid)}" for pid in sorted(self.seen_pids) if is_alive(pid)]
+        found = [
+            f"process {pid}: {_command(pid)}" for pid in sorted(self.seen_pids) if is_alive(pid)
+        ]
         found += [str(path) for path in self.directory.rglob("*.sock")]
         return found
 

@@ -30,13 +30,21 @@ def swarm(tmp_path: Path) -> Iterator[Swarm]:
     """A swarm that leaves nothing behind."""
     with running_swarm(tmp_path) as running:
         yield running
-    wait_until(lambda: not running.leftovers(), what=f"no leftovers: {running.leftovers()}", deadline_seconds=15)
+    wait_until(
+        lambda: not running.leftovers(),
+        what=f"no leftovers: {running.leftovers()}",
+        deadline_seconds=15,
+    )
 
 
-def start(swarm: Swarm, corpus: Path, *, num_peers: int, budget_tokens: int, batch_tokens: int = 1536) -> None:
+def start(
+    swarm: Swarm, corpus: Path, *, num_peers: int, budget_tokens: int, batch_tokens: int = 1536
+) -> None:
     """Coordinator, run and peers; returns when the first outer steps are committed."""
     swarm.start_coordinator()
-    swarm.create_run(corpus, budget_tokens=budget_tokens, batch_tokens=batch_tokens, num_peers=num_peers)
+    swarm.create_run(
+        corpus, budget_tokens=budget_tokens, batch_tokens=batch_tokens, num_peers=num_peers
+    )
     for index in range(num_peers):
         swarm.start_peer(f"peer-{index}")
     swarm.wait_for_step(2, 90)
@@ -57,7 +65,9 @@ def check_no_tracebacks(swarm: Swarm) -> None:
     logs = [*swarm.directory.glob("*.log"), *swarm.directory.glob("homes/*/logs/*")]
     assert logs
     for log in logs:
-        assert "Traceback" not in log.read_text(errors="replace"), f"{log}\n{log.read_text()[-3000:]}"
+        assert "Traceback" not in log.read_text(errors="replace"), (
+            f"{log}\n{log.read_text()[-3000:]}"
+        )
 
 
 def test_peer_killed_newcomer_joins_coordinator_killed(swarm: Swarm, corpus: Path) -> None:
@@ -121,7 +131,9 @@ def test_stopped_past_its_lease_then_continued(swarm: Swarm, corpus: Path) -> No
         _signal(pid, signal.SIGSTOP)
     own_id = _peer_id(swarm, "peer-1")
     swarm.wait(
-        lambda: swarm.status().get("leases_by_state", {}).get("EXPIRED", 0) > 0, "its leases expire", 40
+        lambda: swarm.status().get("leases_by_state", {}).get("EXPIRED", 0) > 0,
+        "its leases expire",
+        40,
     )
     for pid in pids:
         _signal(pid, signal.SIGCONT)
@@ -144,7 +156,9 @@ def test_asked_to_leave_once(swarm: Swarm, corpus: Path, sent_signal: signal.Sig
     leaving.popen.wait(timeout=10)
     assert time.monotonic() - asked <= 5.5
     assert leaving.popen.returncode == 0, leaving.tail()
-    wait_until(lambda: not any(map(is_alive, pids)), what="nothing is left of it", deadline_seconds=5)
+    wait_until(
+        lambda: not any(map(is_alive, pids)), what="nothing is left of it", deadline_seconds=5
+    )
     check_books(swarm, swarm.wait_for_end(120))
     check_no_tracebacks(swarm)
 

@@ -35,7 +35,9 @@ SUMMARY_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def up(directory: Path, *arguments: str, timeout_seconds: float = 200) -> subprocess.CompletedProcess[bytes]:
+def up(
+    directory: Path, *arguments: str, timeout_seconds: float = 200
+) -> subprocess.CompletedProcess[bytes]:
     """Run `up` with the small model on Muster's own sources."""
     return subprocess.run(
         [

@@ -1,5 +1,6 @@
 -- First schema. Forward only: a released file is never edited, a change is a new file.
--- Instants are unix milliseconds, tokens and windows are counts, enums are text (protos/contract/telemetry.py).
+-- Instants are unix milliseconds, tokens and windows are counts, enums are text
+-- (protos/contract/telemetry.py).
 
 CREATE TABLE meta (
     name TEXT PRIMARY KEY,
@@ -225,7 +226,8 @@ CREATE TABLE returned_ranges (
     cause TEXT NOT NULL,
     PRIMARY KEY (run_id, schedule_position, begin_window)
 ) WITHOUT ROWID;
-CREATE INDEX returned_ranges_by_cause ON returned_ranges (run_id, cause, schedule_position, begin_window);
+CREATE INDEX returned_ranges_by_cause
+    ON returned_ranges (run_id, cause, schedule_position, begin_window);
 
 CREATE TABLE journal (
     journal_number INTEGER PRIMARY KEY,
@@ -250,8 +252,6 @@ CREATE TABLE certificates (
     incarnation INTEGER NOT NULL,
     outer_step INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
-    value BLOB NOT NULL,
-    certificate BLOB NOT NULL,
     next_directive_number INTEGER NOT NULL,
     num_members INTEGER NOT NULL,
     num_contributors INTEGER NOT NULL,
@@ -262,6 +262,8 @@ CREATE TABLE certificates (
     loss_nats REAL NOT NULL,
     store_unix_ms INTEGER NOT NULL,
     rolled_back_by INTEGER NOT NULL,
+    value BLOB NOT NULL,
+    certificate BLOB NOT NULL,
     PRIMARY KEY (run_id, incarnation, outer_step)
 ) WITHOUT ROWID;
 CREATE INDEX certificates_live ON certificates (run_id, outer_step) WHERE rolled_back_by = 0;

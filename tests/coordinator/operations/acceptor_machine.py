@@ -1,5 +1,6 @@
-"""Random ballots for one outer step: two to four members that keep the rules, the real coordinator, a network that loses and
-repeats. Members vote as architecture section 5 says; the coordinator is the production operations over a store.
+"""Random ballots for one outer step: two to four members that keep the rules, the real coordinator,
+a network that loses and repeats. Members vote as architecture section 5 says; the coordinator is
+the production operations over a store.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tests.coordinator.operations.ledger_world import World
 
 MEMBERS = st.integers(0, 3)
 """Modulo the number of members."""
-ATTEMPTS = st.integers(0, 3)
+ATTEMPTS = st.integers(0, 2)
 
 
 @dataclass(slots=True)
@@ -51,7 +52,11 @@ class AcceptorMachine(RuleBasedStateMachine):
     def propose_first(self) -> None:
         self.proposal.setdefault(0, self.fresh_value(0))
 
-    @rule(attempt=st.integers(1, 3), asked=st.sets(MEMBERS, min_size=1), asks_coordinator=st.booleans())
+    @rule(
+        attempt=st.integers(1, 2),
+        asked=st.sets(MEMBERS, min_size=1),
+        asks_coordinator=st.booleans(),
+    )
     def propose_later(self, attempt: int, asked: set[int], asks_coordinator: bool) -> None:
         """Exchange among a quorum; the highest vote is proposed again, else something new."""
         if attempt in self.proposal:
@@ -99,6 +104,18 @@ class AcceptorMachine(RuleBasedStateMachine):
                 self.votes.setdefault((certificate.attempt, certificate.value), {})[
                     signature.voter
                 ] = rounds_pb2.Vote(voter=signature.voter, signature=signature.signature)
+
+    @rule(first=MEMBERS, asks_coordinator=st.booleans())
+    def split(self, first: int, asks_coordinator: bool) -> None:
+        """Half of the members vote and are not heard; the others go on; then those votes come in."""
+        count = len(self.members)
+        slow = {first % count, (first + count // 2 - 1) % count}
+        self.propose_first()
+        self.vote(voters=slow, attempt=0)
+        others = set(range(count)) - slow
+        self.propose_later(attempt=1, asked=others, asks_coordinator=asks_coordinator)
+        self.ask_for_the_half(attempt=0, heard=slow)
+        self.vote(voters=set(range(count)), attempt=1)
 
     @invariant()
     def one_value_is_decided(self) -> None:

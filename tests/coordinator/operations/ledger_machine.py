@@ -1,6 +1,7 @@
-"""Random histories of one run, for Hypothesis: grants, partial rounds, expiry, late and repeated reports in any order,
-releases, rollbacks, restarts. Invariants 1 to 3 are checked after every step against a plain per-window model that
-is told only what peers saw, and at the end by the ledger's own verifier.
+"""Random histories of one run, for Hypothesis: grants, partial rounds, expiry, late and repeated
+reports in any order, releases, rollbacks, restarts. Invariants 1 to 3 are checked after every step
+against a plain per-window model that is told only what peers saw, and at the end by the ledger's
+own verifier.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +33,9 @@ class Model:
 
 def windows_of(lease: common_pb2.Lease, begin: int, end: int) -> list[Window]:
     """Single windows of a part of a lease."""
-    return [(lease.range.data_pass, lease.range.chunk_index, window) for window in range(begin, end)]
+    return [
+        (lease.range.data_pass, lease.range.chunk_index, window) for window in range(begin, end)
+    ]
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -40,9 +43,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World.create(num_peers=NUM_PEERS, budget_windows=24, windows_by_chunk=(7, 5, 6))
+        self.world = World.create(
+            num_peers=NUM_PEERS, budget_windows=24, windows_by_chunk=(7, 5, 6)
+        )
         self.model = Model()
-        self.pending: list[list[tuple[common_pb2.Signed, int, int]]] = [[] for _ in range(NUM_PEERS)]
+        self.pending: list[list[tuple[common_pb2.Signed, int, int]]] = [
+            [] for _ in range(NUM_PEERS)
+        ]
         self.done: dict[tuple[int, int, int], int] = {}
         """(incarnation, peer, lease_number) -> first window not trained yet."""
         self.sent: list[rounds_pb2.Certificate] = []
@@ -118,7 +125,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.take_receipts(self.world.swarm_chain)
 
     def take_receipts(self, certificates: list[rounds_pb2.Certificate]) -> None:
-        for certificate, receipt in zip(certificates, self.world.report(*certificates), strict=True):
+        for certificate, receipt in zip(
+            certificates, self.world.report(*certificates), strict=True
+        ):
             value = rounds_pb2.RoundValue.FromString(certificate.value)
             key = (value.incarnation, value.outer_step)
             if not receipt.is_stored or "rolled back" in receipt.reason:
@@ -127,7 +136,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert receipt.credited_tokens == self.model.acknowledged[key]
                 continue
             credited = self.model_credit(certificate, value)
-            assert receipt.credited_tokens == credited * SEQ_LEN, "credited other windows than are due"
+            assert receipt.credited_tokens == credited * SEQ_LEN, (
+                "credited other windows than are due"
+            )
             self.model.acknowledged[key] = receipt.credited_tokens
 
     def model_credit(
@@ -171,7 +182,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.world.begin_incarnation(to_outer_step=to_outer_step) == len(undone) * SEQ_LEN
         for window in undone:
             del self.model.credited[window]
-        self.model.acknowledged = {k: v for k, v in self.model.acknowledged.items() if k[1] <= to_outer_step}
+        self.model.acknowledged = {
+            k: v for k, v in self.model.acknowledged.items() if k[1] <= to_outer_step
+        }
         if loses_work:
             self.pending = [[] for _ in range(NUM_PEERS)]
         self.world.held = [{} for _ in range(NUM_PEERS)]
@@ -179,7 +192,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """The coordinator comes back: what is in memory is gone, what was acknowledged is not."""
-        self.world.context.directive_by_payload.clear()
+        self.world.context.directive_by_number.clear()
         with self.world.store.write() as tx:
             begin_recovery(tx, BeginRecovery(seconds=30), **self.world.clock)
 

@@ -1,4 +1,6 @@
-"""A small world for ledger tests: one run, a few peers with real keys, real certificates, a store in memory, virtual time."""
+"""A small world for ledger tests: one run, a few peers with real keys, real certificates, a store
+in memory, virtual time.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -165,7 +167,9 @@ class World:
         return {"context": self.context, "now_unix_seconds": self.now_unix_seconds}
 
     def begin_incarnation(self, *, to_outer_step: int, round_windows: int = 4) -> int:
-        """Start the next incarnation at the coordinator; members follow at once. Returns tokens rolled back."""
+        """Start the next incarnation at the coordinator; members follow at once. Returns tokens
+        rolled back.
+        """
         incarnation = self.incarnation + 1
         number = incarnation + 1
         directive = common_pb2.Directive(
@@ -314,9 +318,7 @@ class World:
         self, value: bytes, voters: Sequence[int], *, attempt: int = 0
     ) -> list[rounds_pb2.Vote]:
         """Votes of peers by index."""
-        return [
-            self.keys[index].vote(value, attempt, self.keys[index].peer_id) for index in voters
-        ]
+        return [self.keys[index].vote(value, attempt, self.keys[index].peer_id) for index in voters]
 
     def commit(
         self, parts: Sequence[rounds_pb2.Contribution], *, attempt: int = 0
@@ -337,9 +339,7 @@ class World:
 
     def submit(self, votes: Sequence[rounds_pb2.Vote], contributions: bytes) -> SubmitVotesResponse:
         """Ask for the coordinator's half."""
-        request = SubmitVotesRequest(
-            run_id=RUN_ID, votes=tuple(votes), contributions=contributions
-        )
+        request = SubmitVotesRequest(run_id=RUN_ID, votes=tuple(votes), contributions=contributions)
         with self.store.write() as tx:
             return rounds.submit_votes(tx, request, **self.clock)
 
@@ -354,9 +354,7 @@ class World:
     def verify(self) -> VerifyLedgerResponse:
         """Recompute the books."""
         with self.store.read() as tx:
-            return ledger_verify.verify_ledger(
-                tx, VerifyLedgerRequest(run_id=RUN_ID), **self.clock
-            )
+            return ledger_verify.verify_ledger(tx, VerifyLedgerRequest(run_id=RUN_ID), **self.clock)
 
 
 def lease_of(signed: common_pb2.Signed) -> common_pb2.Lease:

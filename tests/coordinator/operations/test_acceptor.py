@@ -1,4 +1,4 @@
-"""The coordinator's half vote: stories, random ballots, and what goes wrong with a rule left out."""
+"""The coordinator's half vote: stories, random ballots, and what a left-out rule breaks."""
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -11,7 +11,7 @@ from tests.coordinator.operations.acceptor_machine import AcceptorMachine
 from tests.coordinator.operations.ledger_world import RUN_ID, World, whole
 
 SETTINGS = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
@@ -108,9 +108,7 @@ def signs_early(state, *, attempt, value, voters, half_votes):
         return real_decide_vote(
             state, attempt=attempt, value=value, voters=voters, half_votes=half_votes
         )
-    voted = acceptor.AcceptorState(
-        promised_attempt=attempt, vote_attempt=attempt, vote_value=value
-    )
+    voted = acceptor.AcceptorState(promised_attempt=attempt, vote_attempt=attempt, vote_value=value)
     return acceptor.VoteDecision(state=voted, is_certificate=True, signs=True, reason="")
 
 

@@ -166,9 +166,7 @@ def test_part_of_a_lease_is_credited_and_the_rest_returns() -> None:
 def test_the_same_windows_twice_in_one_certificate_count_once() -> None:
     world = World.create()
     signed = world.acquire(0, wanted_windows=2).leases[0]
-    (receipt,) = world.report(
-        world.commit([world.contribution(0, [whole(signed), whole(signed)])])
-    )
+    (receipt,) = world.report(world.commit([world.contribution(0, [whole(signed), whole(signed)])]))
     assert receipt.credited_tokens == receipt.uncredited_tokens == 2 * SEQ_LEN
     assert "credited before in outer step 1" in receipt.reason
     assert_right(world)

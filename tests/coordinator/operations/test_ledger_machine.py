@@ -1,4 +1,6 @@
-"""Hypothesis over the ledger: the real rules hold; with the fence check left out the violation is found."""
+"""Hypothesis over the ledger: the real rules hold; with the fence check left out the violation is
+found.
+"""
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings

@@ -115,7 +115,9 @@ def test_explicit_attention_equals_torch() -> None:
 
 
 def test_losses_follow_the_golden_file() -> None:
-    """Ten exact updates in fp32 on fixed data; matrix kernels differ between CPUs, hence a tolerance."""
+    """Ten exact updates in fp32 on fixed data; matrix kernels differ between CPUs, hence a
+    tolerance.
+    """
     model, flat = build(SPEC.model)
     flat.values.copy_(torch.from_numpy(initial_vector(SPEC)))
     params = flat.values.numpy()

@@ -46,10 +46,12 @@ SPEC = RunSpec(
 
 
 def build(spec: ModelSpec) -> tuple[Decoder, FlatParameters]:
-    """A model with its initial values."""
+    """A model with its initial values, stirred so that every parameter has a real gradient."""
     model = Decoder(spec)
     flat = FlatParameters(model)
-    flat.values.copy_(torch.from_numpy(initial_vector(replace(SPEC, model=spec))))
+    generator = torch.Generator().manual_seed(11)
+    noise = 0.1 * torch.randn(flat.values.numel(), generator=generator)
+    flat.values.copy_(torch.from_numpy(initial_vector(replace(SPEC, model=spec))) + noise)
     return model, flat
 
 

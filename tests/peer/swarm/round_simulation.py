@@ -54,6 +54,7 @@ class World:
     """Share of messages that take `late_factor` times as long."""
     late_factor: float = 40.0
     crash_per_effect_ratio: float = 0.0
+    crash_after_promise_ratio: float = 0.0
     restart_seconds: float = 3.0
     due_seconds: float = 2.0
     """A living member has its contribution within this time."""
@@ -210,7 +211,10 @@ class Simulation:
         )
         for digest in member.bytes_held:
             member.machine.hold_bytes(digest)
-        self._at(self._rng.uniform(0, self._world.due_seconds), self._living(peer, lambda: self._contribute(peer)))
+        self._at(
+            self._rng.uniform(0, self._world.due_seconds),
+            self._living(peer, lambda: self._contribute(peer)),
+        )
         self._at(0.0, self._living(peer, lambda: self._tick(peer)))
 
     def _living(self, peer: str, action: Callable[[], None]) -> Callable[[], None]:
@@ -268,6 +272,10 @@ class Simulation:
                 self._crash(peer)
                 return
             self._do(member, effect)
+        has_promised = any(isinstance(e, rt.Persist) and e.record.led_attempt < 0 for e in effects)
+        ratio = self._world.crash_after_promise_ratio
+        if has_promised and self.is_bad and self._rng.random() < ratio:
+            self._crash(peer)
 
     def _do(self, member: Member, effect: rt.Effect) -> None:
         peer = member.peer_id
@@ -280,7 +288,9 @@ class Simulation:
             case rt.StartReduce():
                 self._reduce(peer, effect)
             case rt.FetchBytes():
-                self._at(self._delay_seconds(), self._living(peer, lambda: self._fetch(peer, effect)))
+                self._at(
+                    self._delay_seconds(), self._living(peer, lambda: self._fetch(peer, effect))
+                )
             case rt.AskCoordinatorExchange():
                 self._ask(lambda: self._exchange(peer, effect.attempt))
             case rt.SubmitVotes():
@@ -342,7 +352,7 @@ class Simulation:
         if started != {member.contribution.peer_id for member in effect.group.members}:
             return
         digest = hashlib.sha256(key).digest()
-        for member in started:
+        for member in sorted(started):
             is_failing = self.is_bad and self._rng.random() < self._world.reduce_failure_ratio
             event: rt.Event = (
                 rt.ReduceFailed(effect.attempt, "simulated")
@@ -373,7 +383,7 @@ class Simulation:
 
     def _exchange(self, peer: str, attempt: int) -> None:
         response = self.coordinator.exchange(attempt)
-        if self._weakness is Weakness.PROMISE_NOT_DURABLE and self._rng.random() < 0.3:
+        if self._weakness is Weakness.PROMISE_NOT_DURABLE:  # it restarts after every promise
             self.coordinator.promised_attempt = 0
         event = rt.CoordinatorExchanged(attempt, response)
         self._at(self._delay_seconds(), lambda: self._tell(peer, event))
@@ -401,6 +411,7 @@ def bad_world(seed: int, *, num_members: int | None = None) -> World:
         late_ratio=rng.choice([0.05, 0.2]),
         late_factor=rng.choice([10.0, 40.0]),
         crash_per_effect_ratio=rng.choice([0.0, 0.01, 0.05]),
+        crash_after_promise_ratio=rng.choice([0.0, 0.3]),
         restart_seconds=rng.choice([0.3, 3.0]),
         due_seconds=rng.choice([0.5, 2.0, 6.0]),
         cut_ratio=rng.choice([0.0, 0.0, 0.3]),

@@ -27,7 +27,10 @@ async def hosts(tmp_path: Path, number: int) -> AsyncIterator[list[Transport]]:
             known = await started[0].addresses() if started else []
             started.append(
                 await Transport.start(
-                    identity_path=tmp_path / f"{index}.key", host="127.0.0.1", port=0, initial_peers=known
+                    identity_path=tmp_path / f"{index}.key",
+                    host="127.0.0.1",
+                    port=0,
+                    initial_peers=known,
                 )
             )
         for host in started[1:]:
@@ -43,12 +46,16 @@ async def hosts(tmp_path: Path, number: int) -> AsyncIterator[list[Transport]]:
 def vectors(number: int) -> list[Float32Vector]:
     """Different vectors from fixed seeds."""
     return [
-        np.random.default_rng(seed).standard_normal(NUM_VALUES).astype(np.float32) for seed in range(number)
+        np.random.default_rng(seed).standard_normal(NUM_VALUES).astype(np.float32)
+        for seed in range(number)
     ]
 
 
 def group_of(
-    transports: list[Transport], contributions: list[Float32Vector | None], weights: list[int], own_index: int
+    transports: list[Transport],
+    contributions: list[Float32Vector | None],
+    weights: list[int],
+    own_index: int,
 ) -> ReduceGroup:
     """The same group as seen by one member; pieces are dealt out evenly."""
     pieces = num_pieces(NUM_VALUES)
@@ -60,7 +67,9 @@ def group_of(
             weight_tokens=weight,
             piece_digests=() if vector is None else tuple(vector_piece_digests(vector)),
         )
-        for index, (transport, vector, weight) in enumerate(zip(transports, contributions, weights, strict=True))
+        for index, (transport, vector, weight) in enumerate(
+            zip(transports, contributions, weights, strict=True)
+        )
     )
     return ReduceGroup(
         incarnation=1, outer_step=5, attempt=0, num_values=NUM_VALUES, own_index=own_index,
@@ -98,12 +107,20 @@ def test_everybody_gets_the_same_exact_average(tmp_path: Path, idle: int | None)
                 )
             )
         total = sum(weights)
-        working = [(v, np.float32(w / total)) for v, w in zip(contributions, weights, strict=True) if v is not None]
+        working = [
+            (v, np.float32(w / total))
+            for v, w in zip(contributions, weights, strict=True)
+            if v is not None
+        ]
         expected = weighted_sum([v for v, _ in working], [c for _, c in working])
         for result in results:
             assert result.averaged.tobytes() == expected.tobytes()
             assert result.averaged_digest == results[0].averaged_digest
-        double = sum(v.astype(np.float64) * w / total for v, w in zip(contributions, weights, strict=True) if v is not None)
+        double = sum(
+            v.astype(np.float64) * w / total
+            for v, w in zip(contributions, weights, strict=True)
+            if v is not None
+        )
         assert np.linalg.norm(expected - double) <= 1e-6 * np.linalg.norm(double)
 
     asyncio.run(scenario())
@@ -123,8 +140,12 @@ def test_a_bad_part_ends_the_attempt_and_names_the_member(tmp_path: Path, fault:
         async with hosts(tmp_path, 2) as transports:
             found = await reducers(transports)
             return await asyncio.gather(
-                found[0].run(group_of(transports, [good, committed], [1, 1], 0), good, deadline_seconds=10),
-                found[1].run(group_of(transports, [good, committed], [1, 1], 1), bad, deadline_seconds=10),
+                found[0].run(
+                    group_of(transports, [good, committed], [1, 1], 0), good, deadline_seconds=10
+                ),
+                found[1].run(
+                    group_of(transports, [good, committed], [1, 1], 1), bad, deadline_seconds=10
+                ),
                 return_exceptions=True,
             )
 
@@ -143,7 +164,9 @@ def test_a_silent_member_ends_the_attempt_at_the_deadline(tmp_path: Path) -> Non
             found = await reducers(transports)
             with pytest.raises(ReduceFailed, match="00000000"):
                 await found[0].run(
-                    group_of(transports, contributions, [1, 1], 0), contributions[0], deadline_seconds=0.5
+                    group_of(transports, contributions, [1, 1], 0),
+                    contributions[0],
+                    deadline_seconds=0.5,
                 )
 
     asyncio.run(scenario())
@@ -181,8 +204,14 @@ def test_members_find_each_other_in_the_dht(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with hosts(tmp_path, 2) as (first, second):
             dhts = [await SwarmDht.start(first, dht_prefix="run")]
-            dhts.append(await SwarmDht.start(second, dht_prefix="run", initial_peers=await first.addresses()))
-            said = Presence(p2p_peer_id=second.p2p_peer_id, addresses=("/ip4/127.0.0.1/tcp/1",), outer_step=3)
+            dhts.append(
+                await SwarmDht.start(
+                    second, dht_prefix="run", initial_peers=await first.addresses()
+                )
+            )
+            said = Presence(
+                p2p_peer_id=second.p2p_peer_id, addresses=("/ip4/127.0.0.1/tcp/1",), outer_step=3
+            )
             assert await dhts[1].publish("ab", said)
             assert await dhts[0].find("ab") == said
             assert await dhts[0].find("cd") is None

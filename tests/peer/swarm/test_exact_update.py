@@ -17,7 +17,7 @@ from protos.contract.errors import CorruptDataError
 from protos.contract.model_shape import ModelShape
 from tests.peer.swarm.update_digest import SPEC, run_updates
 
-GOLDEN_DIGEST = "4fd518a3ae479624e39c23de87658dde18093eff7ba73f3bf00abbf1bb8888c6"
+GOLDEN_DIGEST = "7b4733f0a7b0bc8c36f7212c37451c513e3f134df8adb20e3e7bec21226ad526"
 """Changes only when the rule of the update changes, and then PROTOCOL_VERSION rises."""
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,7 +91,9 @@ def test_follows_torch_adamw() -> None:
             tensor.grad = torch.from_numpy(averaged[offset:end].copy()).view(tensor.shape)
             offset = end
         norm = torch.nn.utils.clip_grad_norm_(tensors, SPEC.optimizer.clip_norm)
-        assert stats.clip_coefficient == pytest.approx(min(1.0, 1.0 / (float(norm) + 1e-6)), rel=1e-5)
+        assert stats.clip_coefficient == pytest.approx(
+            min(1.0, 1.0 / (float(norm) + 1e-6)), rel=1e-5
+        )
         adamw.step()
     expected = torch.cat([tensor.detach().flatten() for tensor in tensors]).numpy()
     np.testing.assert_allclose(params, expected, rtol=2e-6, atol=2e-7)

@@ -22,17 +22,17 @@ CRASHY = World(
     bad_seconds=20.0,
     due_seconds=0.5,
 )
-SLOW_THREE = World(
-    num_members=3,
-    loss_ratio=0.3,
-    delay_seconds=0.2,
+FORGETFUL_FOUR = World(
+    num_members=4,
+    loss_ratio=0.5,
+    delay_seconds=0.05,
     late_ratio=0.2,
-    late_factor=10.0,
-    crash_per_effect_ratio=0.03,
-    reduce_failure_ratio=0.5,
+    late_factor=30.0,
+    crash_after_promise_ratio=0.9,
     restart_seconds=0.3,
     bad_seconds=20.0,
     due_seconds=0.5,
+    cut_ratio=0.3,
 )
 CUT_IN_TWO = World(
     num_members=2,
@@ -70,20 +70,18 @@ def test_good_world_needs_one_attempt(num_members: int) -> None:
         simulation = _play(seed, World(num_members=num_members))
         assert len(simulation.values) == 1
         assert simulation.num_attempts_discarded == 0
-        assert simulation.now_seconds < 12.0
+        assert simulation.now_seconds < 60.0
 
 
 @pytest.mark.parametrize(
     ("weakness", "world", "num_seeds"),
     [
         (Weakness.VOTE_NOT_DURABLE, CRASHY, 200),
-        (Weakness.PROMISE_NOT_DURABLE, SLOW_THREE, 600),
+        (Weakness.PROMISE_NOT_DURABLE, FORGETFUL_FOUR, 200),
         (Weakness.COORDINATOR_SIGNS_EARLY, CUT_IN_TWO, 200),
     ],
 )
 def test_every_rule_is_needed(weakness: Weakness, world: World, num_seeds: int) -> None:
-    violated = [
-        seed for seed in range(num_seeds) if len(_play(seed, world, weakness).values) > 1
-    ]
+    violated = [seed for seed in range(num_seeds) if len(_play(seed, world, weakness).values) > 1]
     assert violated, f"{weakness.name} was expected to break agreement within {num_seeds} seeds"
     assert all(len(_play(seed, world).values) == 1 for seed in violated)

@@ -1,11 +1,11 @@
-"""Run as a program: applies a few exact updates to fixed inputs and writes the digest of the state."""
+"""Run as a program: a few exact updates on fixed inputs; writes the digest of the state."""
 
 import hashlib
 import sys
 
 import numpy as np
 
-from peer.model.init import fill_normal, initial_vector
+from peer.model.init import fill_normal
 from peer.swarm.exact_update import SyncUpdate
 from protos.contract.run_spec import (
     DataSpec,
@@ -42,7 +42,8 @@ SPEC = RunSpec(
 def run_updates(num_threads: int) -> str:
     """Hex SHA-256 over parameters and moments after four updates."""
     update = SyncUpdate(SPEC, num_threads=num_threads)
-    params = initial_vector(SPEC)
+    params = np.empty(update.num_values, dtype=np.float32)
+    fill_normal(params, seed=0, name="params", std=0.05)
     exp_avg, exp_avg_sq = np.zeros_like(params), np.zeros_like(params)
     averaged = np.zeros_like(params)
     for number in range(1, 5):

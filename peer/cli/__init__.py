@@ -1,0 +1,1 @@
+"""`muster-peer`: one file per command; commands import what they need when they run, so that --help stays quick."""

@@ -1,0 +1,252 @@
+"""A checkpoint on the command line: the model in it, and where its run spec and tokenizer lie.
+
+CHECKPOINT is either a folder that `export` wrote, which is complete, or a state file of a coordinator or peer, which names its run
+only by digest. The spec is then looked for in --spec, and above the file (run_spec.json of a coordinator's data directory,
+membership.json of a peer's home); a spec with another digest is not taken. The tokenizer comes from --dataset, or from
+where the spec's dataset lies in that directory.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protos.contract.errors import CorruptDataError, MachineError, MusterError, UsageError
+from protos.contract.run_spec import ModelSpec, RunSpec
+
+if TYPE_CHECKING:
+    from peer.model.decoder import Decoder
+    from protos.contract.digest import Float32Vector
+
+_MAX_PARENTS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedCheckpoint:
+    """What commands need of a checkpoint."""
+
+    model_spec: ModelSpec
+    params: "Float32Vector"
+    """Canonical vector, read-only."""
+    run_spec: RunSpec | None
+    """None for an exported folder."""
+    tokenizer_path: Path
+    eos_token_id: int
+    dataset: Path | None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Run, step and digest, as far as known."""
+
+    def build_model(self) -> "Decoder":
+        """The model with these parameters, for inference."""
+        import torch
+
+        from peer.model.decoder import Decoder, FlatParameters
+
+        model = Decoder(self.model_spec)
+        flat = FlatParameters(model, has_grads=False)
+        flat.values.copy_(torch.tensor(self.params))
+        return model.eval()
+
+
+def load_spec(path: Path) -> RunSpec:
+    """A run spec in either form. Raises UsageError, MachineError."""
+    try:
+        data = path.read_bytes()
+        is_wire = data.lstrip().startswith(b"{")
+        return RunSpec.from_wire(data) if is_wire else RunSpec.from_toml(data.decode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise MachineError(
+            f"cannot read {path}: {error}",
+            allowed="a run spec as TOML or JSON",
+            remedy="check the path",
+        ) from error
+
+
+def open_checkpoint(
+    path: Path, *, spec_path: Path | None = None, dataset: Path | None = None
+) -> OpenedCheckpoint:
+    """Open a state file or an exported folder. Raises MusterError."""
+    if path.is_dir():
+        return _open_exported(path)
+    if not path.is_file():
+        raise UsageError(
+            f"{path} is not there",
+            allowed="a state file (*.safetensors) or a folder that `muster-peer export` wrote",
+            remedy="check the path",
+        )
+    from peer.checkpoint import store
+
+    header, vectors = store.open_checkpoint(path)
+    spec = _find_spec(path, spec_path, run_digest=header.meta.run_digest)
+    found_dataset, tokenizer_path, eos_token_id = _find_tokenizer(path, dataset, spec)
+    return OpenedCheckpoint(
+        model_spec=spec.model,
+        params=vectors[0],
+        run_spec=spec,
+        tokenizer_path=tokenizer_path,
+        eos_token_id=eos_token_id,
+        dataset=found_dataset,
+        provenance={
+            "run_digest": header.meta.run_digest,
+            "incarnation": header.meta.incarnation,
+            "outer_step": header.meta.outer_step,
+            "schedule_tokens": header.meta.schedule_tokens,
+            "state_digest": header.state_digest.hex(),
+        },
+    )
+
+
+def _open_exported(folder: Path) -> OpenedCheckpoint:
+    import numpy as np
+
+    from peer.checkpoint.safetensors_io import load_tensors
+    from peer.model.hf_names import hf_name
+    from protos.contract.model_shape import ModelShape
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        spec = ModelSpec(
+            vocab_size=config["vocab_size"],
+            d_model=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            d_ff=config["intermediate_size"],
+            seq_len=config["max_position_embeddings"],
+            has_tied_embeddings=config["tie_word_embeddings"],
+            rope_theta=float(config["rope_theta"]),
+            norm_epsilon=float(config["rms_norm_eps"]),
+        )
+        eos_token_id = int(config["eos_token_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptDataError(
+            f"{folder} has no config.json that `muster-peer export` wrote ({error!r})",
+            allowed="a folder from `muster-peer export`",
+            remedy="export again, or name a state file (*.safetensors)",
+        ) from error
+    tensors, metadata = load_tensors(folder / "model.safetensors")
+    parts = []
+    for name, shape in ModelShape.from_spec(spec).parameter_table():
+        tensor = tensors.get(hf_name(name))
+        if tensor is None or tensor.shape != shape:
+            raise CorruptDataError(
+                f"{folder}: {hf_name(name)} is missing or has another shape",
+                allowed=f"shape {shape}",
+                remedy="export again",
+            )
+        parts.append(np.ravel(tensor))
+    return OpenedCheckpoint(
+        model_spec=spec,
+        params=np.concatenate(parts),
+        run_spec=None,
+        tokenizer_path=folder / "tokenizer.json",
+        eos_token_id=eos_token_id,
+        dataset=None,
+        provenance={key: value for key, value in metadata.items() if key != "format"},
+    )
+
+
+def _directories_above(path: Path) -> Iterator[Path]:
+    directory = path.absolute().parent
+    for _ in range(_MAX_PARENTS):
+        yield directory
+        if directory == directory.parent:
+            return
+        directory = directory.parent
+
+
+def _find_spec(path: Path, spec_path: Path | None, *, run_digest: str) -> RunSpec:
+    if spec_path is not None:
+        spec = load_spec(spec_path)
+        if spec.run_digest != run_digest:
+            raise UsageError(
+                f"{spec_path} has the digest {spec.run_digest[:16]}...",
+                allowed=f"the spec of the checkpoint's run, {run_digest[:16]}...",
+                remedy="name the spec of that run with --spec",
+            )
+        return spec
+    for spec in _specs_near(path):
+        if spec.run_digest == run_digest:
+            return spec
+    raise UsageError(
+        f"the run spec {run_digest[:16]}... of {path.name} is not in the directories above it",
+        allowed="run_spec.json of a coordinator's data directory, membership.json of a peer's home",
+        remedy="name it with --spec",
+    )
+
+
+def _specs_near(path: Path) -> Iterator[RunSpec]:
+    from peer.daemon.membership import load_membership
+
+    for directory in _directories_above(path):
+        for spec_path in (
+            *sorted(directory.glob("run_spec*.json")),
+            *sorted(directory.glob("run_spec*.toml")),
+        ):
+            try:
+                yield load_spec(spec_path)
+            except MusterError:
+                continue
+        membership = load_membership(directory)
+        if membership is not None:
+            yield membership.spec
+
+
+def _find_tokenizer(
+    path: Path, dataset: Path | None, spec: RunSpec
+) -> tuple[Path | None, Path, int]:
+    """Dataset directory, if there is one, tokenizer.json and the EOS id. The manifest must be the run's."""
+    from protos.contract.chunk_format import Manifest
+
+    dataset_id = spec.data.dataset_id
+    if dataset is not None:
+        candidates = [(dataset, dataset / "manifest.json")]
+    else:
+        candidates = [
+            (d / "datasets" / dataset_id, d / "datasets" / dataset_id / "manifest.json")
+            for d in _directories_above(path)
+        ]
+        candidates += [(d, d / "cache" / dataset_id) for d in _directories_above(path)]
+    for directory, manifest_path in candidates:
+        if not manifest_path.is_file():
+            continue
+        manifest = Manifest.from_bytes(manifest_path.read_bytes())
+        if manifest.dataset_id != dataset_id:
+            raise UsageError(
+                f"{directory} holds dataset {manifest.dataset_id[:16]}...",
+                allowed=f"the run's dataset {dataset_id[:16]}...",
+                remedy="name the dataset directory of that run with --dataset",
+            )
+        is_cache = manifest_path.name == dataset_id
+        tokenizer = (
+            directory / "cache" / manifest.tokenizer_digest
+            if is_cache
+            else directory / "tokenizer.json"
+        )
+        _check_digest(tokenizer, manifest.tokenizer_digest)
+        return (None if is_cache else directory), tokenizer, manifest.eos_token_id
+    raise UsageError(
+        f"no tokenizer for {path.name}",
+        allowed="the dataset directory of the run, with manifest.json and tokenizer.json",
+        remedy="name it with --dataset",
+    )
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise MachineError(
+            f"cannot read {path}: {error.strerror}",
+            allowed="a readable tokenizer",
+            remedy="check --dataset",
+        ) from error
+    if found != digest:
+        raise CorruptDataError(
+            f"{path} has the digest {found[:16]}...",
+            allowed=f"{digest[:16]}..., which the manifest names",
+            remedy="build or copy the dataset again",
+        )

@@ -1,0 +1,342 @@
+"""What `muster-peer doctor` looks at; every check says what it found, what is needed and what to do.
+
+Nothing is changed: leftovers are only named (the next `join` on the same home clears them). What a machine cannot know of itself
+(whether others reach its port) is said to be unknown, not assumed.
+"""
+
+import asyncio
+import importlib.util
+import ipaddress
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from peer.config import PeerConfig, child_environment, format_bytes
+from peer.coordinator_client import CLOCK_REFUSE_SECONDS, CLOCK_WARN_SECONDS, CoordinatorClient
+from peer.daemon.membership import load_membership, package_version
+from peer.home import find_leftover_files, holder_of_lock, load_child_records, write_atomically
+from protos.contract.channel import JoinString
+from protos.contract.errors import MachineError, MusterError
+from protos.contract.ids import PROTOCOL_VERSION, PeerId
+
+NEEDED_MEMORY_BYTES = 1536 * 2**20
+NEEDED_DISK_BYTES = 2**30
+PROBE_SECONDS = 120.0
+_PROBE_FILE = "probe.json"
+_HIVEMIND_VERSION = "1.1.12"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of the doctor's report."""
+
+    name: str
+    is_ok: bool
+    found: str
+    allowed: str = ""
+    remedy: str = ""
+
+
+def check_versions() -> Check:
+    """Python and the packages that training needs."""
+    problems, found = [], [f"muster {package_version()} (protocol {PROTOCOL_VERSION})"]
+    found.append("Python " + ".".join(str(part) for part in sys.version_info[:3]))
+    for package in ("torch", "hivemind", "numpy", "grpcio", "protobuf"):
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{package} is missing")
+            continue
+        found.append(f"{package} {version}")
+        if package == "numpy" and _major_minor(version) >= (2, 4):
+            problems.append(f"numpy {version} breaks hivemind")
+        if package == "hivemind" and version != _HIVEMIND_VERSION:
+            problems.append(f"hivemind {version}")
+    return Check(
+        name="versions",
+        is_ok=not problems,
+        found=", ".join(problems or found),
+        allowed=f"torch, hivemind {_HIVEMIND_VERSION}, numpy below 2.4",
+        remedy="pip install 'muster[peer]'",
+    )
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    return (numbers + [0, 0])[0], (numbers + [0, 0])[1]
+
+
+def check_home(config: PeerConfig) -> Check:
+    """The home can be written; who holds it."""
+    existing = config.home
+    while not existing.exists():
+        existing = existing.parent
+    is_writable = os.access(existing, os.W_OK | os.X_OK) and existing.is_dir()
+    pid = holder_of_lock(config.home)
+    state = f"in use by pid {pid}" if pid is not None else "free"
+    return Check(
+        name="home",
+        is_ok=is_writable,
+        found=f"{config.home} ({state})" if is_writable else f"{existing} cannot be written",
+        allowed="a directory that this user may write",
+        remedy="choose another with --home",
+    )
+
+
+def check_leftovers(config: PeerConfig) -> Check:
+    """Processes and files of dead peers on this home."""
+    if holder_of_lock(config.home) is not None:
+        return Check(name="leftovers", is_ok=True, found="none: a peer is running on this home")
+    alive = [record for record in load_child_records(config.home) if record.is_alive]
+    files = find_leftover_files(config.home)
+    found = [f"{record.name} process {record.pid}" for record in alive]
+    found += [str(path.relative_to(config.home)) for path in files[:5]]
+    if len(files) > 5:
+        found.append(f"and {len(files) - 5} more files")
+    return Check(
+        name="leftovers",
+        is_ok=not found,
+        found=", ".join(found) or "none",
+        allowed="nothing of a peer that is dead",
+        remedy="the next `muster-peer join` on this home clears them",
+    )
+
+
+def check_memory(config: PeerConfig) -> Check:
+    """Enough memory for the tiny preset."""
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    total_bytes = page_bytes * os.sysconf("SC_PHYS_PAGES")
+    available_bytes = _available_memory_bytes() or page_bytes * os.sysconf("SC_AVPHYS_PAGES")
+    limit_bytes = config.memory_limit_bytes
+    usable_bytes = min(available_bytes, limit_bytes or available_bytes)
+    limit = f", --memory-limit {format_bytes(limit_bytes)}" if limit_bytes else ""
+    return Check(
+        name="memory",
+        is_ok=usable_bytes >= NEEDED_MEMORY_BYTES,
+        found=f"{format_bytes(available_bytes)} free of {format_bytes(total_bytes)}{limit}",
+        allowed=f"{format_bytes(NEEDED_MEMORY_BYTES)} for the smallest models",
+        remedy="end other programs or raise --memory-limit",
+    )
+
+
+def _available_memory_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def check_disk(config: PeerConfig) -> Check:
+    """Enough room under the home."""
+    existing = config.home
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    limit_bytes = config.disk_limit_bytes
+    usable_bytes = min(free_bytes, limit_bytes or free_bytes)
+    limit = f", --disk-limit {format_bytes(limit_bytes)}" if limit_bytes else ""
+    return Check(
+        name="disk",
+        is_ok=usable_bytes >= NEEDED_DISK_BYTES,
+        found=f"{format_bytes(free_bytes)} free{limit}",
+        allowed=f"{format_bytes(NEEDED_DISK_BYTES)} for chunks and checkpoints",
+        remedy="free some space, choose another disk with --home or raise --disk-limit",
+    )
+
+
+def check_port(config: PeerConfig) -> Check:
+    """The port for other peers can be opened; whether they reach it cannot be known from here."""
+    host, port = config.listen_host, config.listen_port
+    if holder_of_lock(config.home) is not None:
+        return Check(name="port", is_ok=True, found="not tried: the running peer holds it")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+    except OSError as error:
+        return Check(
+            name="port",
+            is_ok=False,
+            found=f"cannot listen on {host}:{port}: {error.strerror}",
+            allowed="a free port that this user may open",
+            remedy="choose another with --listen-port, or 0 for any",
+        )
+    return Check(
+        name="port",
+        is_ok=True,
+        found=f"{host}:{port or 'any'} can be opened; {_describe_reachability(config)}",
+    )
+
+
+def _describe_reachability(config: PeerConfig) -> str:
+    if config.announce:
+        return f"announced as {', '.join(config.announce)}"
+    address = _outgoing_address()
+    if address is None:
+        return "this machine has no route to other networks"
+    kind = "private: peers elsewhere come through the relay" if address.is_private else "public"
+    return (
+        f"this machine's address is {address} ({kind}); whether a firewall is before it is unknown"
+    )
+
+
+def _outgoing_address() -> ipaddress.IPv4Address | None:
+    """Local address of the default route; no packet is sent."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(("192.0.2.1", 9))
+            return ipaddress.IPv4Address(sock.getsockname()[0])
+    except OSError:
+        return None
+
+
+def check_coordinator(config: PeerConfig, join_string: JoinString | None) -> list[Check]:
+    """Reachability of the coordinator and the clock offset, when one is known."""
+    if join_string is None:
+        saved = load_membership(config.home)
+        if saved is None:
+            return [
+                Check(
+                    name="coordinator",
+                    is_ok=True,
+                    found="none known; pass a join string to check one",
+                )
+            ]
+        join_string = saved.join_string
+    try:
+        offset_seconds, uncertainty_seconds = asyncio.run(_measure_clock(join_string))
+    except MusterError as error:
+        return [
+            Check(
+                name="coordinator",
+                is_ok=False,
+                found=error.found,
+                allowed=error.allowed,
+                remedy=error.remedy,
+            )
+        ]
+    is_close = abs(offset_seconds) - uncertainty_seconds <= CLOCK_WARN_SECONDS
+    return [
+        Check(
+            name="coordinator",
+            is_ok=True,
+            found=f"{join_string.address} answers, run {join_string.run_id}",
+        ),
+        Check(
+            name="clock",
+            is_ok=is_close,
+            found=f"{offset_seconds:+.3f} s (+- {uncertainty_seconds:.3f} s) against the coordinator",
+            allowed=f"below {CLOCK_WARN_SECONDS} s; refused above {CLOCK_REFUSE_SECONDS} s",
+            remedy="synchronise the clock: timedatectl set-ntp true",
+        ),
+    ]
+
+
+async def _measure_clock(join_string: JoinString) -> tuple[float, float]:
+    client = await CoordinatorClient.open(join_string, peer_id=PeerId(""))
+    try:
+        _, clock = await client.challenge()
+    finally:
+        await client.close()
+    return clock.offset_seconds, clock.uncertainty_seconds
+
+
+def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
+    """Device and measured training FLOP/s; measured once per torch version, device and number of threads."""
+    if importlib.util.find_spec("torch") is None:
+        return Check(
+            name="device",
+            is_ok=False,
+            found="torch is not installed",
+            allowed="torch",
+            remedy="pip install 'muster[peer]'",
+        )
+    key = {
+        "threads": config.threads,
+        "asked_device": config.device,
+        "torch": metadata.version("torch"),
+    }
+    cache = config.home / _PROBE_FILE
+    probe = None if is_fresh else _load_probe(cache, key)
+    is_cached = probe is not None
+    if probe is None:
+        try:
+            probe = run_probe(config)
+        except MachineError as error:
+            return Check(
+                name="device",
+                is_ok=False,
+                found=error.found,
+                allowed=error.allowed,
+                remedy=error.remedy,
+            )
+        if config.home.is_dir():
+            write_atomically(cache, json.dumps(key | {"probe": probe}).encode())
+    speed = float(str(probe["flop_per_second"]))
+    return Check(
+        name="device",
+        is_ok=speed > 0,
+        found=(
+            f"{probe['device']} ({probe['device_name']}, {probe['threads']} threads, {probe['precision']}): "
+            f"{speed / 1e9:.1f} GFLOP/s in training, {float(str(probe['tokens_per_second'])):,.0f} tokens/s of the tiny "
+            f"preset{' (measured before)' if is_cached else ''}"
+        ),
+        allowed="a device that torch can use",
+    )
+
+
+def _load_probe(path: Path, key: dict[str, object]) -> dict[str, object] | None:
+    try:
+        plain = json.loads(path.read_bytes())
+        is_same = all(plain[name] == value for name, value in key.items())
+        return dict(plain["probe"]) if is_same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def run_probe(config: PeerConfig) -> dict[str, object]:
+    """Measure in a process of its own. Raises MachineError."""
+    command = [sys.executable, "-m", "peer.cli.probe", "--threads", str(config.threads)]
+    command += ["--device", config.device]
+    environment = child_environment(threads=config.threads, log_level=config.log_level)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=PROBE_SECONDS, env=environment, check=False
+        )
+        if done.returncode == 0:
+            return dict(json.loads(done.stdout))
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        found = f"the probe ended with exit code {done.returncode}: {reason[0]}"
+    except (subprocess.TimeoutExpired, ValueError, OSError) as error:
+        found = f"the probe failed: {error}"
+    raise MachineError(found, allowed="a device that torch can use", remedy="try --device cpu")
+
+
+def all_checks(
+    config: PeerConfig, join_string: JoinString | None, *, has_probe: bool, is_fresh: bool
+) -> list[Check]:
+    """Everything, in the order in which it matters."""
+    local: list[Callable[[PeerConfig], Check]] = [
+        check_home,
+        check_leftovers,
+        check_memory,
+        check_disk,
+        check_port,
+    ]
+    checks = [check_versions(), *(check(config) for check in local)]
+    checks += check_coordinator(config, join_string)
+    if has_probe:
+        checks.append(check_training_speed(config, is_fresh=is_fresh))
+    return checks

@@ -1,0 +1,93 @@
+"""`muster-peer`: registers every command and turns errors into messages and exit codes.
+
+This is the command line's broad-exception border: a MusterError becomes its three parts on standard error and its exit code,
+anything else a traceback and exit code 1.
+"""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from peer.cli import doctor, join, model, reference, rendezvous, status
+from peer.cli.options import report_error, say
+from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
+
+_EPILOG = (
+    "Exit codes: 0 done; 1 internal error; 2 wrong flags, files or join strings; 3 refused (token, version, clock, CA); "
+    "4 this machine (port, disk, permissions, lock, memory, missing package); 5 corrupt data; 6 cannot be reached or not "
+    "ready; 7 the run cannot go on; 130 interrupted twice."
+)
+
+app = typer.Typer(
+    name="muster-peer",
+    help="Lends this machine to a swarm that trains a language model.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from peer.daemon.membership import package_version
+
+        typer.echo(f"muster-peer {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    is_version_wanted: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+    dies_with_parent: Annotated[
+        bool,
+        typer.Option("--die-with-parent", hidden=True, help="For programs that start this one."),
+    ] = False,
+) -> None:
+    if dies_with_parent:
+        import signal
+
+        from peer.parent_death import die_with_parent
+
+        die_with_parent(signal.SIGTERM)
+
+
+app.command("join")(join.join)
+app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
+app.command("rendezvous")(rendezvous.rendezvous)
+app.command("generate")(model.generate)
+app.command("eval")(model.evaluate)
+app.command("export")(model.export)
+app.command("reference", hidden=True)(reference.reference)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except MusterError as error:
+        report_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone
+        sys.exit(0)
+    except Exception:
+        logging.getLogger(__name__).exception("internal error")
+        say("error: internal error, please report it with the lines above")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""`muster-peer status`: what the peer on this home is doing, from its status file."""
+
+import typer
+
+from peer.cli.options import AsJson, HomeDir, print_json, print_line
+
+
+def status(home: HomeDir = None, is_json: AsJson = False) -> None:
+    """Show what the peer on this home is doing."""
+    import time
+
+    from peer.config import format_bytes, load_config
+    from peer.home import holder_of_lock, load_status
+
+    path = load_config(flags={"home": home}).home
+    pid = holder_of_lock(path)
+    found = load_status(path) or {}
+    plain = {"is_running": pid is not None, "home": str(path)} | found | {"pid": pid}
+    if is_json:
+        print_json(plain)
+    elif pid is None:
+        last = f"; last state {found['state']}: {found['state_reason']}" if found else ""
+        print_line(f"no peer runs on {path}{last}")
+    elif not found:
+        print_line(f"peer {pid} runs on {path} and has not written its status yet")
+    else:
+        age_seconds = time.time() - found["update_unix_seconds"]
+        rows = [
+            ("peer", f"{found['name']} ({found['peer_id']}), pid {pid}"),
+            ("run", f"{found['run_id']} at {found['address']}"),
+            ("state", f"{found['state']}: {found['state_reason']}"),
+            ("step", f"{found['outer_step']} of incarnation {found['incarnation']}"),
+            ("loss", f"{found['loss_nats']:.4f} nats per token"),
+            ("speed", f"{found['tokens_per_second']:,.0f} tokens/s on {found['device'] or '-'}"),
+            (
+                "tokens",
+                f"{found['trained_tokens']:,} trained, {found['committed_tokens']:,} committed",
+            ),
+            ("leases", f"{found['held_leases']} with {found['held_tokens']:,} tokens left"),
+            ("coordinator", "reachable" if found["is_coordinator_reachable"] else "away"),
+            ("memory", format_bytes(found["memory_bytes"])),
+            ("clock", f"{found['clock_offset_seconds']:+.3f} s against the coordinator"),
+            ("updated", f"{age_seconds:.0f} s ago"),
+        ]
+        for title, text in rows:
+            print_line(f"{title:<12} {text}")
+    if pid is None:
+        raise typer.Exit(6)

@@ -1,0 +1,164 @@
+"""The swarm process and the trainer as the daemon sees them: how they are started, configured, listened to and stopped.
+
+Both are started as soon as the number of parameters is known, because their imports take seconds; `configure` waits in the
+socket. A child whose channel closes is given a moment to end; then its end is told with the last lines of its output.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peer.config import PeerConfig
+from peer.daemon.background import BackgroundTasks
+from peer.daemon.membership import Membership
+from peer.identity import Identity
+from peer.ipc import ChannelClosed, Message
+from peer.session_events import ChildName
+from peer.shared_vectors import SharedVectors
+from peer.supervisor import Child, Supervisor
+from protos.contract.telemetry import LogField
+
+_LOGGER = logging.getLogger(__name__)
+_CLOSED_GRACE_SECONDS = 3.0
+CHECKPOINT_INTERVAL_SECONDS = 60.0
+_MODULE_BY_CHILD = {ChildName.SWARM: "peer.swarm", ChildName.TRAINER: "peer.train"}
+
+
+class Children:
+    """Both processes; at most one of each."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        vectors: SharedVectors,
+        *,
+        tasks: BackgroundTasks,
+        on_message: Callable[[ChildName, Message], None],
+        on_death: Callable[[ChildName, str], None],
+    ) -> None:
+        self._supervisor = supervisor
+        self._vectors = vectors
+        self._tasks = tasks
+        self._on_message = on_message
+        self._on_death = on_death
+        self._child_by_name: dict[ChildName, Child] = {}
+        self._failure_by_name: dict[ChildName, str] = {}
+        self._is_configured: dict[ChildName, bool] = {}
+
+    async def start(self, name: ChildName) -> None:
+        """Start a process; it does nothing before `configure`."""
+        command = [
+            sys.executable,
+            "-m",
+            _MODULE_BY_CHILD[name],
+            "--vectors-fd",
+            str(self._vectors.fd),
+            "--num-values",
+            str(self._vectors.num_values),
+        ]
+        self._is_configured[name] = False
+        self._failure_by_name.pop(name, None)
+        child = await self._supervisor.spawn(
+            name, command, channel_flag="--channel-fd", fds=(self._vectors.fd,)
+        )
+        self._child_by_name[name] = child
+        self._tasks.start(self._listen(name, child), name=f"{name} messages")
+
+    def configure(self, name: ChildName, **fields: Any) -> None:
+        """The first message; what is sent before it is dropped."""
+        self._is_configured[name] = True
+        self.send(name, "configure", **fields)
+
+    def send(self, name: ChildName, kind: str, **fields: Any) -> None:
+        """Send a message; a child that is gone or not configured hears nothing, and is told anew after its return."""
+        child = self._child_by_name.get(name)
+        if child is None or not self._is_configured.get(name):
+            return
+        with contextlib.suppress(ChannelClosed):
+            child.channel.send(kind, **fields)
+
+    def note_failure(self, name: ChildName, reason: str) -> None:
+        """What a child said before it ended."""
+        self._failure_by_name[name] = reason
+
+    async def stop(self, name: ChildName, *, grace_seconds: float, **fields: Any) -> None:
+        """Ask a child to end and see that it does."""
+        child = self._child_by_name.get(name)
+        if child is None or not child.is_alive:
+            return
+        child.is_expected_to_end = True
+        self._is_configured[name] = True
+        self.send(name, "stop", **fields)
+        await self._supervisor.stop(child, grace_seconds=grace_seconds)
+
+    async def _listen(self, name: ChildName, child: Child) -> None:
+        try:
+            while True:
+                self._on_message(name, await child.channel.receive())
+        except ChannelClosed:
+            pass
+        if child.is_expected_to_end:
+            return
+        try:
+            async with asyncio.timeout(_CLOSED_GRACE_SECONDS):
+                await self._supervisor.wait(child)
+        except TimeoutError:
+            child.process.kill()
+            await self._supervisor.wait(child)
+        await child.channel.close()
+        if child.is_expected_to_end:
+            return
+        said = self._failure_by_name.get(name, "")
+        reason = f"the {name} process {child.describe_end()}" + (f": {said}" if said else "")
+        _LOGGER.warning(
+            "%s=%s %s; last output:\n%s", LogField.PROCESS, name, reason, child.last_lines()
+        )
+        self._on_death(name, reason)
+
+
+def swarm_settings(
+    *, config: PeerConfig, identity: Identity, membership: Membership
+) -> dict[str, Any]:
+    """Fields of the swarm process's `configure`."""
+    response = membership.response
+    return {
+        "run_spec": response.run_spec,
+        "run_id": membership.join_string.run_id,
+        "peer_id": identity.peer_id,
+        "home": str(config.home),
+        "identity_key_path": str(identity.identity_key_path),
+        "p2p_key_path": str(identity.p2p_key_path),
+        "coordinator_public_key": response.coordinator_public_key,
+        "dht_prefix": response.dht_prefix,
+        "initial_peers": list(response.initial_peers),
+        "listen_port": config.listen_port,
+        "announce": list(config.announce),
+        "host": config.listen_host,
+        "upload_limit_mbit": config.upload_limit_mbit,
+        "incarnation_record": response.incarnation_record.SerializeToString(),
+        "directive": response.directive.SerializeToString(),
+        "outer_step": response.outer_step,
+        "checkpoint_interval_seconds": CHECKPOINT_INTERVAL_SECONDS,
+    }
+
+
+def trainer_settings(
+    *,
+    config: PeerConfig,
+    membership: Membership,
+    heldout_paths: tuple[Path, ...],
+    tokenizer_path: Path,
+) -> dict[str, Any]:
+    """Fields of the trainer's `configure`."""
+    return {
+        "run_spec": membership.response.run_spec,
+        "num_threads": config.threads,
+        "device": config.device,
+        "heldout_paths": [str(path) for path in heldout_paths],
+        "tokenizer_path": str(tokenizer_path),
+        "seed": membership.spec.seed,
+    }

@@ -1,0 +1,214 @@
+"""Duties beside training: evaluate through the trainer, write and upload checkpoints, fetch one when no member has the state.
+
+A duty ends in a report, whatever happens; its fence lets the coordinator refuse one that it has given to somebody else since.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peer import session_events as ev
+from peer.coordinator_client import CoordinatorClient
+from peer.ipc import Message
+from peer.metrics import PeerMetrics
+from peer.session_events import ChildName
+from protos.contract.channel import MAX_STREAM_PART_BYTES
+from protos.contract.errors import CorruptDataError, MusterError
+from protos.contract.telemetry import PEER_DUTIES, LogField
+from protos.muster.v1 import common_pb2, duties_pb2
+
+_LOGGER = logging.getLogger(__name__)
+_EVALUATE_SECONDS = 900.0
+_WRITE_SECONDS = 300.0
+_MAX_DIGESTS = 512
+
+Send = Callable[..., None]
+"""(child, kind, **fields)."""
+
+
+class Duties:
+    """Work on duties, and answers of the children to it."""
+
+    def __init__(
+        self,
+        client: CoordinatorClient,
+        *,
+        tmp: Path,
+        send: Send,
+        metrics: PeerMetrics,
+        feed: Callable[[ev.Event], None],
+    ) -> None:
+        self._client = client
+        self._tmp = tmp
+        self._send = send
+        self._metrics = metrics
+        self._feed = feed
+        self._answer_by_id: dict[str, asyncio.Future[Message]] = {}
+        self._digest_by_state: dict[tuple[int, int], bytes] = {}
+
+    def note_state(self, *, incarnation: int, outer_step: int, state_digest: bytes) -> None:
+        """Remember the digest of a state, for the report of its evaluation."""
+        self._digest_by_state[(incarnation, outer_step)] = state_digest
+        while len(self._digest_by_state) > _MAX_DIGESTS:
+            del self._digest_by_state[next(iter(self._digest_by_state))]
+
+    def take_answer(self, request_id: str, message: Message) -> None:
+        """A child answered."""
+        waiting = self._answer_by_id.pop(request_id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(message)
+
+    async def perform(self, duty: duties_pb2.Duty, *, heldout_paths: tuple[Path, ...]) -> None:
+        """Do a duty and report it."""
+        is_evaluation = duty.kind == duties_pb2.DUTY_KIND_EVALUATE
+        kind = ev.DutyKind.EVALUATE if is_evaluation else ev.DutyKind.CHECKPOINT
+        reason = ""
+        try:
+            if is_evaluation:
+                await self._evaluate(duty, heldout_paths)
+            else:
+                await self._upload_checkpoint(duty)
+        except TimeoutError:
+            reason = "it took too long"
+        except (MusterError, OSError) as error:
+            reason = str(error)
+        outcome = "failed" if reason else "done"
+        self._metrics.add(PEER_DUTIES, 1, {"kind": kind.value, "outcome": outcome})
+        if reason:
+            _LOGGER.warning("%s=%s (%s) failed: %s", LogField.DUTY, duty.duty_id, kind, reason)
+            await self._report_failure(duty, reason)
+        self._feed(ev.DutyEnded(duty_id=duty.duty_id, fence=duty.fence))
+
+    async def _evaluate(self, duty: duties_pb2.Duty, heldout_paths: tuple[Path, ...]) -> None:
+        answer = await self._ask(
+            ChildName.TRAINER,
+            "evaluate",
+            request_id=duty.duty_id,
+            wait_seconds=_EVALUATE_SECONDS,
+            duty_id=duty.duty_id,
+            eval_tokens=duty.eval_tokens,
+            heldout_paths=[str(path) for path in heldout_paths],
+        )
+        state = (answer["incarnation"], answer["outer_step"])
+        if answer.get("reason"):
+            raise CorruptDataError(answer["reason"])
+        if state not in self._digest_by_state:
+            raise CorruptDataError(f"state {state} was evaluated, its digest is not known here")
+        evaluation = duties_pb2.Evaluation(
+            incarnation=state[0],
+            outer_step=state[1],
+            state_digest=self._digest_by_state[state],
+            total_nats=answer["total_nats"],
+            num_tokens=answer["num_tokens"],
+            num_bytes=answer["num_bytes"],
+            schedule_tokens=answer["schedule_tokens"],
+        )
+        request = duties_pb2.ReportDutyRequest(
+            duty_id=duty.duty_id, fence=duty.fence, evaluation=evaluation
+        )
+        response = await self._client.report_duty(request)
+        if not response.is_accepted:
+            _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
+
+    async def _upload_checkpoint(self, duty: duties_pb2.Duty) -> None:
+        path = self._tmp / f"upload-{uuid.uuid4().hex}.safetensors"
+        try:
+            answer = await self._ask(
+                ChildName.SWARM,
+                "write_checkpoint",
+                request_id=path.stem,
+                wait_seconds=_WRITE_SECONDS,
+                path=str(path),
+            )
+            if not answer["path"]:
+                raise CorruptDataError("the swarm process has no whole state to write now")
+            written = Path(answer["path"])
+            header = duties_pb2.CheckpointHeader(
+                duty_id=duty.duty_id,
+                fence=duty.fence,
+                attestation=common_pb2.Signed.FromString(answer["attestation"]),
+                total_bytes=written.stat().st_size,
+            )
+            response = await self._client.upload_checkpoint(header, _parts_of(written))
+            if not response.is_accepted:
+                _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _report_failure(self, duty: duties_pb2.Duty, reason: str) -> None:
+        request = duties_pb2.ReportDutyRequest(
+            duty_id=duty.duty_id, fence=duty.fence, failure_reason=reason[:500]
+        )
+        try:
+            await self._client.report_duty(request)
+        except MusterError as error:
+            _LOGGER.info(
+                "%s=%s: failure not reported: %s", LogField.DUTY, duty.duty_id, error.found
+            )
+
+    async def _ask(
+        self, child: ChildName, kind: str, *, request_id: str, wait_seconds: float, **fields: Any
+    ) -> Message:
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._answer_by_id[request_id] = answer
+        if kind == "write_checkpoint":
+            fields["request_id"] = request_id
+        self._send(child, kind, **fields)
+        try:
+            async with asyncio.timeout(wait_seconds):
+                return await answer
+        finally:
+            self._answer_by_id.pop(request_id, None)
+
+    async def fetch_checkpoint(self, *, max_outer_step: int) -> None:
+        """Bring the coordinator's newest checkpoint here and tell the swarm process; it asks again if none comes."""
+        for older in self._tmp.glob("download-*.safetensors"):
+            older.unlink(missing_ok=True)
+        path = self._tmp / f"download-{uuid.uuid4().hex}.safetensors"
+        try:
+            stream = self._client.fetch_checkpoint(max_outer_step=max_outer_step)
+            header = await _save_checkpoint(stream, path)
+        except (MusterError, OSError) as error:
+            path.unlink(missing_ok=True)
+            _LOGGER.warning("no checkpoint from the coordinator: %s", error)
+            return
+        self._send(
+            ChildName.SWARM,
+            "checkpoint_available",
+            path=str(path),
+            incarnation=header.incarnation,
+            outer_step=header.outer_step,
+            state_digest=header.state_digest,
+        )
+
+
+async def _save_checkpoint(
+    stream: AsyncIterator[duties_pb2.FetchCheckpointResponse], path: Path
+) -> duties_pb2.FetchCheckpointResponse:
+    """Write the streamed file; returns the header. The reader checks the state's digest. Raises CorruptDataError."""
+    header: duties_pb2.FetchCheckpointResponse | None = None
+    num_bytes = 0
+    with path.open("wb") as file:
+        async for message in stream:
+            header = header or message
+            num_bytes += len(message.data)
+            if num_bytes > header.total_bytes:
+                break
+            file.write(message.data)
+    if header is None or num_bytes != header.total_bytes:
+        expected = header.total_bytes if header else "a header"
+        raise CorruptDataError(
+            f"a checkpoint of {num_bytes} bytes",
+            allowed=f"{expected}",
+            remedy="it is asked for again",
+        )
+    return header
+
+
+def _parts_of(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while part := file.read(MAX_STREAM_PART_BYTES):
+            yield part

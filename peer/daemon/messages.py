@@ -1,0 +1,236 @@
+"""Messages of the children: numbers are noted, bytes are passed on, what decisions need becomes an event.
+
+The daemon is the hub, so swarm process and trainer know nothing of each other. A message that lacks a field or names a kind
+that there is not is a bug of ours and ends the daemon with a traceback; children are no strangers.
+"""
+
+import logging
+from collections.abc import Callable
+
+from peer import session_events as ev
+from peer.daemon.coordinator_tasks import CoordinatorTasks
+from peer.daemon.core import Core
+from peer.daemon.duties import Duties
+from peer.daemon.outbox import Outbox
+from peer.daemon.reports import Report
+from peer.ipc import Message
+from peer.lease_holdings import UsedRange
+from peer.session_events import ChildName
+from protos.contract import telemetry
+from protos.contract.telemetry import AttemptOutcome, LogField, RoundOutcome, RoundPhase
+from protos.muster.v1 import common_pb2
+
+_LOGGER = logging.getLogger(__name__)
+Send = Callable[..., None]
+_FOR_TASKS = frozenset({"coordinator_request", "need_checkpoint"})
+
+
+class MessageDesk:
+    """Takes in what both children say."""
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        outbox: Outbox,
+        coordinator: CoordinatorTasks,
+        duties: Duties,
+        send: Send,
+        start_task: Callable[[Message], None],
+        note_failure: Callable[[ChildName, str], None],
+    ) -> None:
+        """`start_task` serves messages that need a call to the coordinator."""
+        self._core = core
+        self._outbox = outbox
+        self._coordinator = coordinator
+        self._duties = duties
+        self._send = send
+        self._start_task = start_task
+        self._note_failure = note_failure
+        self._offered: Message = {}
+        self._contribution: Message = {}
+        """In the round under way."""
+
+    def take(self, child: ChildName, message: Message) -> None:
+        """Take in one message."""
+        if message["kind"] == "failed":
+            self._note_failure(child, message["reason"])
+        elif child is ChildName.SWARM:
+            self._take_from_swarm(message)
+        else:
+            self._take_from_trainer(message)
+
+    def pass_contribution(self) -> None:
+        """Give the swarm process what the trainer has offered."""
+        self._contribution = self._offered
+        fields = {key: value for key, value in self._offered.items() if key != "kind"}
+        self._send(ChildName.SWARM, "contribution", **fields)
+
+    # Swarm process.
+
+    def _take_from_swarm(self, message: Message) -> None:
+        core = self._core
+        match message["kind"]:
+            case "ready":
+                core.numbers.addresses = list(message["addresses"])
+                core.feed(ev.ChildReady(child=ChildName.SWARM))
+            case "state":
+                self._take_state(message)
+            case "phase":
+                core.feed(
+                    ev.PhaseChanged(phase=RoundPhase(message["phase"]), reason=message["reason"])
+                )
+            case "round_outcome":
+                self._take_outcome(message)
+            case "certificates":
+                self._coordinator.add_certificates(message["certificates"])
+            case "checkpoint_written":
+                self._duties.take_answer(message["request_id"], message)
+            case "attempt_discarded":
+                core.numbers.num_attempts_discarded += 1
+                outcome = {"outcome": AttemptOutcome.DISCARDED.value}
+                core.metrics.add(telemetry.PEER_ATTEMPTS, 1, outcome)
+                _LOGGER.info(
+                    "attempt %d of step %d discarded: %s",
+                    message["attempt"],
+                    message["outer_step"],
+                    message["reason"],
+                )
+            case kind if kind in _FOR_TASKS:
+                self._start_task(message)
+            case kind:
+                raise AssertionError(f"the swarm process sent {kind!r}")
+
+    def _take_state(self, message: Message) -> None:
+        core, numbers = self._core, self._core.numbers
+        incarnation, outer_step = message["incarnation"], message["outer_step"]
+        if incarnation != numbers.incarnation:
+            self._coordinator.lease_by_number.clear()
+        numbers.incarnation, numbers.outer_step = incarnation, outer_step
+        numbers.schedule_tokens = message["schedule_tokens"]
+        numbers.round_tokens = message["round_tokens"]
+        self._duties.note_state(
+            incarnation=incarnation, outer_step=outer_step, state_digest=message["state_digest"]
+        )
+        if message["attestation"]:
+            self._outbox.add_attestation(message["attestation"])
+        core.metrics.set(telemetry.PEER_OUTER_STEP, outer_step)
+        core.metrics.set(telemetry.PEER_INCARNATION, incarnation)
+        _LOGGER.info(
+            "%s=%d %s=%d %s=%s",
+            LogField.INCARNATION,
+            incarnation,
+            LogField.OUTER_STEP,
+            outer_step,
+            LogField.DIGEST,
+            message["state_digest"].hex()[:16],
+        )
+        core.feed(
+            ev.StateReached(
+                incarnation=incarnation,
+                outer_step=outer_step,
+                round_tokens=message["round_tokens"],
+                is_paused=message["is_paused"],
+            )
+        )
+
+    def _take_outcome(self, message: Message) -> None:
+        core, numbers, metrics = self._core, self._core.numbers, self._core.metrics
+        outcome = RoundOutcome(message["outcome"])
+        seconds_by_phase: dict[str, float] = message.get("seconds_by_phase") or {}
+        sent, received = message["wire_sent_bytes"], message["wire_received_bytes"]
+        numbers.sent_bytes += sent
+        numbers.received_bytes += received
+        metrics.add(telemetry.PEER_ROUND_WIRE_BYTES, sent, {"direction": "sent"})
+        metrics.add(telemetry.PEER_ROUND_WIRE_BYTES, received, {"direction": "received"})
+        if outcome is RoundOutcome.COMMITTED:
+            numbers.num_rounds_committed += 1
+            numbers.round_seconds = sum(seconds_by_phase.values())
+            if self._contribution:
+                tokens = self._contribution["num_tokens"]
+                numbers.committed_tokens += tokens
+                self._note_trained(numbers.committed_tokens)  # progress is limited in rate
+                metrics.add(telemetry.PEER_COMMITTED_TOKENS, tokens)
+            metrics.add(telemetry.PEER_ATTEMPTS, 1, {"outcome": AttemptOutcome.COMMITTED.value})
+            metrics.set(telemetry.PEER_ROUND_PEERS, message["num_peers"])
+            for phase, seconds in seconds_by_phase.items():
+                metrics.observe(telemetry.PEER_ROUND_PHASE_SECONDS, seconds, {"phase": phase})
+        self._contribution = {}
+        core.report(
+            Report(
+                kind="round",
+                text=f"step {message['outer_step']}: {outcome.value} {message['reason']}".rstrip(),
+                fields={key: value for key, value in message.items() if key != "kind"},
+            )
+        )
+        core.feed(
+            ev.RoundEnded(
+                outcome=outcome,
+                incarnation=message["incarnation"],
+                outer_step=message["outer_step"],
+                reason=message["reason"],
+            )
+        )
+
+    # Trainer.
+
+    def _take_from_trainer(self, message: Message) -> None:
+        core = self._core
+        match message["kind"]:
+            case "ready":
+                core.numbers.device = message["device"]
+                core.feed(ev.ChildReady(child=ChildName.TRAINER))
+            case "progress":
+                self._take_progress(message)
+            case "need_leases":
+                core.feed(ev.LeasesNeeded())
+            case "contribution_ready":
+                self._offered = message
+                core.feed(
+                    ev.ContributionReady(
+                        incarnation=message["incarnation"],
+                        outer_step=message["outer_step"],
+                        ranges=tuple(_used_range(entry) for entry in message["ranges"]),
+                    )
+                )
+            case "released":
+                core.feed(
+                    ev.LeasesReleasedByTrainer(
+                        lease_numbers=tuple(message["lease_numbers"]), reason=message["reason"]
+                    )
+                )
+            case "idle":
+                core.feed(ev.TrainerIdle(is_idle=message["is_idle"]))
+            case "evaluation":
+                self._duties.take_answer(message["duty_id"], message)
+            case kind:
+                raise AssertionError(f"the trainer sent {kind!r}")
+
+    def _take_progress(self, message: Message) -> None:
+        core, numbers = self._core, self._core.numbers
+        self._note_trained(numbers.earlier_trained_tokens + message["trained_tokens"])
+        numbers.loss_nats = message["loss_nats"]
+        numbers.tokens_per_second = message["tokens_per_second"]
+        core.metrics.set(telemetry.PEER_LOSS_NATS, numbers.loss_nats)
+        core.metrics.set(telemetry.PEER_TOKENS_PER_SECOND, numbers.tokens_per_second)
+        if numbers.round_tokens:
+            done_ratio = min(1.0, message["num_tokens"] / numbers.round_tokens)
+            self._send(ChildName.SWARM, "progress", done_ratio=done_ratio)
+        core.feed(ev.TrainingProgressed(contribution_tokens=message["num_tokens"]))
+
+    def _note_trained(self, trained_tokens: int) -> None:
+        numbers = self._core.numbers
+        if trained_tokens > numbers.trained_tokens:
+            more_tokens = trained_tokens - numbers.trained_tokens
+            self._core.metrics.add(telemetry.PEER_TRAINED_TOKENS, more_tokens)
+            numbers.trained_tokens = trained_tokens
+
+
+def _used_range(entry: Message) -> UsedRange:
+    signed = common_pb2.Signed.FromString(entry["lease"])
+    lease = common_pb2.Lease.FromString(signed.payload)
+    return UsedRange(
+        lease_number=lease.lease_number,
+        begin_window=entry["begin_window"],
+        end_window=entry["end_window"],
+    )

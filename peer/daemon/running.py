@@ -1,0 +1,467 @@
+"""A session after Join: children, dataset and calls at work, carrying out what the session machine decides.
+
+Every action is either a message to a child or a task whose end is an event again, so nothing here waits and nothing decides. What
+has been signed travels as it came; chunks are fetched in the order of their leases.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peer import session_events as ev
+from peer.config import PeerConfig, child_environment, format_bytes
+from peer.coordinator_client import CoordinatorClient
+from peer.daemon.background import BackgroundTasks
+from peer.daemon.children import Children, swarm_settings, trainer_settings
+from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks
+from peer.daemon.core import Core
+from peer.daemon.dataset import Dataset
+from peer.daemon.duties import Duties
+from peer.daemon.membership import Membership, check_can_honour, join_run, save_membership
+from peer.daemon.messages import MessageDesk
+from peer.daemon.outbox import CertificateKey, Outbox
+from peer.daemon.reports import Report
+from peer.home import Home
+from peer.identity import Identity
+from peer.ipc import Message
+from peer.session_events import ChildName
+from peer.shared_vectors import SharedVectors
+from peer.supervisor import Supervisor
+from protos.contract import telemetry
+from protos.contract.errors import (
+    MachineError,
+    MusterError,
+    UnavailableError,
+)
+from protos.contract.telemetry import SessionState
+from protos.muster.v1 import membership_pb2
+
+_LOGGER = logging.getLogger(__name__)
+STATUS_SECONDS = 1.0
+PROGRESS_SECONDS = 5.0
+MEMORY_SECONDS = 5.0
+_PROGRESS_STATES = frozenset(
+    {SessionState.TRAINING.value, SessionState.AVERAGING.value, SessionState.ON_DUTY.value}
+)
+_RETRY_SECONDS = 2.0
+_TRAINER_STOP_SECONDS = 3.0
+_SWARM_STOP_SECONDS = 1.0
+_LEAVE_SECONDS = 1.0
+
+
+class RunningSession:
+    """One membership at work."""
+
+    def __init__(
+        self,
+        *,
+        config: PeerConfig,
+        home: Home,
+        identity: Identity,
+        client: CoordinatorClient,
+        membership: Membership,
+        core: Core,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._config, self._home, self._identity = config, home, identity
+        self._client, self._core = client, core
+        self._membership = membership
+        self._tasks = BackgroundTasks(on_failure)
+        self._supervisor = Supervisor(
+            logs=home.logs,
+            environment=child_environment(threads=config.threads, log_level=config.log_level),
+            record_children=home.record_children,
+        )
+        shape = check_can_honour(membership.spec, config)
+        self._vectors = SharedVectors.create(shape.num_parameters)
+        self._children = Children(
+            self._supervisor,
+            self._vectors,
+            tasks=self._tasks,
+            on_message=self._take_message,
+            on_death=self._on_death,
+        )
+        self._outbox = Outbox()
+        self._calls = CoordinatorTasks(
+            client,
+            numbers=core.numbers,
+            outbox=self._outbox,
+            hooks=Hooks(
+                feed=core.feed,
+                keep_membership=self._keep_membership,
+                pass_certificates=self._pass_certificates,
+                acknowledge=self._acknowledge,
+                note=core.note,
+            ),
+        )
+        self._dataset = Dataset(
+            home.cache,
+            spec=membership.spec,
+            limit_bytes=config.disk_limit_bytes,
+            fetch_file=lambda file, index: client.fetch_file(file, chunk_index=index),
+        )
+        self._duties = Duties(
+            client,
+            tmp=home.tmp,
+            send=self._children.send,
+            metrics=core.metrics,
+            feed=core.feed,
+        )
+        self._desk = MessageDesk(
+            core,
+            outbox=self._outbox,
+            coordinator=self._calls,
+            duties=self._duties,
+            send=self._children.send,
+            start_task=self._serve_swarm,
+            note_failure=self._children.note_failure,
+        )
+        self._held_digest_by_lease: dict[tuple[int, int], bytes] = {}
+        self._path_by_lease: dict[tuple[int, int], Path] = {}
+        self._is_dataset_ready = asyncio.Event()
+        self._next_by_chore = dict.fromkeys(("status", "progress", "memory"), 0.0)
+
+    async def start(self) -> None:
+        """Start both children, then let the machine act. Raises MachineError."""
+        await self._children.start(ChildName.SWARM)
+        self._configure_swarm()
+        await self._children.start(ChildName.TRAINER)
+        self._tasks.start(self._prepare_dataset(), name="dataset")
+        self._tasks.start(self._calls.report_for_ever(), name="certificates")
+        self._core.begin_performing(self._perform)
+
+    def tick(self) -> None:
+        """Time has passed: feed it to the machine, and do the chores that are due."""
+        core = self._core
+        core.feed(ev.Tick(jitter_ratio=random.random()))
+        core.show_leases()
+        if self._is_due("status", STATUS_SECONDS):
+            self._forget_ended_leases()
+            core.numbers.save(self._home.run / "status.json")
+        if core.numbers.state in _PROGRESS_STATES and self._is_due("progress", PROGRESS_SECONDS):
+            core.report(Report(kind="progress", text=core.numbers.progress_text()))
+        if self._is_due("memory", MEMORY_SECONDS):
+            self._check_memory()
+            self._supervisor.trim_logs()
+
+    async def drain(self, reason: str) -> None:
+        """End in good order: micro-batch, certificates, membership, children. About a second, five at most."""
+        began_seconds = time.monotonic()
+        await self._children.stop(ChildName.TRAINER, grace_seconds=_TRAINER_STOP_SECONDS)
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                while self._outbox.num_certificates and await self._calls.report_once():
+                    pass
+        except TimeoutError:
+            _LOGGER.info("left with unreported certificates; they lie in the local checkpoint")
+        attestations = self._outbox.attestations()
+        request = membership_pb2.LeaveRequest(reason=reason[:500], attestations=attestations)
+        try:
+            await self._client.leave(request, deadline_seconds=_LEAVE_SECONDS)
+        except MusterError as error:
+            _LOGGER.info("left without the coordinator's answer: %s", error.found)
+        await self._children.stop(ChildName.SWARM, grace_seconds=_SWARM_STOP_SECONDS, reason=reason)
+        _LOGGER.info("drained in %.1f s", time.monotonic() - began_seconds)
+
+    async def close(self) -> None:
+        """End at once whatever is left."""
+        await self._tasks.cancel_all()
+        await self._dataset.close()
+        await self._supervisor.close()
+        await self._client.close()
+        self._vectors.close()
+
+    # Actions.
+
+    def _perform(self, action: ev.Action) -> None:
+        if not self._perform_on_trainer(action) and not self._perform_on_swarm(action):
+            self._perform_task(action)
+
+    def _perform_on_trainer(self, action: ev.Action) -> bool:
+        match action:
+            case ev.SendLeases():
+                self._send_leases(action)
+            case ev.TellLostLeases():
+                self._tell_trainer("lost_leases", lease_numbers=list(action.lease_numbers))
+            case ev.TellNoMoreLeases():
+                self._tell_trainer("no_more_leases", is_exhausted=action.is_exhausted)
+            case ev.TellStateReady():
+                self._tell_trainer(
+                    "state_ready",
+                    incarnation=action.incarnation,
+                    outer_step=action.outer_step,
+                    round_tokens=action.round_tokens,
+                )
+            case ev.TellRoundOutcome():
+                self._tell_trainer(
+                    "round_outcome",
+                    outcome=action.outcome.value,
+                    incarnation=action.incarnation,
+                    outer_step=action.outer_step,
+                    round_tokens=action.round_tokens,
+                    reason=action.reason,
+                )
+            case ev.TellPause():
+                self._tell_trainer("pause", is_paused=action.is_paused)
+            case _:
+                return False
+        return True
+
+    def _perform_on_swarm(self, action: ev.Action) -> bool:
+        match action:
+            case ev.PassContribution():
+                self._desk.pass_contribution()
+            case ev.TellSwarmIdle():
+                self._tell_swarm("idle", is_idle=action.is_idle)
+            case ev.TellSwarmCoordinator():
+                self._core.numbers.is_coordinator_reachable = action.is_reachable
+                self._tell_swarm("coordinator_state", is_reachable=action.is_reachable)
+            case _:
+                return False
+        return True
+
+    def _perform_task(self, action: ev.Action) -> None:
+        start = self._tasks.start
+        match action:
+            case ev.SendHeartbeat():
+                start(self._calls.heartbeat(action, lambda: self._membership), name="heartbeat")
+            case ev.AcquireLeases():
+                start(self._calls.acquire_leases(action, self._membership), name="acquire")
+            case ev.ReleaseLeases():
+                start(self._calls.release_leases(action), name="release")
+            case ev.FetchChunks():
+                start(self._fetch_chunks(action), name="chunks")
+            case ev.Respawn():
+                start(self._respawn(action), name=f"respawn {action.child}")
+            case ev.Rejoin():
+                start(self._rejoin(action), name="rejoin")
+            case ev.PerformDuty():
+                duty = self._calls.duty_by_id[action.duty_id]
+                paths = self._dataset.heldout_paths
+                start(self._duties.perform(duty, heldout_paths=paths), name="duty")
+            case _:
+                raise AssertionError(f"action without a way to do it: {action}")
+
+    def _send_leases(self, action: ev.SendLeases) -> None:
+        entries = []
+        for part in action.parts:
+            known = self._calls.lease_by_number[part.lease_number]
+            entries.append(
+                {
+                    "lease": known.signed,
+                    "lease_number": part.lease_number,
+                    "data_pass": known.lease.range.data_pass,
+                    "chunk_index": known.lease.range.chunk_index,
+                    "begin_window": part.begin_window,
+                    "end_window": part.end_window,
+                    "path": str(self._path_by_lease[self._lease_key(part.lease_number)]),
+                }
+            )
+        self._children.send(ChildName.TRAINER, "leases", leases=entries)
+
+    # Tasks.
+
+    async def _prepare_dataset(self) -> None:
+        while True:
+            try:
+                await self._dataset.prepare()
+                break
+            except UnavailableError as error:
+                _LOGGER.info("dataset: %s; trying again", error.found)
+                await asyncio.sleep(_RETRY_SECONDS)
+            except MusterError as error:
+                self._stop(error)
+                return
+        self._is_dataset_ready.set()
+        self._configure_trainer()
+        self._core.feed(ev.DatasetReady())
+
+    async def _fetch_chunks(self, action: ev.FetchChunks) -> None:
+        await self._is_dataset_ready.wait()
+        await asyncio.gather(*(self._fetch_chunk(number) for number in action.lease_numbers))
+
+    async def _fetch_chunk(self, lease_number: int) -> None:
+        key = self._lease_key(lease_number)
+        known = self._calls.lease_by_number.get(lease_number)
+        if known is None:
+            return
+        digest = known.lease.chunk_digest
+        if key not in self._held_digest_by_lease:
+            self._held_digest_by_lease[key] = digest
+            self._dataset.hold(digest)
+        event: ev.Event
+        while True:
+            try:
+                path = await self._dataset.fetch_chunk(known.lease.range.chunk_index, digest=digest)
+                self._path_by_lease[key] = path
+                event = ev.LeaseFetched(lease_number=lease_number)
+                break
+            except UnavailableError as error:
+                _LOGGER.info("chunk of lease %d: %s; trying again", lease_number, error.found)
+                await asyncio.sleep(_RETRY_SECONDS)
+            except MusterError as error:
+                self._core.note(f"lease {lease_number} is released: {error}")
+                event = ev.LeaseUnusable(lease_number=lease_number, reason=error.found)
+                break
+        is_known = self._calls.lease_by_number.get(lease_number) is known
+        if is_known and key == self._lease_key(lease_number):
+            self._core.feed(event)
+
+    async def _respawn(self, action: ev.Respawn) -> None:
+        child = action.child
+        self._core.note(f"{action.reason}; starting it again")
+        self._core.metrics.add(telemetry.PEER_CHILD_RESTARTS, 1, {"process": child.value})
+        try:
+            await self._children.start(child)
+        except MachineError as error:
+            self._stop(error)
+            return
+        if child is ChildName.SWARM:
+            self._configure_swarm()
+        elif self._is_dataset_ready.is_set():
+            self._configure_trainer()
+
+    async def _rejoin(self, action: ev.Rejoin) -> None:
+        _LOGGER.info("joining again: %s", action.reason)
+        while True:
+            try:
+                membership, clock = await join_run(
+                    self._client,
+                    join_string=self._membership.join_string,
+                    identity=self._identity,
+                    config=self._config,
+                )
+                break
+            except UnavailableError:
+                await asyncio.sleep(_RETRY_SECONDS)
+            except MusterError as error:
+                self._stop(error)
+                return
+        self._calls.note_clock(clock)
+        self._keep_membership(membership)
+        self._core.feed(joined_event(membership, has_lost_leases=True))
+
+    def _serve_swarm(self, message: Message) -> None:
+        if message["kind"] == "need_checkpoint":
+            fetching = self._duties.fetch_checkpoint(max_outer_step=message["max_outer_step"])
+            self._tasks.start(fetching, name="checkpoint")
+        else:
+            self._tasks.start(self._answer_swarm(message), name=message["method"])
+
+    async def _answer_swarm(self, message: Message) -> None:
+        response = await self._calls.answer_swarm(message["method"], message["request"])
+        self._tell_swarm("coordinator_answer", request_id=message["request_id"], response=response)
+
+    # Hooks.
+
+    def _take_message(self, child: ChildName, message: Message) -> None:
+        self._desk.take(child, message)
+
+    def _on_death(self, child: ChildName, reason: str) -> None:
+        if child is ChildName.TRAINER:
+            self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
+        self._core.feed(ev.ChildDied(child=child, reason=reason))
+
+    def _keep_membership(self, membership: Membership) -> None:
+        old, new = self._membership.response, membership.response
+        self._membership = membership
+        if new.incarnation_record != old.incarnation_record:
+            record = new.incarnation_record.SerializeToString()
+            self._tell_swarm("incarnation", record=record)
+        if new.directive != old.directive:
+            self._tell_swarm("directive", directive=new.directive.SerializeToString())
+        if list(new.initial_peers) != list(old.initial_peers):
+            self._tell_swarm("initial_peers", addresses=list(new.initial_peers))
+        try:
+            save_membership(self._home.path, membership)
+        except MachineError as error:
+            self._core.note(f"membership not saved: {error}")
+
+    def _pass_certificates(self, certificates: list[bytes]) -> None:
+        self._tell_swarm("certificates", certificates=certificates)
+
+    def _acknowledge(self, keys: list[CertificateKey]) -> None:
+        """The swarm process may forget certificates up to the oldest that is still to be reported."""
+        incarnation = self._core.numbers.incarnation
+        steps = [step for number, step in keys if number == incarnation]
+        if not steps:
+            return
+        oldest_open = self._outbox.oldest_step(incarnation)
+        up_to = max(steps) if oldest_open is None else min(max(steps), oldest_open - 1)
+        self._tell_swarm("certificates_acknowledged", incarnation=incarnation, up_to=up_to)
+        self._core.feed(ev.CertificatesAcknowledged(outer_step=up_to))
+
+    def _configure_swarm(self) -> None:
+        settings = swarm_settings(
+            config=self._config, identity=self._identity, membership=self._membership
+        )
+        self._children.configure(ChildName.SWARM, **settings)
+
+    def _configure_trainer(self) -> None:
+        settings = trainer_settings(
+            config=self._config,
+            membership=self._membership,
+            heldout_paths=self._dataset.heldout_paths,
+            tokenizer_path=self._dataset.tokenizer_path,
+        )
+        self._children.configure(ChildName.TRAINER, **settings)
+
+    # Small things.
+
+    def _tell_swarm(self, kind: str, **fields: Any) -> None:
+        self._children.send(ChildName.SWARM, kind, **fields)
+
+    def _tell_trainer(self, kind: str, **fields: Any) -> None:
+        self._children.send(ChildName.TRAINER, kind, **fields)
+
+    def _stop(self, error: MusterError) -> None:
+        self._core.feed(ev.StopRequested(reason=str(error), exit_code=error.exit_code))
+
+    def _is_due(self, chore: str, interval_seconds: float) -> bool:
+        now_seconds = time.monotonic()
+        if now_seconds < self._next_by_chore[chore]:
+            return False
+        self._next_by_chore[chore] = now_seconds + interval_seconds
+        return True
+
+    def _lease_key(self, lease_number: int) -> tuple[int, int]:
+        return self._core.numbers.incarnation, lease_number
+
+    def _forget_ended_leases(self) -> None:
+        """Let the cache have the chunks of leases that are no longer held."""
+        incarnation = self._core.numbers.incarnation
+        renewed = set(self._core.machine.leases.renewed_numbers)
+        for key, digest in list(self._held_digest_by_lease.items()):
+            if key[0] != incarnation or key[1] not in renewed:
+                self._dataset.release(digest)
+                del self._held_digest_by_lease[key]
+                self._path_by_lease.pop(key, None)
+        for number in set(self._calls.lease_by_number) - renewed:
+            del self._calls.lease_by_number[number]
+
+    def _check_memory(self) -> None:
+        numbers, limit_bytes = self._core.numbers, self._config.memory_limit_bytes
+        numbers.memory_bytes = self._supervisor.memory_bytes()
+        self._core.metrics.set(telemetry.PEER_MEMORY_BYTES, numbers.memory_bytes)
+        if limit_bytes is not None and numbers.memory_bytes > limit_bytes:
+            self._stop(
+                MachineError(
+                    f"the peer's processes use {format_bytes(numbers.memory_bytes)}",
+                    allowed=f"--memory-limit is {format_bytes(limit_bytes)}",
+                    remedy="raise --memory-limit, or join a run with a smaller model",
+                )
+            )
+
+
+def joined_event(membership: Membership, *, has_lost_leases: bool) -> ev.Joined:
+    """What the machine needs to know of a membership."""
+    interval = membership.response.heartbeat_interval_duration
+    return ev.Joined(
+        heartbeat_interval_seconds=interval.seconds + interval.nanos / 1e9,
+        incarnation=membership.incarnation,
+        has_lost_leases=has_lost_leases,
+    )

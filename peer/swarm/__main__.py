@@ -1,0 +1,93 @@
+"""`python -m peer.swarm --channel-fd N --vectors-fd M --num-values K`: the swarm process, started by the daemon."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+
+from peer.ipc import AsyncChannel, ChannelClosed
+from peer.parent_death import die_with_parent
+from peer.shared_vectors import SharedVectors
+from protos.contract.errors import MusterError
+
+logger = logging.getLogger("peer.swarm")
+
+
+def main() -> int:
+    """Run until the daemon says stop, closes the channel, or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="peer.swarm")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--vectors-fd", type=int, required=True)
+    parser.add_argument("--num-values", type=int, required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(signal.SIGTERM)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    return asyncio.run(_run(arguments))
+
+
+async def _run(arguments: argparse.Namespace) -> int:
+    channel = await AsyncChannel.from_socket(socket.socket(fileno=arguments.channel_fd))
+    vectors = SharedVectors(arguments.vectors_fd, arguments.num_values)
+    work = asyncio.ensure_future(_serve(channel, vectors))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
+    try:
+        await work
+    except (asyncio.CancelledError, ChannelClosed):
+        pass
+    except MusterError as error:
+        try:
+            channel.send("failed", reason=str(error))
+        except ChannelClosed:
+            logger.warning("%s", error)
+        return error.exit_code
+    finally:
+        await channel.close()
+    return 0
+
+
+async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
+    message = await channel.receive()
+    if message["kind"] != "configure":
+        return
+    from peer.swarm.config_message import SwarmConfig  # late: hivemind takes seconds to import
+    from peer.swarm.dht import Dht
+    from peer.swarm.node import SwarmNode
+    from peer.swarm.transport import Transport
+
+    config = SwarmConfig.from_message(message)
+    transport = await Transport.create(
+        home=config.home,
+        identity_path=config.p2p_key_path,
+        prefix=config.dht_prefix,
+        host=config.host,
+        listen_port=config.listen_port,
+        announce=config.announce,
+        relays=config.initial_peers,
+        upload_limit_mbit=config.upload_limit_mbit,
+    )
+    try:
+        dht = await Dht.create(
+            transport, dht_prefix=config.dht_prefix, initial_peers=config.initial_peers
+        )
+        node = SwarmNode(
+            config=config, channel=channel, vectors=vectors, transport=transport, dht=dht
+        )
+        await node.start()
+        channel.send(
+            "ready", p2p_peer_id=transport.p2p_peer_id, addresses=await transport.addresses()
+        )
+        try:
+            await node.run()
+        finally:
+            await asyncio.shield(node.close())
+            await dht.close()
+    finally:
+        await transport.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""What the trainer brings, held until the round it was made for is under way."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from peer.ipc import Message
+from peer.swarm import round_types as rt
+from peer.swarm.replica import Replica
+from peer.swarm.reports import Reporter
+from peer.swarm.round_shell import RoundShell
+from protos.contract.digest import vector_piece_digests
+from protos.contract.telemetry import RoundOutcome
+from protos.muster.v1 import common_pb2, rounds_pb2
+
+
+class Offers:
+    """Contribution or idleness of the own trainer."""
+
+    def __init__(
+        self, shell: RoundShell, replica: Replica, reporter: Reporter, *, own_peer_id: str
+    ) -> None:
+        self._shell, self._replica, self._reporter = shell, replica, reporter
+        self._own_peer_id = own_peer_id
+        self._pending: Message | None = None
+        self._is_idle = False
+
+    async def contribution(self, message: Message) -> None:
+        """The trainer has announced a contribution."""
+        self._pending = message
+        await self._offer_contribution()
+
+    async def idle(self, is_idle: bool) -> None:
+        """The trainer has (no) work."""
+        self._is_idle = is_idle
+        await self._offer_idle()
+
+    async def renew(self) -> None:
+        """A round has begun: bring in what is held."""
+        await self._offer_contribution()
+        await self._offer_idle()
+
+    async def _offer_contribution(self) -> None:
+        message, shell = self._pending, self._shell
+        if message is None or shell.machine is None or shell.checks is None:
+            return
+        self._pending = None
+        base = (message["incarnation"], message["outer_step"])
+        if base != self._replica.position:
+            reason = f"made for state {base}, the state is {self._replica.position}"
+            self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
+            return
+        contribution = rounds_pb2.Contribution(
+            peer_id=self._own_peer_id,
+            ranges=[_leased_range(plain) for plain in message["ranges"]],
+            loss_nats=message["loss_nats"],
+        )
+        verdict = shell.checks.check_contribution(contribution)
+        vector = self._replica.vectors.contribution
+        problem = verdict.reason
+        if not problem and not await asyncio.to_thread(lambda: bool(np.isfinite(vector).all())):
+            problem = "the gradient holds values that are not finite"
+        if problem or verdict.num_tokens == 0:
+            reason = f"contribution not usable: {problem or 'no tokens'}"
+            self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
+            return
+        digests = await asyncio.to_thread(vector_piece_digests, vector)
+        own = rt.OwnContribution(contribution=contribution, piece_digests=tuple(digests))
+        reason = f"{verdict.num_tokens} tokens ready, waiting for the group"
+        self._reporter.phase("FORM", reason)
+        await shell.contribute(own)
+
+    async def _offer_idle(self) -> None:
+        """Without work a member still votes and reduces."""
+        shell = self._shell
+        if shell.machine is None:
+            return
+        has_work = shell.own is not None and len(shell.own.contribution.ranges) > 0
+        if self._is_idle and shell.own is None:
+            empty = rounds_pb2.Contribution(peer_id=self._own_peer_id)
+            await shell.contribute(rt.OwnContribution(contribution=empty))
+        elif not self._is_idle and shell.own is not None and not has_work:
+            await shell.contribute(None)
+
+
+def _leased_range(plain: dict[str, Any]) -> rounds_pb2.LeasedRange:
+    return rounds_pb2.LeasedRange(
+        lease=common_pb2.Signed.FromString(plain["lease"]),
+        begin_window=plain["begin_window"],
+        end_window=plain["end_window"],
+    )

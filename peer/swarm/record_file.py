@@ -1,0 +1,44 @@
+"""The newest incarnation record, on disk before it is acted on."""
+
+import os
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from protos.contract.errors import ErrorCode, MachineError
+from protos.muster.v1 import common_pb2
+
+_NAME = "incarnation.bin"
+
+
+def load_record(folder: Path) -> common_pb2.Signed | None:
+    """Record stored by an earlier life, or None; the caller checks its signature."""
+    try:
+        signed: common_pb2.Signed = common_pb2.Signed.FromString((folder / _NAME).read_bytes())
+    except (FileNotFoundError, DecodeError):
+        return None
+    return signed
+
+
+def save_record(folder: Path, record: common_pb2.Signed) -> None:
+    """Store a record durably. Raises MachineError."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = folder / f".{_NAME}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(record.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / _NAME)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {folder / _NAME}: {error}",
+            allowed="an incarnation is entered only when its record is on disk",
+            remedy="free some space or choose another --home",
+            code=ErrorCode.DISK_FULL,
+        ) from error

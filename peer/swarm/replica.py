@@ -1,0 +1,436 @@
+"""This member's copy of the replicated state: vectors in shared memory, their bookkeeping, and the proofs around them.
+
+Only this object writes the state, always through `SharedVectors.writing_state`. It changes in three ways: the exact update
+of a certified step, a whole state loaded after its digest was checked, and a new incarnation of the state it holds
+(same vectors, new bookkeeping, digest recomputed). No network and no clock here.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from peer.checkpoint.store import CheckpointHeader, CheckpointStore, open_checkpoint
+from peer.model.init import initial_vector
+from peer.shared_vectors import SharedVectors, StatePosition
+from peer.swarm.allreduce import AveragedVector
+from peer.swarm.contribution_check import next_meta, open_directive
+from peer.swarm.exact_update import SyncUpdate
+from protos.contract.certificate import Tag
+from protos.contract.digest import (
+    Float32Vector,
+    StateMeta,
+    state_digest_of_pieces,
+    vector_piece_digests,
+)
+from protos.contract.errors import CorruptDataError
+from protos.contract.run_spec import RunSpec
+from protos.contract.signing import SigningKey, has_valid_signature
+from protos.muster.v1 import common_pb2, rounds_pb2
+
+logger = logging.getLogger(__name__)
+
+NUM_KEPT_AVERAGED = 4
+_NUM_KEPT_CERTIFICATES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """An immutable copy of a state, for members that download it."""
+
+    meta: StateMeta
+    state_digest: bytes
+    vectors: tuple[Float32Vector, ...]
+    piece_digests: tuple[tuple[bytes, ...], ...]
+    directive: common_pb2.Signed
+
+
+class Replica:
+    """The replicated state of one member; `meta` is None until it holds one."""
+
+    def __init__(
+        self,
+        *,
+        spec: RunSpec,
+        run_id: str,
+        key: SigningKey,
+        coordinator_public_key: bytes,
+        vectors: SharedVectors,
+        folder: Path,
+    ) -> None:
+        """Nothing is loaded yet; `folder` is the peer's home."""
+        self.spec, self.run_id = spec, run_id
+        self.coordinator_public_key = coordinator_public_key
+        self.seq_len = spec.model.seq_len
+        self.vectors = vectors
+        self.store = CheckpointStore(folder / "state")
+        self._averaged_folder = folder / "averaged"
+        self._averaged_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._key = key
+        self._update = SyncUpdate(spec)
+        self.meta: StateMeta | None = None
+        self.state_digest = b""
+        self.directive: common_pb2.Signed | None = None
+        """In force for the next outer step."""
+        self.record: common_pb2.Signed | None = None
+        self.record_content = common_pb2.IncarnationRecord()
+        self.unreported: list[rounds_pb2.Certificate] = []
+        self.directive_by_number: dict[int, common_pb2.Signed] = {}
+        self.certificate_by_step: OrderedDict[int, rounds_pb2.Certificate] = OrderedDict()
+        self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
+        self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
+        self._base_meta: StateMeta | None = None
+        self._base_digest = b""
+        self._attestations: list[common_pb2.Signed] = []
+
+    # Directives and records -------------------------------------------------------------------
+
+    @property
+    def incarnation(self) -> int:
+        """Current incarnation, by the newest record, whether or not its base is held yet."""
+        return int(self.record_content.incarnation)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(incarnation, committed outer steps) of the state held; (-1, -1) without one."""
+        return (-1, -1) if self.meta is None else (self.meta.incarnation, self.meta.outer_step)
+
+    def open_record(self, signed: common_pb2.Signed) -> common_pb2.IncarnationRecord | None:
+        """Content of an incarnation record that the coordinator signed for this run."""
+        if not has_valid_signature(
+            self.coordinator_public_key, Tag.INCARNATION, signed.payload, signed.signature
+        ):
+            return None
+        record = common_pb2.IncarnationRecord.FromString(signed.payload)
+        return record if record.run_id == self.run_id else None
+
+    def learn_directive(self, signed: common_pb2.Signed) -> common_pb2.Directive | None:
+        """Keep a directive of the current incarnation."""
+        directive = open_directive(
+            signed,
+            run_id=self.run_id,
+            incarnation=self.incarnation,
+            coordinator_public_key=self.coordinator_public_key,
+        )
+        if directive is not None:
+            self.directive_by_number[directive.directive_number] = signed
+        return directive
+
+    def newest_directive(self) -> common_pb2.Signed:
+        """Newest directive known in this incarnation."""
+        return self.directive_by_number[max(self.directive_by_number)]
+
+    def directive_in_force(self) -> common_pb2.Directive:
+        """Content of the directive in force for the next outer step."""
+        assert self.directive is not None
+        directive: common_pb2.Directive = common_pb2.Directive.FromString(self.directive.payload)
+        return directive
+
+    def enter_incarnation(self, signed: common_pb2.Signed) -> None:
+        """Take a newer record: what belonged to older incarnations is dropped, the state is not trusted yet."""
+        record = self.open_record(signed)
+        assert record is not None and (self.record is None or record.incarnation > self.incarnation)
+        self.record, self.record_content = signed, record
+        self.directive_by_number.clear()
+        self.certificate_by_step.clear()
+        self.learn_directive(record.directive)
+
+    # State ------------------------------------------------------------------------------------
+
+    def rebase(self) -> bool:
+        """Make the held state the base of the current incarnation, if it is that base; True if so."""
+        record, meta = self.record_content, self.meta
+        if meta is None or meta.outer_step != record.to_outer_step:
+            return False
+        is_base = meta.incarnation == record.base_incarnation and (
+            self.state_digest == record.base_state_digest or not record.base_state_digest
+        )
+        if record.to_outer_step == 0 and record.base_incarnation > 0:
+            is_base = meta.incarnation == 0  # the initial state is a function of the spec
+        if not is_base or meta.incarnation > record.incarnation:
+            return False
+        directive = common_pb2.Directive.FromString(record.directive.payload)
+        self._base_meta, self._base_digest = meta, self.state_digest
+        self._publish(
+            replace(
+                meta,
+                incarnation=record.incarnation,
+                directive_number=directive.directive_number,
+                lease_cursor_by_peer={},
+            ),
+            record.directive,
+            self._piece_digests,
+        )
+        return True
+
+    def build_initial(self) -> None:
+        """Become the initial state of incarnation 0, from which every run starts."""
+        with self.vectors.writing_state(self._shared_position(0, 0, 0, 0)):
+            np.copyto(self.vectors.params, initial_vector(self.spec))
+            self.vectors.exp_avg.fill(0.0)
+            self.vectors.exp_avg_sq.fill(0.0)
+        first = self.record_content.directive
+        number = common_pb2.Directive.FromString(first.payload).directive_number
+        if self.incarnation > 0:
+            number = 1
+        meta = StateMeta(
+            run_digest=self.spec.run_digest,
+            incarnation=0,
+            outer_step=0,
+            schedule_tokens=0,
+            directive_number=number,
+        )
+        self._publish(meta, first, self._hash_vectors())
+
+    def apply(
+        self,
+        certificate: rounds_pb2.Certificate,
+        averaged: AveragedVector,
+        next_directive: common_pb2.Signed,
+    ) -> None:
+        """Make a certified step: exact update, bookkeeping, digest. The caller has checked the certificate."""
+        meta = self.meta
+        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        assert meta is not None and value.outer_step == meta.outer_step + 1
+        assert value.previous_state_digest == self.state_digest
+        assert value.averaged_digest == averaged.averaged_digest
+        in_force = self.directive_in_force()
+        after = next_meta(meta, certificate, seq_len=self.seq_len)
+        vectors = self.vectors
+        position = self._shared_position(
+            after.incarnation, after.outer_step, after.schedule_tokens, after.directive_number
+        )
+        with vectors.writing_state(position):
+            self._update.apply(
+                vectors.params,
+                vectors.exp_avg,
+                vectors.exp_avg_sq,
+                averaged.vector,
+                update_number=after.outer_step,
+                schedule_tokens=meta.schedule_tokens,
+                cooldown_start_tokens=in_force.cooldown_start_tokens,
+                budget_tokens=in_force.budget_tokens,
+            )
+        self.keep_certificate(certificate)
+        self.unreported.append(certificate)
+        self._publish(after, next_directive, self._hash_vectors())
+
+    def load(
+        self,
+        meta: StateMeta,
+        vectors: Sequence[Float32Vector],
+        directive: common_pb2.Signed,
+        unreported: Iterable[rounds_pb2.Certificate] = (),
+    ) -> None:
+        """Become a state whose digest the caller has proven."""
+        position = self._shared_position(
+            meta.incarnation, meta.outer_step, meta.schedule_tokens, meta.directive_number
+        )
+        with self.vectors.writing_state(position):
+            for target, source in zip(self.vectors.state_vectors(), vectors, strict=True):
+                np.copyto(target, source)
+        held = {certificate.value for certificate in self.unreported}
+        self.unreported.extend(c for c in unreported if c.value not in held)
+        self._publish(meta, directive, self._hash_vectors())
+
+    def _shared_position(
+        self, incarnation: int, outer_step: int, schedule_tokens: int, directive_number: int
+    ) -> StatePosition:
+        return StatePosition(
+            incarnation=incarnation,
+            outer_step=outer_step,
+            schedule_tokens=schedule_tokens,
+            directive_number=directive_number,
+        )
+
+    def _hash_vectors(self) -> tuple[tuple[bytes, ...], ...]:
+        return tuple(tuple(vector_piece_digests(v)) for v in self.vectors.state_vectors())
+
+    def _publish(
+        self,
+        meta: StateMeta,
+        directive: common_pb2.Signed,
+        pieces: tuple[tuple[bytes, ...], ...],
+    ) -> None:
+        position = self._shared_position(
+            meta.incarnation, meta.outer_step, meta.schedule_tokens, meta.directive_number
+        )
+        with self.vectors.writing_state(position):
+            self.meta, self.directive, self._piece_digests = meta, directive, pieces
+            self.state_digest = state_digest_of_pieces(meta, pieces)
+        self.learn_directive(directive)
+        attestation = common_pb2.Attestation(
+            run_id=self.run_id,
+            incarnation=meta.incarnation,
+            outer_step=meta.outer_step,
+            state_digest=self.state_digest,
+            peer_id=self._key.peer_id,
+        )
+        signed = self._key.signed(Tag.ATTESTATION, attestation.SerializeToString())
+        self._attestations = [signed, *self._attestations[:2]]
+        oldest = meta.outer_step - _NUM_KEPT_CERTIFICATES
+        for step in [s for s in self.certificate_by_step if s <= oldest]:
+            del self.certificate_by_step[step]
+        for number in [n for n in self.directive_by_number if n < meta.directive_number - 64]:
+            del self.directive_by_number[number]
+
+    @property
+    def attestation(self) -> common_pb2.Signed:
+        """Own signed statement about the state held."""
+        return self._attestations[0]
+
+    @property
+    def piece_digests_of_params(self) -> tuple[bytes, ...]:
+        """Digests of the pieces of the parameters; an averaged vector has as many pieces."""
+        return self._piece_digests[0]
+
+    @property
+    def is_current(self) -> bool:
+        """True if a state of the current incarnation is held; only then may it be attested or served."""
+        return self.meta is not None and self.meta.incarnation == self.incarnation
+
+    # Proofs and bytes -------------------------------------------------------------------------
+
+    def keep_certificate(self, certificate: rounds_pb2.Certificate) -> None:
+        """Remember a certificate for laggards."""
+        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        self.certificate_by_step[value.outer_step] = certificate
+
+    def acknowledge(self, *, incarnation: int, up_to_outer_step: int) -> None:
+        """The coordinator has stored these certificates."""
+        self.unreported = [
+            c
+            for c in self.unreported
+            if (v := rounds_pb2.RoundValue.FromString(c.value)).incarnation == incarnation
+            and v.outer_step > up_to_outer_step
+        ]
+
+    def hold_averaged(self, averaged: AveragedVector) -> None:
+        """Keep averaged bytes of the last steps, also across a restart of this process."""
+        digest = averaged.averaged_digest
+        self._averaged[digest] = averaged
+        path = self._averaged_path(digest)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(averaged.vector.data)
+        temporary.replace(path)
+        while len(self._averaged) > NUM_KEPT_AVERAGED:
+            oldest, _ = self._averaged.popitem(last=False)
+            self._averaged_path(oldest).unlink(missing_ok=True)
+
+    def load_held_averaged(self) -> list[bytes]:
+        """Averaged bytes that an earlier life has left on disk, checked; returns their digests."""
+        files = sorted(self._averaged_folder.glob("*.bin"), key=lambda p: p.stat().st_mtime)
+        for path in files:
+            vector = np.fromfile(path, dtype="<f4")
+            pieces = tuple(vector_piece_digests(vector))
+            averaged = AveragedVector(vector=vector, piece_digests=pieces)
+            is_whole = vector.size == self.vectors.num_values
+            if not is_whole or averaged.averaged_digest.hex()[:32] != path.stem:
+                path.unlink(missing_ok=True)
+            else:
+                self._averaged[averaged.averaged_digest] = averaged
+        for leftover in self._averaged_folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return list(self._averaged)
+
+    def held_digests(self) -> tuple[bytes, ...]:
+        """Digests of the averaged bytes held."""
+        return tuple(self._averaged)
+
+    def averaged(self, averaged_digest: bytes) -> AveragedVector | None:
+        """Averaged bytes, if they are held."""
+        return self._averaged.get(averaged_digest)
+
+    def _averaged_path(self, averaged_digest: bytes) -> Path:
+        return self._averaged_folder / f"{averaged_digest.hex()[:32]}.bin"
+
+    def state_info(
+        self, *, from_outer_step: int
+    ) -> tuple[list[common_pb2.Signed], list[rounds_pb2.Certificate], list[common_pb2.Signed]]:
+        """Attestations, and certificates with directives from a step on whose averaged bytes are held."""
+        certificates: list[rounds_pb2.Certificate] = []
+        directives: list[common_pb2.Signed] = []
+        step = from_outer_step
+        while (certificate := self.certificate_by_step.get(step)) is not None:
+            value = rounds_pb2.RoundValue.FromString(certificate.value)
+            signed = self.directive_by_number.get(value.next_directive_number)
+            if value.averaged_digest not in self._averaged or signed is None:
+                break
+            certificates.append(certificate)
+            directives.append(signed)
+            step += 1
+        attestations = self._attestations[:1] if self.is_current else []
+        return attestations, certificates, directives
+
+    def snapshot(self, *, incarnation: int, outer_step: int) -> Snapshot | None:
+        """Copy of the state at a position: the current one, the base it was made from, or a checkpoint of it."""
+        meta, directive = self.meta, self.directive
+        if meta is not None and directive is not None and meta.outer_step == outer_step:
+            base = self._base_meta
+            is_base = (
+                base is not None
+                and (base.incarnation, base.outer_step) == (incarnation, outer_step)
+                and meta.incarnation == self.incarnation
+                and self.record_content.to_outer_step == outer_step
+            )
+            if meta.incarnation == incarnation or is_base:
+                return Snapshot(
+                    meta=base if is_base and base is not None else meta,
+                    state_digest=self._base_digest if is_base else self.state_digest,
+                    vectors=tuple(vector.copy() for vector in self.vectors.state_vectors()),
+                    piece_digests=self._piece_digests,
+                    directive=directive,
+                )
+        return self._snapshot_on_disk(incarnation=incarnation, outer_step=outer_step)
+
+    def _snapshot_on_disk(self, *, incarnation: int, outer_step: int) -> Snapshot | None:
+        name = f"{incarnation}-{outer_step}.safetensors"
+        path = self.store.folder / name
+        if not path.exists():
+            return None
+        try:
+            header, vectors = open_checkpoint(path)
+        except CorruptDataError as error:
+            logger.warning("checkpoint is of no use: %s", error)
+            return None
+        return Snapshot(
+            meta=header.meta,
+            state_digest=header.state_digest,
+            vectors=vectors,
+            piece_digests=tuple(tuple(vector_piece_digests(v)) for v in vectors),
+            directive=common_pb2.Signed.FromString(header.directive),
+        )
+
+    # Checkpoints ------------------------------------------------------------------------------
+
+    def checkpoint_header(self) -> CheckpointHeader:
+        """Header of a checkpoint of the state held."""
+        assert self.meta is not None and self.directive is not None and self.record is not None
+        return CheckpointHeader(
+            meta=self.meta,
+            state_digest=self.state_digest,
+            directive=self.directive.SerializeToString(),
+            incarnation_record=self.record.SerializeToString(),
+            unreported_certificates=tuple(c.SerializeToString() for c in self.unreported),
+        )
+
+    def load_checkpoint_file(self, path: Path) -> bool:
+        """Become the state of a checkpoint of this run; False, with nothing changed, if it cannot be used."""
+        try:
+            header, vectors = open_checkpoint(path)
+        except (CorruptDataError, OSError) as error:
+            logger.warning("checkpoint %s is of no use: %s", path.name, error)
+            return False
+        if header.meta.run_digest != self.spec.run_digest:
+            return False
+        if vectors[0].size != self.vectors.num_values:
+            return False
+        unreported = [
+            rounds_pb2.Certificate.FromString(data) for data in header.unreported_certificates
+        ]
+        directive = common_pb2.Signed.FromString(header.directive)
+        self.load(header.meta, vectors, directive, unreported)
+        return True

@@ -1,0 +1,112 @@
+"""What the swarm process tells the daemon: state, certificates, outcomes, phases, checkpoints."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+from peer.checkpoint.store import save_checkpoint
+from peer.ipc import AsyncChannel, Message
+from peer.swarm.replica import Replica
+from peer.swarm.transport import Transport
+from protos.contract.errors import MachineError
+from protos.contract.telemetry import RoundOutcome
+from protos.muster.v1 import common_pb2, rounds_pb2
+
+logger = logging.getLogger(__name__)
+
+_MAX_CERTIFICATES = 64
+"""Unreported certificates repeated in one message; the rest follows when these are acknowledged."""
+
+
+class Reporter:
+    """Sends reports in the order that the daemon relies on."""
+
+    def __init__(
+        self, channel: AsyncChannel, replica: Replica, transport: Transport, *, own_peer_id: str
+    ) -> None:
+        self._channel, self._replica, self._transport = channel, replica, transport
+        self._own_peer_id = own_peer_id
+        self._wire_bytes = (0, 0)
+        self._phase = ("", "")
+        self.has_state = False
+
+    def phase(self, phase: str, reason: str) -> None:
+        """Tell the phase when it or its reason changes."""
+        if (phase, reason) != self._phase:
+            self._phase = (phase, reason)
+            self._channel.send("phase", phase=phase, reason=reason)
+
+    def state(self, *, may_train: bool) -> None:
+        """Tell which state is held now, then which certificates the coordinator lacks."""
+        replica, meta = self._replica, self._replica.meta
+        assert meta is not None
+        self.has_state = True
+        in_force = replica.directive_in_force()
+        entry = next((e for e in in_force.roster if e.peer_id == self._own_peer_id), None)
+        newest = common_pb2.Directive.FromString(replica.newest_directive().payload)
+        self._channel.send(
+            "state",
+            incarnation=meta.incarnation,
+            outer_step=meta.outer_step,
+            schedule_tokens=meta.schedule_tokens,
+            directive_number=meta.directive_number,
+            state_digest=replica.state_digest,
+            attestation=replica.attestation.SerializeToString(),
+            round_tokens=entry.round_tokens if entry is not None and may_train else 0,
+            is_paused=newest.is_paused,
+        )
+        if replica.unreported:
+            first = replica.unreported[:_MAX_CERTIFICATES]
+            self._channel.send("certificates", certificates=[c.SerializeToString() for c in first])
+
+    def outcome(
+        self,
+        outcome: RoundOutcome,
+        *,
+        reason: str,
+        certificate: rounds_pb2.Certificate | None = None,
+        seconds_by_phase: dict[str, float] | None = None,
+    ) -> None:
+        """Tell what became of the trainer's work; it reads the state again afterwards."""
+        sent, received = self._transport.sent_bytes, self._transport.received_bytes
+        num_peers = 0
+        if certificate is not None:
+            held = rounds_pb2.Contributions.FromString(certificate.contributions)
+            num_peers = len(held.contributions)
+        seconds = {"form": 0.0, "reduce": 0.0, "agree": 0.0, "apply": 0.0}
+        for name, value in (seconds_by_phase or {}).items():
+            if name in seconds:
+                seconds[name] = round(value, 6)
+        incarnation, outer_step = self._replica.position
+        self._channel.send(
+            "round_outcome",
+            outcome=outcome.value,
+            incarnation=incarnation,
+            outer_step=outer_step,
+            reason=reason,
+            num_peers=num_peers,
+            wire_sent_bytes=sent - self._wire_bytes[0],
+            wire_received_bytes=received - self._wire_bytes[1],
+            seconds_by_phase=seconds,
+            attempt=certificate.attempt if certificate is not None else 0,
+        )
+        self._wire_bytes = (sent, received)
+
+    async def write_checkpoint(self, message: Message) -> None:
+        """Write the current state where the daemon wants it; a failure is told as an empty path."""
+        replica, path = self._replica, Path(message["path"])
+        answer: dict[str, Any] = {"request_id": message["request_id"], "path": ""}
+        if replica.is_current and replica.meta is not None:
+            header = replica.checkpoint_header()
+            try:
+                await asyncio.to_thread(
+                    save_checkpoint, path, header, replica.vectors.state_vectors()
+                )
+                answer["path"] = str(path)
+            except MachineError as error:
+                logger.warning("checkpoint was not written: %s", error)
+            answer["incarnation"], answer["outer_step"] = replica.position
+            answer["state_digest"] = replica.state_digest
+            answer["attestation"] = replica.attestation.SerializeToString()
+        self._channel.send("checkpoint_written", **answer)

@@ -1,0 +1,161 @@
+"""The agreeing side of a round: proposals, votes, the coordinator's half, the certificate.
+
+Votes of every attempt are kept, and any certificate ends the step. The rules of casting a vote are in round_core.py.
+"""
+
+from typing import Protocol
+
+from peer.swarm.round_core import RoundCore
+from peer.swarm.round_types import (
+    AbortReduce,
+    Behind,
+    Commit,
+    FetchBytes,
+    Proposal,
+    RoundPhase,
+    SubmitVotes,
+)
+from protos.contract.ids import COORDINATOR_VOTER
+from protos.muster.v1 import rounds_pb2
+
+
+class Host(Protocol):
+    """What the agreeing side needs to know of the attempt under way."""
+
+    is_reducing: bool
+    now_seconds: float
+    phase_deadline_seconds: float
+
+    @property
+    def leader_peer_id(self) -> str:
+        """Leader of the current attempt."""
+
+    def enter_agree(self, reason: str) -> None:
+        """The attempt has got as far as voting."""
+
+
+class AgreeSide:
+    """Votes and proposals of one member in one step."""
+
+    def __init__(self, core: RoundCore, host: Host) -> None:
+        self._core, self._host = core, host
+        self._next_submit_seconds = 0.0
+        self._proposal_by_digest: dict[bytes, Proposal] = {}
+        self._held_digests: set[bytes] = set()
+
+    def hold(self, averaged_digest: bytes) -> None:
+        """These averaged bytes are held already."""
+        self._held_digests.add(averaged_digest)
+
+    def consider(self, proposal: Proposal) -> None:
+        """Vote for a proposal once its bytes are here, if every check passes."""
+        core = self._core
+        value = rounds_pb2.RoundValue.FromString(proposal.value)
+        problem = core.check_proposal(proposal)
+        if problem:
+            core.show(core.phase, f"proposal of attempt {proposal.attempt} refused: {problem}")
+            if value.previous_state_digest != core.setup.previous_state_digest:
+                setup = core.setup
+                core.emit(
+                    Behind(self._host.leader_peer_id, setup.incarnation, setup.outer_step, problem)
+                )
+            return
+        self.remember_contributions(proposal.value, proposal.contributions)
+        self._proposal_by_digest[value.averaged_digest] = proposal
+        if value.averaged_digest in self._held_digests:
+            self.on_bytes(value.averaged_digest)
+        else:
+            if core.phase is RoundPhase.FORM:
+                self._host.enter_agree(f"fetching the bytes of attempt {proposal.attempt}")
+            core.emit(FetchBytes(value.averaged_digest, tuple(proposal.holders)))
+
+    def fetch_pending(self) -> None:
+        """Ask again for bytes of proposals that could still be voted for."""
+        for digest, proposal in self._proposal_by_digest.items():
+            if digest not in self._held_digests and self._core.may_vote(proposal.attempt):
+                self._core.emit(FetchBytes(digest, tuple(proposal.holders)))
+
+    def on_bytes(self, averaged_digest: bytes) -> None:
+        """Bytes are here: vote for the proposal that waits for them."""
+        self._held_digests.add(averaged_digest)
+        proposal = self._proposal_by_digest.get(averaged_digest)
+        if proposal is None or not self._core.cast_vote(proposal):
+            return
+        if proposal.attempt == self._core.attempt and not self._host.is_reducing:
+            self._host.enter_agree(f"voted in attempt {proposal.attempt}")
+        self.check_certificate((proposal.attempt, proposal.value))
+
+    def on_vote(self, vote: rounds_pb2.Vote) -> None:
+        """Keep a valid vote for this step, of whatever attempt."""
+        value = rounds_pb2.RoundValue.FromString(vote.value)
+        place = (value.incarnation, value.outer_step)
+        here = (self._core.setup.incarnation, self._core.setup.outer_step)
+        if place == here and self._core.checks.is_valid_vote(vote):
+            self.check_certificate(self._core.votes.add(vote))
+
+    def on_certificate(self, certificate: rounds_pb2.Certificate) -> None:
+        """A certificate of this step ends it, of whatever attempt."""
+        core = self._core
+        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        place = (value.incarnation, value.outer_step)
+        if place != (core.setup.incarnation, core.setup.outer_step):
+            core.is_from_later("a certificate", *place)
+        elif not core.checks.check_certificate(certificate):
+            if value.previous_state_digest != core.setup.previous_state_digest:
+                reason = "the certificate of this step continues another state than ours"
+                core.emit(Behind(certificate.votes[0].voter, *place, reason))
+            else:
+                self._commit(certificate)
+
+    def check_certificate(self, ballot: tuple[int, bytes]) -> None:
+        """Bundle and spread a certificate once the ballot has its quorum."""
+        core = self._core
+        contributions = self._contributions_of(ballot[1])
+        if contributions is None or core.phase is RoundPhase.DONE:
+            return
+        certificate = core.votes.certificate(ballot, contributions)
+        if certificate is not None:
+            core.send(core.others, attempt=ballot[0], certificate=certificate)
+            self._commit(certificate)
+
+    def maybe_submit(self) -> None:
+        """Ask for the coordinator's half only if members' votes that will come make no quorum."""
+        core, now = self._core, self._host.now_seconds
+        vote = core.record.highest_vote
+        if vote is None or core.phase is RoundPhase.DONE or now < self._next_submit_seconds:
+            return
+        ballot = (vote.attempt, vote.value)
+        contributions = self._contributions_of(vote.value)
+        if contributions is None or not core.votes.needs_coordinator(core.votes.voters(ballot)):
+            return
+        will_vote = core.votes.voters(ballot) | (set(core.entry_by_peer) - core.unreachable)
+        is_early = now < self._host.phase_deadline_seconds - core.timing.agree_wait_seconds / 2
+        if core.votes.is_quorum(will_vote) and is_early and core.phase is RoundPhase.AGREE:
+            return
+        self._next_submit_seconds = now + core.timing.resend_seconds
+        core.emit(SubmitVotes(core.votes.votes(ballot), contributions))
+
+    def remember_contributions(self, value: bytes, contributions: bytes) -> None:
+        """Keep the contributions that a value names; a certificate carries them."""
+        digest = rounds_pb2.RoundValue.FromString(value).contributions_digest
+        self._core.contributions_by_digest[digest] = contributions
+
+    def _contributions_of(self, value: bytes) -> bytes | None:
+        digest = rounds_pb2.RoundValue.FromString(value).contributions_digest
+        return self._core.contributions_by_digest.get(digest)
+
+    def _commit(self, certificate: rounds_pb2.Certificate) -> None:
+        core = self._core
+        if self._host.is_reducing:
+            core.emit(AbortReduce(core.attempt, "the step is decided"))
+        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        contributions = rounds_pb2.Contributions.FromString(certificate.contributions)
+        own = core.own
+        is_own_included = own is not None and any(
+            found == own.contribution for found in contributions.contributions
+        )
+        holders = tuple(v.voter for v in certificate.votes if v.voter != COORDINATOR_VOTER)
+        core.phase = RoundPhase.DONE
+        core.show(RoundPhase.DONE, f"certified in attempt {certificate.attempt}")
+        directive = core.directive_by_number.get(value.next_directive_number)
+        core.emit(Commit(certificate, directive, holders, certificate.attempt, is_own_included))

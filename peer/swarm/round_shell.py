@@ -1,0 +1,350 @@
+"""The shell of the round machine: carries out its effects, in order, and feeds it what comes back.
+
+One task handles one event at a time, so the machine, the replica and the durable record are never raced for. `Persist` is
+on disk before the effect after it. What takes long (averaging, fetching, calling) runs in tasks of its own and comes
+back as an event, marked with its place so that news for a finished step is dropped.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from peer.ipc import AsyncChannel
+from peer.swarm import round_types as rt
+from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
+from peer.swarm.contribution_check import LeaseRules, SignedChecks
+from peer.swarm.pace import Pace
+from peer.swarm.replica import Replica
+from peer.swarm.round_state import RoundMachine
+from peer.swarm.state_transfer import fetch_averaged
+from peer.swarm.transport import PeerCallError, Transport
+from peer.swarm.vote_file import VoteFile
+from protos.contract.signing import SigningKey
+from protos.muster.v1 import common_pb2, rounds_pb2
+
+logger = logging.getLogger(__name__)
+
+ROUND_CALL = "round"
+TICK_SECONDS = 0.1
+_CALL_SECONDS = 4.0
+
+Place = tuple[int, int]
+Post = Callable[[Place, rt.Event], None]
+
+
+class RoundShell:
+    """Runs the machine of the current step."""
+
+    def __init__(
+        self,
+        *,
+        replica: Replica,
+        transport: Transport,
+        channel: AsyncChannel,
+        key: SigningKey,
+        votes: VoteFile,
+        desk: ReductionDesk,
+        post: Post,
+    ) -> None:
+        self._replica, self._transport, self._channel = replica, transport, channel
+        self._key, self._desk, self._post = key, desk, post
+        self.votes = votes
+        self.machine: RoundMachine | None = None
+        self.pace = Pace()
+        self.seconds_by_phase: dict[str, float] = {}
+        self.committed: rt.Commit | None = None
+        """Set when the machine has decided; the node applies it."""
+        self.behind: rt.Behind | None = None
+        self.refused_reason = ""
+        self._checks: SignedChecks | None = None
+        self._own: rt.OwnContribution | None = None
+        self._own_since_seconds = 0.0
+        self._reduction: asyncio.Task[None] | None = None
+        self._fetching: set[bytes] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failures_by_peer: dict[str, int] = {}
+        self._request_numbers = itertools.count(1)
+        self._place_by_request: dict[str, tuple[Place, int | None]] = {}
+        self._phase_since: tuple[rt.RoundPhase, float] = (rt.RoundPhase.FORM, 0.0)
+
+    # Life of a step ---------------------------------------------------------------------------
+
+    @property
+    def place(self) -> Place | None:
+        """(incarnation, outer step) under way."""
+        if self.machine is None:
+            return None
+        return (self.machine.setup.incarnation, self.machine.setup.outer_step)
+
+    @property
+    def own(self) -> rt.OwnContribution | None:
+        """What this member brings into the step under way."""
+        return self._own
+
+    @property
+    def checks(self) -> SignedChecks | None:
+        """Rules of the step under way."""
+        return self._checks
+
+    async def begin(self, directive: common_pb2.Directive) -> None:
+        """Begin the step after the state held."""
+        replica = self._replica
+        meta = replica.meta
+        assert meta is not None
+        rules = LeaseRules(
+            run_id=replica.run_id,
+            incarnation=meta.incarnation,
+            directive=directive,
+            cursor_by_peer=meta.lease_cursor_by_peer,
+            seq_len=replica.seq_len,
+            coordinator_public_key=replica.coordinator_public_key,
+        )
+        self._checks = SignedChecks(key=self._key, rules=rules)
+        pieces = len(replica.piece_digests_of_params)
+        self._own, self._own_since_seconds, self.seconds_by_phase = None, 0.0, {}
+        self.committed, self.behind, self.refused_reason = None, None, ""
+        self._fetching.clear()
+        self._phase_since = (rt.RoundPhase.FORM, time.monotonic())
+        self.machine = RoundMachine(
+            setup=rt.RoundSetup(
+                run_id=replica.run_id,
+                incarnation=meta.incarnation,
+                outer_step=meta.outer_step + 1,
+                own_peer_id=self._key.peer_id,
+                directive=directive,
+                previous_state_digest=replica.state_digest,
+                num_pieces=pieces,
+            ),
+            checks=self._checks,
+            timing=self.pace.timing(),
+            record=self.votes.record(meta.outer_step + 1),
+            newest_directive=replica.newest_directive(),
+            now_seconds=time.monotonic(),
+        )
+        for digest in replica.held_digests():
+            self.machine.hold_bytes(digest)
+        await self.handle(rt.Tick())
+
+    def end(self) -> None:
+        """Leave the step, decided or not."""
+        self.machine = None
+        self._own = None
+        self._abort_reduction("the step has ended")
+
+    async def close(self) -> None:
+        """Cancel everything that runs."""
+        self.end()
+        tasks = [*self._tasks, *([self._reduction] if self._reduction else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def contribute(self, own: rt.OwnContribution | None) -> None:
+        """The own contribution for this step is frozen (or an empty one withdrawn)."""
+        self._own = own
+        if own is not None and own.contribution.ranges:
+            self._own_since_seconds = time.monotonic()
+        await self.handle(rt.Contributed(own))
+
+    async def handle(self, event: rt.Event) -> None:
+        """Feed one event and carry out what the machine asks for."""
+        if self.machine is None:
+            return
+        for effect in self.machine.handle(event, now_seconds=time.monotonic()):
+            await self._do(effect)
+
+    # Effects ----------------------------------------------------------------------------------
+
+    async def _do(self, effect: rt.Effect) -> None:
+        match effect:
+            case rt.Persist():
+                await asyncio.to_thread(self.votes.write, effect.record)
+            case rt.Send():
+                for peer_id in effect.peer_ids:
+                    self._spawn(self._deliver(peer_id, effect.message))
+            case rt.StartReduce():
+                self._start_reduction(effect)
+            case rt.AbortReduce():
+                self._abort_reduction(effect.reason)
+            case rt.FetchBytes():
+                self._spawn(self._fetch(effect))
+            case rt.AskCoordinatorExchange() | rt.SubmitVotes():
+                self._ask_coordinator(effect)
+            case rt.Commit():
+                self._note_phase(rt.RoundPhase.DONE)
+                self._learn_pace()
+                self.committed = effect
+            case rt.Behind():
+                self.behind = effect
+            case rt.ContributionRefused():
+                self.refused_reason = effect.reason
+            case rt.AttemptDiscarded():
+                self._channel.send(
+                    "attempt_discarded",
+                    outer_step=self._place()[1],
+                    attempt=effect.attempt,
+                    reason=effect.reason,
+                )
+            case rt.PhaseChanged():
+                self._note_phase(effect.phase)
+                if effect.phase is not rt.RoundPhase.DONE:
+                    self._channel.send("phase", phase=effect.phase.value, reason=effect.reason)
+
+    def _place(self) -> Place:
+        place = self.place
+        assert place is not None
+        return place
+
+    def _spawn(self, job: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _note_phase(self, phase: rt.RoundPhase) -> None:
+        """Book the time of the phase that ends."""
+        now = time.monotonic()
+        last, since = self._phase_since
+        if phase is not last:
+            name = last.value.lower()
+            spent = now - since
+            if last is rt.RoundPhase.FORM and self._own_since_seconds:
+                spent = now - max(since, self._own_since_seconds)
+            self.seconds_by_phase[name] = self.seconds_by_phase.get(name, 0.0) + spent
+            self._phase_since = (phase, now)
+
+    def _learn_pace(self) -> None:
+        if self._own_since_seconds and "reduce" in self.seconds_by_phase:
+            self.pace.add(
+                form_seconds=self.seconds_by_phase.get("form", 0.0),
+                reduce_seconds=self.seconds_by_phase["reduce"],
+            )
+
+    # Messages ---------------------------------------------------------------------------------
+
+    async def _deliver(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
+        """Call a member once; twice in a row without success, a second apart or by deadline, it is unreachable."""
+        place = (message.incarnation, message.outer_step)
+        try:
+            ack = await self._transport.call(
+                peer_id, ROUND_CALL, message, rounds_pb2.RoundAck, timeout_seconds=_CALL_SECONDS
+            )
+        except PeerCallError as error:
+            logger.debug("message to %s: %s", peer_id, error)
+            if error.is_down:
+                failures = self._failures_by_peer.get(peer_id, 0) + 1
+                self._failures_by_peer[peer_id] = failures
+                if failures >= 2:
+                    self._post(place, rt.PeerUnreachable(peer_id, str(error)))
+                else:
+                    await asyncio.sleep(0.2)
+                    await self._deliver(peer_id, message)
+            return
+        self._failures_by_peer.pop(peer_id, None)
+        self._post(place, rt.Acked(peer_id, ack))
+
+    # Averaging --------------------------------------------------------------------------------
+
+    def _start_reduction(self, effect: rt.StartReduce) -> None:
+        self._abort_reduction("superseded")
+        assert self._checks is not None
+        incarnation, outer_step = self._place()
+        contributions = [member.contribution for member in effect.group.members]
+        tokens = {c.peer_id: self._checks.check_contribution(c).num_tokens for c in contributions}
+        reduction = Reduction(
+            self._transport,
+            place=(incarnation, outer_step, effect.attempt),
+            group=effect.group,
+            tokens_by_peer=tokens,
+            own_peer_id=self._key.peer_id,
+            own_vector=self._replica.vectors.contribution,
+        )
+        self._desk.open(reduction)
+        self._reduction = asyncio.ensure_future(self._reduce(reduction, effect.attempt))
+
+    async def _reduce(self, reduction: Reduction, attempt: int) -> None:
+        place = self._place()
+        try:
+            averaged = await reduction.run()
+        except ReduceError as error:
+            blamed = error.peer_id if error.is_down else ""
+            self._post(place, rt.ReduceFailed(attempt, str(error), blamed))
+            return
+        await asyncio.to_thread(self._replica.hold_averaged, averaged)
+        self._post(place, rt.ReduceDone(attempt, averaged.averaged_digest))
+
+    def _abort_reduction(self, reason: str) -> None:
+        if self._reduction is not None and not self._reduction.done():
+            logger.debug("averaging stopped: %s", reason)
+            self._reduction.cancel()
+            self._desk.open(None)
+        self._reduction = None
+
+    async def _fetch(self, effect: rt.FetchBytes) -> None:
+        digest, place = effect.averaged_digest, self._place()
+        if digest in self._fetching:
+            return
+        self._fetching.add(digest)
+        try:
+            averaged = self._replica.averaged(digest)
+            if averaged is None:
+                holders = [p for p in effect.holders if p != self._key.peer_id]
+                averaged = await fetch_averaged(
+                    self._transport,
+                    holders,
+                    digest,
+                    num_values=self._replica.vectors.num_values,
+                )
+                if averaged is None:
+                    return
+                await asyncio.to_thread(self._replica.hold_averaged, averaged)
+            self._post(place, rt.BytesFetched(digest))
+        finally:
+            self._fetching.discard(digest)
+
+    # Coordinator ------------------------------------------------------------------------------
+
+    def _ask_coordinator(self, effect: rt.AskCoordinatorExchange | rt.SubmitVotes) -> None:
+        incarnation, outer_step = self._place()
+        request_id = f"{self._key.peer_id}-{incarnation}-{outer_step}-{next(self._request_numbers)}"
+        if len(self._place_by_request) > 64:
+            self._place_by_request.clear()
+        request: rounds_pb2.CoordinatorExchangeRequest | rounds_pb2.SubmitVotesRequest
+        if isinstance(effect, rt.AskCoordinatorExchange):
+            method, attempt = "exchange", effect.attempt
+            request = rounds_pb2.CoordinatorExchangeRequest(
+                incarnation=incarnation, outer_step=outer_step, attempt=attempt
+            )
+            self._place_by_request[request_id] = ((incarnation, outer_step), attempt)
+        else:
+            method = "submit_votes"
+            request = rounds_pb2.SubmitVotesRequest(
+                request_id=request_id, votes=effect.votes, contributions=effect.contributions
+            )
+            self._place_by_request[request_id] = ((incarnation, outer_step), None)
+        self._channel.send(
+            "coordinator_request",
+            request_id=request_id,
+            method=method,
+            request=request.SerializeToString(),
+        )
+
+    def coordinator_answered(self, message: dict[str, Any]) -> None:
+        """The daemon brings the coordinator's answer, or none."""
+        found = self._place_by_request.pop(message["request_id"], None)
+        if found is None:
+            return
+        place, attempt = found
+        data: bytes | None = message["response"]
+        if attempt is None:
+            voted = rounds_pb2.SubmitVotesResponse.FromString(data) if data is not None else None
+            self._post(place, rt.CoordinatorVoted(voted))
+        else:
+            answer = (
+                rounds_pb2.CoordinatorExchangeResponse.FromString(data)
+                if data is not None
+                else None
+            )
+            self._post(place, rt.CoordinatorExchanged(attempt, answer))

@@ -1,0 +1,109 @@
+"""What a peer remembers of its run, and what it refuses to take part in."""
+
+from pathlib import Path
+
+import pytest
+
+from peer.config import PeerConfig
+from peer.daemon.membership import (
+    Membership,
+    check_can_honour,
+    is_same_run,
+    load_membership,
+    needed_memory_bytes,
+    save_membership,
+)
+from protos.contract.certificate import Tag
+from protos.contract.channel import JoinString
+from protos.contract.errors import CorruptDataError, ErrorCode, MachineError
+from protos.contract.model_shape import ModelShape
+from protos.contract.run_spec import TINY_MODEL, DataSpec, RunSpec
+from protos.contract.signing import SigningKey
+from protos.muster.v1 import common_pb2, membership_pb2
+
+COORDINATOR = SigningKey(b"\x01" * 32)
+SPEC = RunSpec(
+    seed=1, budget_tokens=TINY_MODEL.seq_len, model=TINY_MODEL, data=DataSpec(dataset_id="0" * 64)
+)
+JOIN = JoinString(
+    address="127.0.0.1:1",
+    ca_fingerprint="0" * 64,
+    run_id="demo",
+    secret="ab",
+    expire_unix_seconds=0,
+)
+
+
+def signed_directive(number: int) -> common_pb2.Signed:
+    directive = common_pb2.Directive(run_id="demo", incarnation=1, directive_number=number)
+    return COORDINATOR.signed(Tag.DIRECTIVE, directive.SerializeToString())
+
+
+def signed_record(incarnation: int, *, directive_number: int) -> common_pb2.Signed:
+    record = common_pb2.IncarnationRecord(
+        run_id="demo", incarnation=incarnation, directive=signed_directive(directive_number)
+    )
+    return COORDINATOR.signed(Tag.INCARNATION, record.SerializeToString())
+
+
+@pytest.fixture
+def membership() -> Membership:
+    response = membership_pb2.JoinResponse(
+        peer_id="p",
+        run_spec=SPEC.to_wire(),
+        coordinator_public_key=COORDINATOR.public_key,
+        incarnation_record=signed_record(1, directive_number=2),
+        directive=signed_directive(2),
+        outer_step=7,
+        initial_peers=["/ip4/1.2.3.4/tcp/1"],
+    )
+    return Membership(join_string=JOIN, response=response, certificate_pem=b"pem")
+
+
+def test_remembered_over_a_restart(tmp_path: Path, membership: Membership) -> None:
+    assert load_membership(tmp_path) is None
+    save_membership(tmp_path, membership)
+    loaded = load_membership(tmp_path)
+    assert loaded == membership
+    assert (loaded.spec, loaded.incarnation, loaded.directive_number) == (SPEC, 1, 2)
+    (tmp_path / "membership.json").write_text("{}")
+    assert load_membership(tmp_path) is None
+
+
+def test_heartbeats_bring_directives_and_incarnations(membership: Membership) -> None:
+    beat = membership_pb2.HeartbeatResponse(directive=signed_directive(3), outer_step=9)
+    updated = membership.updated(beat)
+    assert (updated.directive_number, updated.response.outer_step) == (3, 9)
+    assert list(updated.response.initial_peers) == ["/ip4/1.2.3.4/tcp/1"]
+    beat = membership_pb2.HeartbeatResponse(incarnation_record=signed_record(2, directive_number=8))
+    updated = updated.updated(beat)
+    assert (updated.incarnation, updated.directive_number, updated.response.outer_step) == (2, 8, 0)
+
+
+def test_what_the_coordinator_did_not_sign_is_refused(membership: Membership) -> None:
+    forged = signed_directive(3)
+    forged.payload = forged.payload + b"\x38\x01"
+    with pytest.raises(CorruptDataError) as caught:
+        membership.updated(membership_pb2.HeartbeatResponse(directive=forged))
+    assert caught.value.code is ErrorCode.SIGNATURE_INVALID
+
+
+def test_same_run_whatever_the_address(membership: Membership) -> None:
+    other = JoinString(
+        address="10.0.0.1:9",
+        ca_fingerprint=JOIN.ca_fingerprint,
+        run_id="demo",
+        secret="cd",
+        expire_unix_seconds=0,
+    )
+    assert is_same_run(JOIN, other)
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    shape = ModelShape.from_spec(TINY_MODEL)
+    needed_bytes = needed_memory_bytes(shape)
+    fits = PeerConfig(home=tmp_path, memory_limit_bytes=needed_bytes)
+    assert check_can_honour(SPEC, fits) == shape
+    with pytest.raises(MachineError, match="memory-limit") as caught:
+        check_can_honour(SPEC, PeerConfig(home=tmp_path, memory_limit_bytes=needed_bytes - 1))
+    assert caught.value.code is ErrorCode.CAPABILITY_MISSING

@@ -1,0 +1,384 @@
+"""Real swarm processes on loopback, with a hub that plays their daemons and the coordinator with real signatures."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from peer.ipc import AsyncChannel, ChannelClosed, Message
+from peer.shared_vectors import SharedVectors
+from protos.contract.certificate import (
+    Tag,
+    certificate_from_votes,
+    half_votes_by_voter,
+    is_quorum,
+)
+from protos.contract.ids import COORDINATOR_VOTER, p2p_peer_id_from_public_key
+from protos.contract.model_shape import ModelShape
+from protos.contract.run_spec import DataSpec, ModelSpec, RunSpec, StrategySpec
+from protos.contract.signing import SigningKey
+from protos.muster.v1 import common_pb2, rounds_pb2
+
+RUN_ID = "swarm-test"
+SEQ_LEN = 16
+SPEC = RunSpec(
+    seed=5,
+    budget_tokens=2**20,
+    model=ModelSpec(
+        vocab_size=4096,
+        d_model=48,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        d_ff=32,
+        seq_len=SEQ_LEN,
+    ),
+    strategy=StrategySpec(global_batch_tokens=640),
+    data=DataSpec(dataset_id="0" * 64),
+)
+NUM_VALUES = ModelShape.from_spec(SPEC.model).num_parameters
+WINDOWS = 20
+"""Windows that a member is asked to train per round."""
+
+
+def write_p2p_key(path: Path) -> str:
+    """Make a libp2p identity as hivemind reads it; returns its peer id."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    private = key.private_bytes(
+        serialization.Encoding.DER,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    path.write_bytes(_wrapped(private))
+    return p2p_peer_id_from_public_key(_wrapped(public))
+
+
+def _wrapped(data: bytes) -> bytes:
+    length = len(data)
+    return b"\x08\x00\x12" + bytes([length & 0x7F | 0x80, length >> 7]) + data
+
+
+@dataclass
+class Daemon:
+    """The hub's side of one swarm process."""
+
+    name: str
+    home: Path
+    key: SigningKey
+    p2p_peer_id: str
+    vectors: SharedVectors
+    process: asyncio.subprocess.Process | None = None
+    channel: AsyncChannel | None = None
+    reader: asyncio.Task[None] | None = None
+    addresses: list[str] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    lease_number: int = 0
+
+    @property
+    def peer_id(self) -> str:
+        return self.key.peer_id
+
+    def newest(self, kind: str) -> Message | None:
+        found = [m for m in self.messages if m["kind"] == kind]
+        return found[-1] if found else None
+
+
+class Hub:
+    """Daemons, coordinator and trainers in one; the swarm processes and their transport are real."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.key = SigningKey.generate()
+        self.daemons: list[Daemon] = []
+        self.directive: common_pb2.Signed
+        self.record: common_pb2.Signed
+        self.outer_step = 0
+        self.is_coordinator_up = True
+        self._directive_number = 0
+        self._incarnation = 0
+        self._changed = asyncio.Event()
+        self._promised: dict[int, int] = defaultdict(int)
+        self.certificate_by_step: dict[int, rounds_pb2.Certificate] = {}
+
+    @property
+    def incarnation(self) -> int:
+        return self._incarnation
+
+    # Coordinator ------------------------------------------------------------------------------
+
+    def add_daemon(self) -> Daemon:
+        name = f"peer{len(self.daemons)}"
+        home = self.folder / name
+        home.mkdir()
+        key = SigningKey.generate()
+        (home / "identity.key").write_bytes(key.private_bytes())
+        p2p_peer_id = write_p2p_key(home / "p2p.key")
+        vectors = SharedVectors.create(NUM_VALUES)
+        daemon = Daemon(name=name, home=home, key=key, p2p_peer_id=p2p_peer_id, vectors=vectors)
+        self.daemons.append(daemon)
+        return daemon
+
+    def issue_directive(self, voters: list[Daemon], others: list[Daemon] | None = None) -> None:
+        """A new directive with this roster."""
+        self._directive_number += 1
+        members = sorted([*voters, *(others or [])], key=lambda d: d.peer_id)
+        roster = [
+            common_pb2.RosterEntry(
+                peer_id=d.peer_id,
+                p2p_peer_id=d.p2p_peer_id,
+                public_key=d.key.public_key,
+                has_vote=d in voters,
+                round_tokens=WINDOWS * SEQ_LEN,
+                max_round_tokens=4 * WINDOWS * SEQ_LEN,
+                can_accept_connections=True,
+                addresses=d.addresses,
+            )
+            for d in members
+        ]
+        directive = common_pb2.Directive(
+            run_id=RUN_ID,
+            incarnation=self._incarnation,
+            directive_number=self._directive_number,
+            roster=roster,
+            budget_tokens=SPEC.budget_tokens,
+            cooldown_start_tokens=SPEC.budget_tokens,
+        )
+        self.directive = self.key.signed(Tag.DIRECTIVE, directive.SerializeToString())
+
+    def start_incarnation(self, voters: list[Daemon], *, to_outer_step: int, base: bytes) -> None:
+        """A new incarnation that begins with these voters."""
+        base_incarnation = self._incarnation
+        self._incarnation += 1
+        self._promised.clear()
+        self.certificate_by_step.clear()
+        for daemon in self.daemons:
+            daemon.lease_number = 0
+        self.issue_directive(voters)
+        self._sign_record(to_outer_step, base_incarnation, base)
+
+    def begin(self) -> None:
+        """Incarnation 0: nobody is in the roster."""
+        self.issue_directive([])
+        self._sign_record(0, 0, b"")
+
+    def _sign_record(self, to_outer_step: int, base_incarnation: int, base: bytes) -> None:
+        self.outer_step = to_outer_step
+        record = common_pb2.IncarnationRecord(
+            run_id=RUN_ID,
+            incarnation=self._incarnation,
+            to_outer_step=to_outer_step,
+            base_incarnation=base_incarnation,
+            base_state_digest=base,
+            directive=self.directive,
+        )
+        self.record = self.key.signed(Tag.INCARNATION, record.SerializeToString())
+
+    def lease(self, daemon: Daemon, num_windows: int = WINDOWS) -> common_pb2.Signed:
+        daemon.lease_number += 1
+        lease = common_pb2.Lease(
+            run_id=RUN_ID,
+            incarnation=self._incarnation,
+            peer_id=daemon.peer_id,
+            lease_number=daemon.lease_number,
+            range=common_pb2.WindowRange(end_window=num_windows),
+        )
+        return self.key.signed(Tag.LEASE, lease.SerializeToString())
+
+    def _answer(self, message: Message) -> bytes | None:
+        if not self.is_coordinator_up:
+            return None
+        if message["method"] == "exchange":
+            request = rounds_pb2.CoordinatorExchangeRequest.FromString(message["request"])
+            response = rounds_pb2.CoordinatorExchangeResponse()
+            stored = self.certificate_by_step.get(request.outer_step)
+            if stored is not None:
+                response.certificate.CopyFrom(stored)
+            elif request.attempt >= self._promised[request.outer_step]:
+                self._promised[request.outer_step] = request.attempt
+                response.is_promised = True
+                response.answer.newest_directive.CopyFrom(self.directive)
+            return response.SerializeToString()
+        votes = rounds_pb2.SubmitVotesRequest.FromString(message["request"])
+        return self._sign_last(votes).SerializeToString()
+
+    def _sign_last(self, request: rounds_pb2.SubmitVotesRequest) -> rounds_pb2.SubmitVotesResponse:
+        first = request.votes[0]
+        value = rounds_pb2.RoundValue.FromString(first.value)
+        step = value.outer_step
+        if step not in self.certificate_by_step and first.attempt >= self._promised[step]:
+            own = self.key.vote(first.value, first.attempt, COORDINATOR_VOTER)
+            votes = [*request.votes, own]
+            directive = common_pb2.Directive.FromString(self.directive.payload)
+            if is_quorum([v.voter for v in votes], half_votes_by_voter(directive.roster)):
+                self.certificate_by_step[step] = certificate_from_votes(
+                    votes, request.contributions
+                )
+        stored = self.certificate_by_step.get(step)
+        if stored is None:
+            return rounds_pb2.SubmitVotesResponse(reason="no quorum with the half vote")
+        return rounds_pb2.SubmitVotesResponse(certificate=stored)
+
+    # Daemons ----------------------------------------------------------------------------------
+
+    async def launch(self, daemon: Daemon) -> None:
+        """Start (again) the swarm process of a daemon and wait until it answers members."""
+        ours, theirs = socket.socketpair()
+        fds = (theirs.fileno(), daemon.vectors.fd)
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+        daemon.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "peer.swarm",
+            "--channel-fd",
+            str(fds[0]),
+            "--vectors-fd",
+            str(fds[1]),
+            "--num-values",
+            str(NUM_VALUES),
+            pass_fds=fds,
+            env=environment,
+        )
+        theirs.close()
+        daemon.channel = await AsyncChannel.from_socket(ours)
+        daemon.messages.clear()
+        daemon.reader = asyncio.ensure_future(self._read(daemon))
+        known = [a for d in self.daemons if d is not daemon for a in d.addresses]
+        daemon.channel.send(
+            "configure",
+            run_spec=SPEC.to_wire(),
+            run_id=RUN_ID,
+            peer_id=daemon.peer_id,
+            home=str(daemon.home),
+            identity_key_path=str(daemon.home / "identity.key"),
+            p2p_key_path=str(daemon.home / "p2p.key"),
+            coordinator_public_key=self.key.public_key,
+            dht_prefix="swarmtest",
+            initial_peers=known[:2],
+            listen_port=0,
+            announce=[],
+            host="127.0.0.1",
+            upload_limit_mbit=None,
+            incarnation_record=self.record.SerializeToString(),
+            directive=self.directive.SerializeToString(),
+            outer_step=self.outer_step,
+            checkpoint_interval_seconds=3600.0,
+        )
+        ready = await self.wait(lambda: daemon.newest("ready"), f"{daemon.name} ready")
+        daemon.addresses = ready["addresses"]
+
+    async def _read(self, daemon: Daemon) -> None:
+        assert daemon.channel is not None
+        try:
+            while True:
+                message = await daemon.channel.receive()
+                daemon.messages.append(message)
+                if message["kind"] == "coordinator_request":
+                    response = self._answer(message)
+                    request_id = message["request_id"]
+                    daemon.channel.send(
+                        "coordinator_answer", request_id=request_id, response=response
+                    )
+                if message["kind"] == "certificates":
+                    self._take_certificates(daemon, message)
+                self._changed.set()
+        except ChannelClosed:
+            self._changed.set()
+
+    def _take_certificates(self, daemon: Daemon, message: Message) -> None:
+        if not self.is_coordinator_up:
+            return
+        for data in message["certificates"]:
+            certificate = rounds_pb2.Certificate.FromString(data)
+            value = rounds_pb2.RoundValue.FromString(certificate.value)
+            stored = self.certificate_by_step.setdefault(value.outer_step, certificate)
+            assert stored.value == certificate.value, "two values for one outer step"
+            self.outer_step = max(self.outer_step, value.outer_step)
+        assert daemon.channel is not None
+        daemon.channel.send(
+            "certificates_acknowledged", up_to=self.outer_step, incarnation=self._incarnation
+        )
+
+    async def wait(self, ready: Any, what: str, seconds: float = 40.0) -> Any:
+        """Wait until `ready()` is true; names what was waited for if it never is."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not (value := ready()):
+            self._changed.clear()
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(self._changed.wait(), min(0.25, max(0.0, left)))
+            except TimeoutError:
+                if left > 0:
+                    continue
+                phases = {d.name: d.newest("phase") for d in self.daemons}
+                raise AssertionError(f"no {what} within {seconds} s; {phases}") from None
+        return value
+
+    def tell_all(self, kind: str, **fields: Any) -> None:
+        for daemon in self.daemons:
+            is_running = daemon.process is not None and daemon.process.returncode is None
+            if daemon.channel is not None and is_running:
+                daemon.channel.send(kind, **fields)
+
+    async def wait_state(
+        self, daemons: list[Daemon], place: tuple[int, int], seconds: float = 40.0
+    ) -> bytes:
+        """Wait until all of these hold the state at a place; returns its one digest."""
+
+        def digests() -> list[bytes] | None:
+            states = [d.newest("state") for d in daemons]
+            if any(s is None or (s["incarnation"], s["outer_step"]) != place for s in states):
+                return None
+            return [s["state_digest"] for s in states if s is not None]
+
+        found = await self.wait(digests, f"state {place}", seconds)
+        assert len(set(found)) == 1, "states differ"
+        digest: bytes = found[0]
+        return digest
+
+    def contribute(self, daemon: Daemon, values: np.ndarray, num_windows: int = WINDOWS) -> None:
+        """Play the trainer: write a contribution and announce it."""
+        state = daemon.newest("state")
+        assert state is not None and daemon.channel is not None
+        np.copyto(daemon.vectors.contribution, values)
+        lease = self.lease(daemon, num_windows)
+        daemon.channel.send(
+            "contribution",
+            incarnation=state["incarnation"],
+            outer_step=state["outer_step"],
+            ranges=[
+                {"lease": lease.SerializeToString(), "begin_window": 0, "end_window": num_windows}
+            ],
+            num_tokens=num_windows * SEQ_LEN,
+            loss_nats=1.0,
+        )
+
+    async def stop(self, daemon: Daemon) -> int:
+        """Ask a process to stop; returns its exit code."""
+        assert daemon.process is not None and daemon.channel is not None
+        if daemon.process.returncode is None:
+            daemon.channel.send("stop", reason="test is over")
+        code = await asyncio.wait_for(daemon.process.wait(), 20.0)
+        await daemon.channel.close()
+        return code
+
+    async def kill(self, daemon: Daemon) -> None:
+        """SIGKILL a process; its p2pd must follow by itself within seconds."""
+        assert daemon.process is not None
+        pid = daemon.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert len(children) == 1, "one p2pd"
+        daemon.process.kill()
+        await daemon.process.wait()
+        await self.wait(lambda: not Path(f"/proc/{children[0]}").exists(), "end of p2pd", 15.0)

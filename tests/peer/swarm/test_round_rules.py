@@ -1,0 +1,201 @@
+"""Single rules of the round machine: who is refused, who falls behind, what is asked of whom."""
+
+from typing import Any
+
+import pytest
+
+from peer.swarm import round_types as rt
+from peer.swarm.round_proposer import leader_of
+from peer.swarm.round_state import RoundMachine
+from protos.muster.v1 import common_pb2, rounds_pb2
+from tests.peer.swarm.round_simulation import TIMING, Checks
+
+PEERS = ("peer0", "peer1", "peer2")
+LEADER = leader_of(
+    [common_pb2.RosterEntry(peer_id=p, has_vote=True) for p in PEERS],
+    incarnation=1,
+    outer_step=1,
+    attempt=0,
+)
+OTHERS = tuple(p for p in PEERS if p != LEADER)
+
+
+def _machine(own: str, *, is_paused: bool = False) -> RoundMachine:
+    roster = [
+        common_pb2.RosterEntry(
+            peer_id=p, has_vote=True, round_tokens=10, can_accept_connections=True
+        )
+        for p in PEERS
+    ]
+    directive = common_pb2.Directive(
+        incarnation=1, directive_number=1, roster=roster, is_paused=is_paused
+    )
+    setup = rt.RoundSetup(
+        run_id="sim",
+        incarnation=1,
+        outer_step=1,
+        own_peer_id=own,
+        directive=directive,
+        previous_state_digest=b"state 0",
+        num_pieces=2,
+    )
+    return RoundMachine(
+        setup=setup,
+        checks=Checks(own, directive),
+        timing=TIMING,
+        record=rt.RoundRecord(incarnation=1, outer_step=1),
+        newest_directive=common_pb2.Signed(payload=directive.SerializeToString()),
+        now_seconds=0.0,
+    )
+
+
+def _own(peer: str, windows: int = 10) -> rt.OwnContribution:
+    ranges = [rounds_pb2.LeasedRange(end_window=windows)] if windows else []
+    contribution = rounds_pb2.Contribution(peer_id=peer, ranges=ranges)
+    return rt.OwnContribution(contribution=contribution, piece_digests=(b"d",) * 2 * bool(windows))
+
+
+def _join(peer: str, *, windows: int = 10, state: bytes = b"state 0") -> rt.Received:
+    own = _own(peer, windows)
+    join = rounds_pb2.JoinGroup(
+        previous_state_digest=state,
+        contribution=own.contribution,
+        piece_digests=own.piece_digests,
+        newest_directive=common_pb2.Signed(
+            payload=common_pb2.Directive(incarnation=1, directive_number=1).SerializeToString()
+        ),
+    )
+    return rt.Received(peer, _message(join_group=join))
+
+
+def _message(*, outer_step: int = 1, attempt: int = 0, **body: Any) -> rounds_pb2.RoundMessage:
+    return rounds_pb2.RoundMessage(incarnation=1, outer_step=outer_step, attempt=attempt, **body)
+
+
+def _of(effects: list[rt.Effect], kind: type[Any]) -> list[Any]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def test_group_forms_when_all_are_there_and_attempt_is_durable_first() -> None:
+    machine = _machine(LEADER)
+    machine.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+    assert not _of(machine.handle(_join(OTHERS[0]), now_seconds=0.1), rt.StartReduce)
+    effects = machine.handle(_join(OTHERS[1], windows=0), now_seconds=0.2)
+    kinds = [type(effect) for effect in effects]
+    assert kinds.index(rt.Persist) < kinds.index(rt.Send) < kinds.index(rt.StartReduce)
+    group = _of(effects, rt.StartReduce)[0].group
+    assert [member.contribution.peer_id for member in group.members] == sorted(PEERS)
+
+
+def test_unreachable_member_is_not_waited_for_and_missing_one_until_the_deadline() -> None:
+    machine = _machine(LEADER)
+    machine.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+    machine.handle(_join(OTHERS[0]), now_seconds=0.1)
+    effects = machine.handle(rt.PeerUnreachable(OTHERS[1], "refused"), now_seconds=0.2)
+    assert _of(effects, rt.StartReduce)
+
+    machine = _machine(LEADER)
+    machine.handle(_join(OTHERS[0]), now_seconds=0.0)
+    early = machine.handle(rt.Tick(), now_seconds=TIMING.form_wait_seconds - 0.1)
+    assert not _of(early, rt.StartReduce)
+    late = machine.handle(rt.Tick(), now_seconds=TIMING.form_wait_seconds + 0.1)
+    members = _of(late, rt.StartReduce)[0].group.members
+    assert {member.contribution.peer_id for member in members} == {OTHERS[0], LEADER}
+
+
+def test_less_than_half_of_the_planned_tokens_waits_for_the_deadline() -> None:
+    machine = _machine(LEADER)
+    machine.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+    for peer in OTHERS:
+        machine.handle(rt.PeerUnreachable(peer, "refused"), now_seconds=0.1)
+    assert not _of(machine.handle(rt.Tick(), now_seconds=1.0), rt.StartReduce)
+    assert _of(machine.handle(rt.Tick(), now_seconds=4.0), rt.StartReduce)
+
+
+def test_no_round_without_tokens_or_while_paused() -> None:
+    machine = _machine(LEADER)
+    machine.handle(rt.Contributed(_own(LEADER, 0)), now_seconds=0.0)
+    for peer in OTHERS:
+        machine.handle(_join(peer, windows=0), now_seconds=0.1)
+    assert not _of(machine.handle(rt.Tick(), now_seconds=100.0), rt.StartReduce)
+
+    machine = _machine(LEADER, is_paused=True)
+    machine.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+    for peer in OTHERS:
+        machine.handle(_join(peer), now_seconds=0.1)
+    assert not _of(machine.handle(rt.Tick(), now_seconds=100.0), rt.StartReduce)
+
+
+def test_member_of_another_state_is_sent_to_resync() -> None:
+    machine = _machine(LEADER)
+    effects = machine.handle(_join(OTHERS[0], state=b"another"), now_seconds=0.0)
+    refusal = _of(effects, rt.Send)[0].message.refusal
+    assert refusal.kind == rounds_pb2.REFUSAL_KIND_RESYNC
+    member = _machine(OTHERS[0])
+    received = rt.Received(LEADER, _message(refusal=refusal))
+    assert _of(member.handle(received, now_seconds=0.0), rt.Behind)
+
+
+def test_later_step_means_that_we_are_behind() -> None:
+    machine = _machine(OTHERS[0])
+    received = rt.Received(LEADER, _message(outer_step=3, nudge=rounds_pb2.Nudge()))
+    behind = _of(machine.handle(received, now_seconds=0.0), rt.Behind)[0]
+    assert behind.outer_step == 3
+    ack = rounds_pb2.RoundAck(incarnation=1, outer_step=1)
+    assert _of(machine.handle(rt.Acked(LEADER, ack), now_seconds=0.1), rt.Behind)
+    level = rounds_pb2.RoundAck(incarnation=1, outer_step=0)
+    assert not _of(machine.handle(rt.Acked(LEADER, level), now_seconds=0.2), rt.Behind)
+
+
+def test_promise_is_written_before_the_answer_and_binds() -> None:
+    own = OTHERS[0]
+    attempt = next(a for a in range(1, 50) if _leader(a) != own)
+    machine = _machine(own)
+    request = _message(attempt=attempt, exchange_request=rounds_pb2.ExchangeRequest())
+    effects = machine.handle(rt.Received(_leader(attempt), request), now_seconds=0.0)
+    persisted, sent = effects[:2]
+    assert isinstance(persisted, rt.Persist) and isinstance(sent, rt.Send)
+    assert persisted.record.promised_attempt == attempt
+    assert sent.message.WhichOneof("body") == "exchange_answer"
+    value = rounds_pb2.RoundValue(
+        run_id="sim",
+        incarnation=1,
+        outer_step=1,
+        roster_directive_number=1,
+        previous_state_digest=b"state 0",
+    )
+    late = rounds_pb2.Repropose(value=value.SerializeToString())
+    answer = machine.handle(rt.Received(LEADER, _message(repropose=late)), now_seconds=0.1)
+    refusal = _of(answer, rt.Send)[0].message.refusal
+    assert refusal.kind == rounds_pb2.REFUSAL_KIND_SUPERSEDED
+    assert not _of(answer, rt.Persist)
+
+
+def _leader(attempt: int) -> str:
+    roster = [common_pb2.RosterEntry(peer_id=p, has_vote=True) for p in PEERS]
+    return leader_of(roster, incarnation=1, outer_step=1, attempt=attempt)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\xff"])
+def test_malformed_bytes_of_a_member_are_dropped(data: bytes) -> None:
+    machine = _machine(OTHERS[0])
+    vote = rounds_pb2.Vote(value=data, voter=LEADER, signature=LEADER.encode())
+    machine.handle(rt.Received(LEADER, _message(vote=vote)), now_seconds=0.0)
+    assert machine.phase is rt.RoundPhase.FORM
+
+
+def test_certificate_ends_the_step_from_any_attempt() -> None:
+    machine = _machine(OTHERS[0])
+    contributions = rounds_pb2.Contributions().SerializeToString()
+    value = rounds_pb2.RoundValue(incarnation=1, outer_step=1, previous_state_digest=b"state 0")
+    certificate = rounds_pb2.Certificate(
+        value=value.SerializeToString(),
+        attempt=7,
+        votes=[rounds_pb2.VoteSignature(voter=peer) for peer in PEERS[:2]],
+        contributions=contributions,
+    )
+    message = _message(attempt=7, certificate=certificate)
+    commit = _of(machine.handle(rt.Received(LEADER, message), now_seconds=0.0), rt.Commit)[0]
+    assert commit.holders == PEERS[:2]
+    assert not commit.is_own_included
+    assert machine.handle(rt.Tick(), now_seconds=1.0) == []

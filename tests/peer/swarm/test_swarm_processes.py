@@ -1,0 +1,158 @@
+"""Three real swarm processes on loopback, then two, a newcomer, a restart and a rollback; a stranger all the while."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peer.model.init import initial_vector
+from peer.swarm.exact_update import SyncUpdate
+from peer.swarm.state_transfer import SNAPSHOT_STREAM, STATE_INFO_CALL
+from peer.swarm.transport import PeerCallError, StreamError, Transport
+from protos.muster.v1 import rounds_pb2, state_pb2
+from tests.peer.swarm.swarm_hub import (
+    NUM_VALUES,
+    SEQ_LEN,
+    SPEC,
+    WINDOWS,
+    Daemon,
+    Hub,
+    write_p2p_key,
+)
+
+
+class Expected:
+    """The state that one process computes from the same contributions."""
+
+    def __init__(self) -> None:
+        self.params = initial_vector(SPEC)
+        self.exp_avg = np.zeros(NUM_VALUES, dtype=np.float32)
+        self.exp_avg_sq = np.zeros(NUM_VALUES, dtype=np.float32)
+        self.schedule_tokens = 0
+
+    def apply(self, step: int, parts: dict[str, tuple[np.ndarray, int]]) -> None:
+        tokens = sum(num_tokens for _, num_tokens in parts.values())
+        total = np.zeros(NUM_VALUES, dtype=np.float32)
+        for peer_id in sorted(parts):
+            values, num_tokens = parts[peer_id]
+            total = total + np.float32(num_tokens / tokens) * values
+        SyncUpdate(SPEC).apply(
+            self.params,
+            self.exp_avg,
+            self.exp_avg_sq,
+            total,
+            update_number=step,
+            schedule_tokens=self.schedule_tokens,
+            cooldown_start_tokens=SPEC.budget_tokens,
+            budget_tokens=SPEC.budget_tokens,
+        )
+        self.schedule_tokens += tokens
+
+
+async def _round(
+    hub: Hub, members: list[Daemon], step: int, expected: Expected | None = None
+) -> bytes:
+    """Everybody contributes; returns the digest that all of them reach."""
+    rng = np.random.default_rng(step)
+    parts: dict[str, tuple[np.ndarray, int]] = {}
+    for index, daemon in enumerate(members):
+        values = rng.standard_normal(NUM_VALUES).astype(np.float32)
+        num_windows = WINDOWS + index
+        parts[daemon.peer_id] = (values, num_windows * SEQ_LEN)
+        hub.contribute(daemon, values, num_windows)
+    digest = await hub.wait_state(members, (hub.incarnation, step))
+    for daemon in members:
+        outcome = await hub.wait(
+            lambda d=daemon: (o := d.newest("round_outcome")) and o["outer_step"] == step and o,
+            "outcome",
+        )
+        assert outcome["outcome"] == "COMMITTED", outcome
+    if expected is not None:
+        expected.apply(step, parts)
+        for daemon in members:
+            assert np.array_equal(daemon.vectors.params, expected.params)
+            assert np.array_equal(daemon.vectors.exp_avg_sq, expected.exp_avg_sq)
+    return digest
+
+
+async def _check_stranger(hub: Hub, folder: Path, victim: Daemon) -> None:
+    """Somebody who knows address and prefix gets neither an answer nor a byte."""
+    folder.mkdir()
+    write_p2p_key(folder / "p2p.key")
+    stranger = await Transport.create(
+        home=folder,
+        identity_path=folder / "p2p.key",
+        prefix="swarmtest",
+        host="127.0.0.1",
+        listen_port=0,
+    )
+    try:
+        stranger.set_members({victim.peer_id: victim.p2p_peer_id})
+        stranger.add_addresses(victim.peer_id, victim.addresses)
+        for name, message, answer in (
+            ("round", rounds_pb2.RoundMessage(), rounds_pb2.RoundAck),
+            (STATE_INFO_CALL, state_pb2.StateInfoRequest(), state_pb2.StateInfoResponse),
+        ):
+            with pytest.raises(PeerCallError, match="not a member"):
+                await stranger.call(victim.peer_id, name, message, answer)
+        stream = await stranger.open_stream(victim.peer_id, SNAPSHOT_STREAM)
+        with pytest.raises(StreamError):
+            await stream.send_message(state_pb2.SnapshotRequest(incarnation=1, outer_step=1))
+            await stream.read_message(state_pb2.SnapshotHeader)
+        assert stranger.received_bytes == 0
+    finally:
+        await stranger.close()
+
+
+async def _story(folder: Path) -> None:
+    hub = Hub(folder)
+    hub.begin()
+    first, second, third = members = [hub.add_daemon() for _ in range(3)]
+    await asyncio.gather(*(hub.launch(daemon) for daemon in members))
+    base = await hub.wait_state(members, (0, 0))
+    hub.start_incarnation(members, to_outer_step=0, base=base)
+    hub.tell_all("incarnation", record=hub.record.SerializeToString())
+    await hub.wait_state(members, (1, 0))
+    expected = Expected()
+    for step in (1, 2, 3):
+        await _round(hub, members, step, expected)
+    await _check_stranger(hub, folder / "stranger", first)
+
+    await hub.kill(third)
+    await _round(hub, [first, second], 4)
+
+    newcomer = hub.add_daemon()
+    hub.issue_directive([first, second, third], [newcomer])
+    hub.tell_all("directive", directive=hub.directive.SerializeToString())
+    await _round(hub, [first, second], 5)
+    await hub.launch(newcomer)
+    await hub.wait_state([first, newcomer], (1, 5))
+    await _round(hub, [first, second, newcomer], 6)
+
+    hub.issue_directive([first, second])
+    hub.tell_all("directive", directive=hub.directive.SerializeToString())
+    await _round(hub, [first, second, newcomer], 7)
+    await hub.kill(second)
+    await _round(hub, [first], 8)
+
+    await hub.launch(second)
+    hub.is_coordinator_up = False
+    digest = await hub.wait_state([first, second], (1, 8))
+    await _round(hub, [first, second], 9)
+    hub.is_coordinator_up = True
+
+    hub.start_incarnation(
+        [first, second], to_outer_step=9, base=first.newest("state")["state_digest"]
+    )
+    assert digest != first.newest("state")["state_digest"]
+    hub.tell_all("incarnation", record=hub.record.SerializeToString())
+    await hub.wait_state([first, second], (2, 9))
+    await _round(hub, [first, second], 10)
+    for daemon in (first, second, newcomer):
+        assert await hub.stop(daemon) == 0
+        assert not list((daemon.home / "run").glob("*.sock"))
+
+
+def test_story_of_a_swarm(tmp_path: Path) -> None:
+    asyncio.run(_story(tmp_path))

@@ -1,0 +1,415 @@
+"""The session machine by tables: each case is a timeline of events and what must come of it."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from peer import session_events as ev
+from peer.lease_holdings import GrantedLease, UsedRange
+from peer.session import MAX_DEATHS, Decision, SessionMachine
+from peer.session_events import ChildName
+from peer.session_link import GRACE_SECONDS
+from protos.contract.telemetry import RoundOutcome, RoundPhase, SessionState
+
+WINDOW_TOKENS = 256
+ROUND_TOKENS = 4096
+
+
+class Timeline:
+    """A machine with a clock and everything that it has decided."""
+
+    def __init__(self) -> None:
+        self.machine = SessionMachine()
+        self.now_seconds = 100.0
+        self.actions: list[ev.Action] = []
+        self.last: Decision | None = None
+
+    def feed(self, *events: ev.Event) -> Decision:
+        for event in events:
+            self.last = self.machine.handle(event, now_seconds=self.now_seconds)
+            self.actions += self.last.actions
+        assert self.last is not None
+        return self.last
+
+    def wait(self, seconds: float) -> Decision:
+        self.now_seconds += seconds
+        return self.feed(ev.Tick(jitter_ratio=0.5))
+
+    def take(self, kind: type) -> list:
+        """Actions of one kind since the last look; all others are forgotten too."""
+        found = [action for action in self.actions if isinstance(action, kind)]
+        self.actions = [action for action in self.actions if not isinstance(action, kind)]
+        return found
+
+    @property
+    def state(self) -> SessionState:
+        assert self.last is not None
+        return self.last.state
+
+
+def state_reached(
+    step: int, *, incarnation: int = 1, round_tokens: int = ROUND_TOKENS, is_paused: bool = False
+) -> ev.StateReached:
+    return ev.StateReached(
+        incarnation=incarnation, outer_step=step, round_tokens=round_tokens, is_paused=is_paused
+    )
+
+
+def grant(*numbers: int, incarnation: int = 1, windows: int = 16) -> ev.LeasesGranted:
+    leases = tuple(
+        GrantedLease(
+            lease_number=number, begin_window=0, end_window=windows, tokens_per_window=WINDOW_TOKENS
+        )
+        for number in numbers
+    )
+    return ev.LeasesGranted(
+        incarnation=incarnation, leases=leases, reason="", is_budget_exhausted=False
+    )
+
+
+def nothing(*, is_exhausted: bool = False) -> ev.LeasesGranted:
+    return ev.LeasesGranted(
+        incarnation=1, leases=(), reason="nothing is free", is_budget_exhausted=is_exhausted
+    )
+
+
+def contribution(step: int, ranges: Iterable[tuple[int, int, int]]) -> ev.ContributionReady:
+    return ev.ContributionReady(
+        incarnation=1,
+        outer_step=step,
+        ranges=tuple(
+            UsedRange(lease_number=number, begin_window=begin, end_window=end)
+            for number, begin, end in ranges
+        ),
+    )
+
+
+def ended(outcome: RoundOutcome, step: int) -> ev.RoundEnded:
+    return ev.RoundEnded(outcome=outcome, incarnation=1, outer_step=step, reason="because")
+
+
+JOINED = ev.Joined(heartbeat_interval_seconds=10.0, incarnation=1, has_lost_leases=False)
+IDLE_PHASE = ev.PhaseChanged(phase=RoundPhase.IDLE, reason="between rounds")
+AWAY = ev.CoordinatorReachable(is_reachable=False, reason="connection refused")
+BACK = ev.CoordinatorReachable(is_reachable=True, reason="it answers")
+
+
+@pytest.fixture
+def training() -> Timeline:
+    """A peer in the middle of training with leases 1 and 2 of one round each."""
+    timeline = Timeline()
+    timeline.feed(
+        ev.JoinBegun(reason="joining"),
+        JOINED,
+        ev.ChildReady(child=ChildName.SWARM),
+        ev.DatasetReady(),
+        ev.ChildReady(child=ChildName.TRAINER),
+        state_reached(5),
+        IDLE_PHASE,
+        grant(1, 2),
+        ev.LeaseFetched(lease_number=1),
+        ev.LeaseFetched(lease_number=2),
+    )
+    timeline.actions.clear()
+    return timeline
+
+
+def test_from_idle_to_training() -> None:
+    timeline = Timeline()
+    steps: list[tuple[ev.Event, SessionState]] = [
+        (ev.Tick(jitter_ratio=0.0), SessionState.IDLE),
+        (ev.JoinBegun(reason="joining"), SessionState.JOINING),
+        (JOINED, SessionState.SYNCING),
+        (ev.ChildReady(child=ChildName.SWARM), SessionState.SYNCING),
+        (state_reached(0), SessionState.SYNCING),
+        (IDLE_PHASE, SessionState.SYNCING),
+        (ev.DatasetReady(), SessionState.SYNCING),
+        (ev.ChildReady(child=ChildName.TRAINER), SessionState.TRAINING),
+    ]
+    for event, state in steps:
+        decision = timeline.feed(event)
+        assert (decision.state, decision.reason != "") == (state, True), event
+    assert timeline.take(ev.TellStateReady) == [
+        ev.TellStateReady(incarnation=1, outer_step=0, round_tokens=ROUND_TOKENS)
+    ]
+
+
+def test_asks_for_two_rounds_of_work_once() -> None:
+    timeline = Timeline()
+    timeline.feed(JOINED, ev.ChildReady(child=ChildName.SWARM), state_reached(0))
+    asked = timeline.take(ev.AcquireLeases)
+    assert asked == [ev.AcquireLeases(incarnation=1, wanted_tokens=2 * ROUND_TOKENS, held_tokens=0)]
+    timeline.wait(1.0)
+    assert timeline.take(ev.AcquireLeases) == []
+
+
+def test_a_peer_without_a_round_budget_waits_and_says_so() -> None:
+    timeline = Timeline()
+    timeline.feed(
+        JOINED,
+        ev.ChildReady(child=ChildName.SWARM),
+        ev.DatasetReady(),
+        ev.ChildReady(child=ChildName.TRAINER),
+        state_reached(0, round_tokens=0),
+        IDLE_PHASE,
+    )
+    assert timeline.state is SessionState.WAITING
+    assert timeline.last is not None and "roster" in timeline.last.reason
+    assert timeline.take(ev.AcquireLeases) == [] and timeline.take(ev.TellStateReady) == []
+    timeline.feed(state_reached(1))
+    assert len(timeline.take(ev.TellStateReady)) == 1
+
+
+def test_refills_below_one_and_a_half_rounds(training: Timeline) -> None:
+    assert training.take(ev.AcquireLeases) == []
+    training.feed(contribution(5, [(1, 0, 16)]))
+    assert training.take(ev.AcquireLeases) == [
+        ev.AcquireLeases(incarnation=1, wanted_tokens=ROUND_TOKENS, held_tokens=ROUND_TOKENS)
+    ]
+
+
+def test_backs_off_and_lets_the_trainer_make_do(training: Timeline) -> None:
+    training.feed(contribution(5, [(1, 0, 16), (2, 0, 16)]), nothing())
+    assert len(training.take(ev.AcquireLeases)) == 1
+    assert training.take(ev.TellNoMoreLeases) == [ev.TellNoMoreLeases(is_exhausted=False)]
+    waits = []
+    for _ in range(5):
+        waited_seconds = 0.0
+        while not training.take(ev.AcquireLeases):
+            training.wait(0.5)
+            waited_seconds += 0.5
+        waits.append(waited_seconds)
+        training.feed(nothing())
+    assert waits == [1.0, 2.0, 4.0, 8.0, 8.0]
+    assert training.take(ev.TellNoMoreLeases) == []
+    training.feed(grant(3))
+    training.feed(nothing(is_exhausted=True))
+    assert training.take(ev.TellNoMoreLeases) == []
+    training.feed(ev.LeaseFetched(lease_number=3), ev.LeasesNeeded())
+    assert len(training.take(ev.SendLeases)) == 1
+    assert training.take(ev.TellNoMoreLeases) == [ev.TellNoMoreLeases(is_exhausted=True)]
+
+
+def test_an_outcome_waits_for_its_state(training: Timeline) -> None:
+    training.feed(contribution(5, [(1, 0, 16)]))
+    assert len(training.take(ev.PassContribution)) == 1
+    assert training.state is SessionState.AVERAGING
+    training.feed(ended(RoundOutcome.COMMITTED, 6))
+    assert training.take(ev.TellRoundOutcome) == []
+    training.feed(state_reached(6, round_tokens=8192))
+    assert training.take(ev.TellRoundOutcome) == [
+        ev.TellRoundOutcome(
+            outcome=RoundOutcome.COMMITTED,
+            incarnation=1,
+            outer_step=6,
+            round_tokens=8192,
+            reason="because",
+        )
+    ]
+    assert training.state is SessionState.TRAINING
+
+
+def test_a_state_waits_for_the_outcome_of_the_contribution(training: Timeline) -> None:
+    training.feed(contribution(5, [(1, 0, 16)]), state_reached(6))
+    assert training.take(ev.TellRoundOutcome) == []
+    training.feed(ended(RoundOutcome.COMMITTED, 6))
+    told = training.take(ev.TellRoundOutcome)
+    assert [action.outcome for action in told] == [RoundOutcome.COMMITTED]
+
+
+def test_resync_returns_the_leases_of_the_contribution(training: Timeline) -> None:
+    training.feed(
+        contribution(5, [(1, 0, 16), (2, 0, 4)]), ended(RoundOutcome.RESYNC, 6), state_reached(6)
+    )
+    assert training.take(ev.ReleaseLeases) == [
+        ev.ReleaseLeases(lease_numbers=(1, 2), reason="because")
+    ]
+    told = training.take(ev.TellRoundOutcome)
+    assert [action.outcome for action in told][-1] is RoundOutcome.RESYNC
+    assert told[-1].outer_step == 6
+    training.feed(ev.LeasesReleasedByTrainer(lease_numbers=(1, 2), reason="resync"))
+    assert training.take(ev.ReleaseLeases) == []
+
+
+def test_a_step_without_this_peer_makes_the_trainer_follow(training: Timeline) -> None:
+    training.feed(ended(RoundOutcome.COMMITTED, 6), state_reached(6))
+    told = training.take(ev.TellRoundOutcome)
+    assert [(action.outcome, action.outer_step) for action in told] == [(RoundOutcome.RESYNC, 6)]
+
+
+def test_a_contribution_to_an_older_state_is_not_passed_on(training: Timeline) -> None:
+    training.feed(state_reached(6), contribution(5, [(1, 0, 16)]))
+    assert training.take(ev.PassContribution) == []
+    assert training.take(ev.ReleaseLeases)[0].lease_numbers == (1,)
+    assert training.take(ev.TellRoundOutcome)[-1].outcome is RoundOutcome.RESYNC
+
+
+def test_heartbeats_are_jittered_and_renew_what_is_held(training: Timeline) -> None:
+    training.wait(0.0)
+    beats = training.take(ev.SendHeartbeat)
+    assert [action.lease_numbers for action in beats] == [(1, 2)]
+    answered = ev.HeartbeatAnswered(
+        heartbeat_interval_seconds=10.0, lost_lease_numbers=(), is_run_over=False, run_reason=""
+    )
+    training.feed(answered)
+    training.now_seconds += 7.4
+    training.feed(ev.Tick(jitter_ratio=0.0))
+    assert training.take(ev.SendHeartbeat) == []
+    training.now_seconds += 5.2
+    training.feed(ev.Tick(jitter_ratio=0.0))
+    assert len(training.take(ev.SendHeartbeat)) == 1
+
+
+def test_lost_leases_are_told_and_forgotten(training: Timeline) -> None:
+    training.feed(
+        ev.HeartbeatAnswered(
+            heartbeat_interval_seconds=10.0,
+            lost_lease_numbers=(2, 99),
+            is_run_over=False,
+            run_reason="",
+        )
+    )
+    assert training.take(ev.TellLostLeases) == [ev.TellLostLeases(lease_numbers=(2,))]
+    assert training.machine.leases.renewed_numbers == (1,)
+
+
+def test_trains_on_without_the_coordinator_for_the_grace(training: Timeline) -> None:
+    training.feed(AWAY, AWAY)
+    assert training.take(ev.TellSwarmCoordinator) == [ev.TellSwarmCoordinator(is_reachable=False)]
+    training.feed(contribution(5, [(1, 0, 16), (2, 0, 16)]), ended(RoundOutcome.COMMITTED, 6))
+    training.feed(state_reached(6), ev.TrainerIdle(is_idle=True))
+    assert training.take(ev.AcquireLeases) == []
+    assert training.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=True)]
+    decision = training.wait(1.0)
+    assert decision.state is SessionState.WAITING
+    assert "WAITING_FOR_COORDINATOR" in decision.reason
+    training.wait(GRACE_SECONDS)
+    assert training.take(ev.TellPause) == [ev.TellPause(is_paused=True)]
+    training.feed(BACK)
+    assert training.take(ev.TellPause) == [ev.TellPause(is_paused=False)]
+    assert len(training.take(ev.AcquireLeases)) == 1
+
+
+def test_a_paused_run_pauses_the_trainer(training: Timeline) -> None:
+    decision = training.feed(state_reached(6, is_paused=True))
+    assert training.take(ev.TellPause) == [ev.TellPause(is_paused=True)]
+    assert (decision.state, "paused" in decision.reason) == (SessionState.WAITING, True)
+    training.feed(state_reached(7))
+    assert training.take(ev.TellPause) == [ev.TellPause(is_paused=False)]
+
+
+def test_another_incarnation_drops_leases_and_resyncs(training: Timeline) -> None:
+    training.feed(contribution(5, [(1, 0, 16)]), state_reached(4, incarnation=2))
+    assert training.take(ev.TellLostLeases) == [ev.TellLostLeases(lease_numbers=(1, 2))]
+    assert training.take(ev.ReleaseLeases) == []
+    told = training.take(ev.TellRoundOutcome)
+    assert [(a.outcome, a.incarnation, a.outer_step) for a in told] == [(RoundOutcome.RESYNC, 2, 4)]
+    training.take(ev.AcquireLeases)
+    training.feed(grant(7, incarnation=1))
+    assert training.machine.leases.renewed_numbers == ()
+    assert [action.incarnation for action in training.take(ev.AcquireLeases)] == [2]
+
+
+def test_a_dead_trainer_is_replaced_and_its_leases_return(training: Timeline) -> None:
+    training.feed(ev.TrainingProgressed(contribution_tokens=WINDOW_TOKENS))
+    training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="killed"))
+    assert training.take(ev.ReleaseLeases) == [
+        ev.ReleaseLeases(lease_numbers=(1,), reason="killed")
+    ]
+    assert training.take(ev.Respawn) == [ev.Respawn(child=ChildName.TRAINER, reason="killed")]
+    assert training.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=True)]
+    assert training.state is SessionState.SYNCING
+    training.feed(ev.ChildReady(child=ChildName.TRAINER))
+    sent = training.take(ev.SendLeases)
+    assert [part.lease_number for action in sent for part in action.parts] == [2]
+    assert len(training.take(ev.TellStateReady)) == 1
+    assert training.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=False)]
+
+
+def test_a_dead_trainer_does_not_take_its_contribution_along(training: Timeline) -> None:
+    training.feed(contribution(5, [(1, 0, 16)]))
+    training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="killed"))
+    released = training.take(ev.ReleaseLeases)
+    assert [action.lease_numbers for action in released] == [(2,)]
+    training.feed(ended(RoundOutcome.COMMITTED, 6), state_reached(6))
+    training.feed(ev.CertificatesAcknowledged(outer_step=6))
+    assert training.machine.leases.renewed_numbers == ()
+
+
+def test_a_dead_swarm_process_ends_the_round_for_the_trainer(training: Timeline) -> None:
+    training.feed(contribution(5, [(1, 0, 16)]))
+    training.feed(ev.ChildDied(child=ChildName.SWARM, reason="killed"))
+    assert training.take(ev.ReleaseLeases)[0].lease_numbers == (1,)
+    assert len(training.take(ev.Respawn)) == 1
+    training.feed(ev.ChildReady(child=ChildName.SWARM), state_reached(5), IDLE_PHASE)
+    told = training.take(ev.TellRoundOutcome)
+    assert [action.outcome for action in told] == [RoundOutcome.RESYNC]
+
+
+def test_a_child_that_keeps_dying_ends_the_session(training: Timeline) -> None:
+    for _ in range(MAX_DEATHS):
+        training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="out of memory"))
+    assert len(training.take(ev.Respawn)) == MAX_DEATHS
+    decision = training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="out of memory"))
+    drains = training.take(ev.BeginDrain)
+    assert (decision.state, [action.exit_code for action in drains]) == (SessionState.DRAINING, [7])
+    assert "out of memory" in drains[0].reason
+
+
+def test_deaths_far_apart_are_forgiven(training: Timeline) -> None:
+    for _ in range(3 * MAX_DEATHS):
+        training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="killed"))
+        training.wait(300.0)
+    assert training.take(ev.BeginDrain) == []
+
+
+def test_a_refused_session_joins_again_without_its_leases(training: Timeline) -> None:
+    training.feed(ev.SessionRefused(reason="ended"), ev.SessionRefused(reason="ended"))
+    assert len(training.take(ev.Rejoin)) == 1
+    training.wait(30.0)
+    assert training.take(ev.SendHeartbeat) == []
+    training.feed(ev.Joined(heartbeat_interval_seconds=10, incarnation=1, has_lost_leases=True))
+    assert training.take(ev.TellLostLeases) == [ev.TellLostLeases(lease_numbers=(1, 2))]
+    training.wait(0.0)
+    assert len(training.take(ev.SendHeartbeat)) == 1
+
+
+def test_duties_wait_for_their_step_and_are_done_once(training: Timeline) -> None:
+    offer = ev.DutyOffered(duty_id="d1", fence=1, kind=ev.DutyKind.EVALUATE, min_outer_step=6)
+    training.feed(offer, offer)
+    assert training.take(ev.PerformDuty) == []
+    decision = training.feed(state_reached(6))
+    assert len(training.take(ev.PerformDuty)) == 1
+    assert decision.state is SessionState.ON_DUTY
+    training.feed(ev.DutyEnded(duty_id="d1", fence=1), offer)
+    assert training.take(ev.PerformDuty) == []
+    training.feed(
+        ev.DutyOffered(duty_id="d1", fence=2, kind=ev.DutyKind.EVALUATE, min_outer_step=6)
+    )
+    assert len(training.take(ev.PerformDuty)) == 1
+
+
+def test_the_end_of_the_run_drains_with_exit_code_0(training: Timeline) -> None:
+    training.feed(
+        ev.HeartbeatAnswered(
+            heartbeat_interval_seconds=10.0,
+            lost_lease_numbers=(),
+            is_run_over=True,
+            run_reason="run FINISHED: all credited",
+        )
+    )
+    assert training.take(ev.BeginDrain) == [
+        ev.BeginDrain(reason="run FINISHED: all credited", exit_code=0)
+    ]
+    training.wait(60.0)
+    assert training.actions == []
+    decision = training.feed(ev.Left(reason="run FINISHED"))
+    assert decision.state is SessionState.LEFT
+    assert training.feed(state_reached(9)).state is SessionState.LEFT
+
+
+def test_a_chunk_that_cannot_be_had_returns_its_lease(training: Timeline) -> None:
+    training.feed(ev.LeaseUnusable(lease_number=2, reason="digest differs"))
+    assert training.take(ev.ReleaseLeases) == [
+        ev.ReleaseLeases(lease_numbers=(2,), reason="digest differs")
+    ]

@@ -1,0 +1,201 @@
+"""The trainer over a real socket pair and real shared memory: rounds, drops, duties, stops."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peer.ipc import ChannelClosed
+from protos.contract.errors import RunFailedError
+from tests.peer.train.harness import FakeDaemon, trainer_process, trainer_thread, windows_of
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def drain(daemon: FakeDaemon) -> None:
+    """Read until the trainer has closed its end."""
+    with pytest.raises(ChannelClosed):
+        while True:
+            daemon.seen.append(daemon.channel.receive())
+
+
+def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
+    with trainer_process(tmp_path) as daemon:
+        daemon.send("configure", **daemon.configuration)
+        ready = daemon.expect("ready")
+        assert ready["num_threads"] == 1 and ready["device"].startswith("cpu")
+        daemon.announce(round_windows=8)
+        assert daemon.expect("need_leases")["wanted_tokens"] == 2 * 8 * 12
+        daemon.give(daemon.lease(1, 0, 10), daemon.lease(2, 10, 40))
+        losses_nats = []
+        for outer_step in range(3):
+            contribution = daemon.expect("contribution_ready")
+            assert contribution["outer_step"] == outer_step
+            assert contribution["num_tokens"] == 8 * 12
+            expected = daemon.mean_gradient(contribution)
+            assert relative_error(daemon.vectors.contribution, expected) < 0.05  # perhaps bf16
+            losses_nats.append(contribution["loss_nats"])
+            daemon.commit()
+            if outer_step == 1:
+                daemon.send(
+                    "evaluate",
+                    duty_id="d1",
+                    eval_tokens=0,
+                    heldout_paths=[str(daemon.chunk_path)],
+                )
+            daemon.end_round("COMMITTED", round_windows=8)
+        assert losses_nats[2] < losses_nats[0]
+        daemon.expect("contribution_ready")
+        evaluation = next(m for m in daemon.seen if m["kind"] == "evaluation")
+        assert evaluation["duty_id"] == "d1" and evaluation["outer_step"] in (1, 2)
+        assert evaluation["num_tokens"] == 40 * 12 and evaluation["num_bytes"] > 480
+        assert 0 < evaluation["total_nats"] / evaluation["num_tokens"] < 6
+        progress = next(m for m in daemon.seen if m["kind"] == "progress")
+        assert progress["tokens_per_second"] > 0 and progress["trained_tokens"] > 0
+        begin_seconds = time.monotonic()
+        daemon.send("stop")
+        assert daemon.process is not None and daemon.process.wait(10) == 0
+        assert time.monotonic() - begin_seconds < 3
+        drain(daemon)
+        # Lease 2 is partly in a contribution that may still be committed: the round decides.
+        assert not [m for m in daemon.seen if m["kind"] == "released"]
+
+
+def test_contribution_is_the_mean_gradient_over_its_ranges(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path, micro_batch_sequences=3) as daemon:
+        daemon.announce(round_windows=7)
+        daemon.give(daemon.lease(1, 0, 5), daemon.lease(2, 20, 30))
+        contribution = daemon.expect("contribution_ready")
+        assert windows_of(contribution) == [(0, 5), (20, 22)]
+        expected = daemon.mean_gradient(contribution)
+        assert relative_error(daemon.vectors.contribution, expected) < 1e-5
+
+
+def test_resync_drops_the_work_and_returns_begun_leases_only(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=4)
+        daemon.give(daemon.lease(1, 0, 2), daemon.lease(2, 2, 6), daemon.lease(3, 6, 12))
+        daemon.expect("contribution_ready")
+        daemon.write_state(0, 5, daemon.vectors.params * 0.9)
+        daemon.end_round("RESYNC", round_windows=4, reason="another step won")
+        released = daemon.expect("released")
+        assert released["lease_numbers"] == [1, 2] and "another step won" in released["reason"]
+        contribution = daemon.expect("contribution_ready")
+        assert contribution["outer_step"] == 5 and windows_of(contribution) == [(6, 10)]
+        expected = daemon.mean_gradient(contribution)
+        assert relative_error(daemon.vectors.contribution, expected) < 1e-5
+
+
+def test_a_committed_round_keeps_the_rest_of_a_lease(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=4)
+        daemon.give(daemon.lease(1, 0, 8))
+        assert windows_of(daemon.expect("contribution_ready")) == [(0, 4)]
+        daemon.commit()
+        daemon.end_round("COMMITTED", round_windows=3)
+        assert windows_of(daemon.expect("contribution_ready")) == [(4, 7)]
+
+
+def test_news_of_the_same_state_changes_only_the_budget(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=6)
+        daemon.give(daemon.lease(1, 0, 2))
+        daemon.expect("progress")
+        daemon.end_round("RESYNC", round_windows=3, reason="new directive")
+        daemon.give(daemon.lease(2, 2, 8))
+        contribution = daemon.expect("contribution_ready")
+        assert windows_of(contribution) == [(0, 2), (2, 3)]
+        assert not [m for m in daemon.seen if m["kind"] == "released"]
+
+
+def test_out_of_leases_contributes_what_there_is_and_then_idles(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=10)
+        daemon.give(daemon.lease(1, 0, 3))
+        daemon.send("no_more_leases", is_exhausted=False)
+        assert daemon.expect("contribution_ready")["num_tokens"] == 3 * 12
+        daemon.commit()
+        daemon.end_round("COMMITTED", round_windows=10)
+        assert daemon.expect("idle")["is_idle"] is True
+        daemon.commit()
+        daemon.end_round("COMMITTED", round_windows=10)
+        daemon.give(daemon.lease(2, 3, 20))
+        assert daemon.expect("idle")["is_idle"] is False
+        assert daemon.expect("contribution_ready")["outer_step"] == 2
+
+
+def test_a_new_incarnation_begins_leases_anew(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=4)
+        daemon.give(daemon.lease(5, 0, 2), daemon.lease(6, 2, 3))
+        daemon.expect("progress")
+        daemon.give(daemon.lease(1, 10, 20, incarnation=1))
+        daemon.write_state(1, 0, daemon.vectors.params)
+        daemon.announce(round_windows=4)
+        contribution = daemon.expect("contribution_ready")
+        assert contribution["incarnation"] == 1 and windows_of(contribution) == [(10, 14)]
+
+
+def test_lost_leases_are_not_trained(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.send("pause", is_paused=True)
+        daemon.announce(round_windows=4)
+        daemon.give(daemon.lease(1, 0, 10), daemon.lease(2, 10, 20))
+        daemon.send("lost_leases", lease_numbers=[1])
+        daemon.send("pause", is_paused=False)
+        assert windows_of(daemon.expect("contribution_ready")) == [(10, 14)]
+
+
+def test_a_damaged_chunk_costs_its_lease_only(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=4)
+        bad = daemon.lease(1, 0, 10) | {"path": str(tmp_path / "missing")}
+        daemon.give(bad, daemon.lease(2, 10, 20))
+        assert daemon.expect("released")["lease_numbers"] == [1]
+        assert windows_of(daemon.expect("contribution_ready")) == [(10, 14)]
+
+
+def test_gradients_that_stay_non_finite_end_the_trainer(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        params = daemon.vectors.params.copy()
+        params[:100] = np.nan
+        daemon.write_state(0, 0, params)
+        daemon.announce(round_windows=4)
+        daemon.give(*(daemon.lease(number, 2 * number, 2 * number + 4) for number in range(1, 8)))
+        drain(daemon)
+        released = [m["lease_numbers"] for m in daemon.seen if m["kind"] == "released"]
+        assert released == [[1], [2], [3], [4], [5]]
+        assert not daemon.vectors.contribution.any()
+        error = daemon.end_reasons[0]
+        assert isinstance(error, RunFailedError) and "5 in a row" in str(error)
+
+
+def test_stop_releases_what_is_not_in_a_round(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=20)
+        daemon.give(daemon.lease(1, 0, 2), daemon.lease(2, 2, 4))
+        daemon.expect("progress")
+        daemon.send("stop")
+        assert daemon.expect("released")["lease_numbers"] in ([1, 2], [2])
+        drain(daemon)
+        assert daemon.end_reasons == ["asked to stop"]
+
+
+def test_the_loop_ends_when_the_daemon_is_gone(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=4)
+        daemon.expect("ready")
+    assert daemon.end_reasons == ["the daemon is gone"]
+
+
+def test_an_evaluation_that_cannot_be_done_says_why(tmp_path: Path) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=4)
+        daemon.send(
+            "evaluate", duty_id="d2", eval_tokens=0, heldout_paths=[str(tmp_path / "nothing")]
+        )
+        evaluation = daemon.expect("evaluation")
+        assert evaluation["num_tokens"] == 0 and "nothing" in evaluation["reason"]
