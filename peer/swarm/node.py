@@ -306,11 +306,9 @@ class SwarmNode:
                 self._next_settle_seconds = 0.0
 
     def _update_members(self) -> None:
-        """Whom the transport answers: rosters of the newest directive and of the one in force."""
+        """Whom the transport answers: rosters of the newest directive, the one in force, the one before."""
         replica = self._replica
-        directives = [replica.newest_directive()]
-        if replica.directive is not None:
-            directives.append(replica.directive)
+        directives = [replica.newest_directive(), *replica.recent_directives]
         p2p_by_peer: dict[str, str] = {}
         for signed in directives:
             for entry in common_pb2.Directive.FromString(signed.payload).roster:
@@ -450,6 +448,7 @@ class SwarmNode:
         self._target_step = max(self._target_step, value.outer_step)
         if commit.next_directive is not None:
             self._replica.learn_directive(commit.next_directive)
+        await shell.finish_reduction()
         is_applied = await self._catch_up.apply_certificate(commit.certificate, commit.holders)
         has_work = own is not None and len(own.contribution.ranges) > 0
         seconds = dict(shell.seconds_by_phase)

@@ -6,7 +6,7 @@ of a certified step, a whole state loaded after its digest was checked, and a ne
 """
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,6 +82,8 @@ class Replica:
         self.certificate_by_step: OrderedDict[int, rounds_pb2.Certificate] = OrderedDict()
         self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
         self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
+        self.recent_directives: deque[common_pb2.Signed] = deque(maxlen=2)
+        """In force now, and before: whoever made the last step may still fetch its bytes."""
         self._base_meta: StateMeta | None = None
         self._base_digest = b""
         self._attestations: list[common_pb2.Signed] = []
@@ -262,6 +264,8 @@ class Replica:
             self.meta, self.directive, self._piece_digests = meta, directive, pieces
             self.state_digest = state_digest_of_pieces(meta, pieces)
         self.learn_directive(directive)
+        if not self.recent_directives or self.recent_directives[0] != directive:
+            self.recent_directives.appendleft(directive)
         attestation = common_pb2.Attestation(
             run_id=self.run_id,
             incarnation=meta.incarnation,

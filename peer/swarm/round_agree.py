@@ -7,7 +7,6 @@ from typing import Protocol
 
 from peer.swarm.round_core import RoundCore
 from peer.swarm.round_types import (
-    AbortReduce,
     Behind,
     Commit,
     FetchBytes,
@@ -146,8 +145,6 @@ class AgreeSide:
 
     def _commit(self, certificate: rounds_pb2.Certificate) -> None:
         core = self._core
-        if self._host.is_reducing:
-            core.emit(AbortReduce(core.attempt, "the step is decided"))
         value = rounds_pb2.RoundValue.FromString(certificate.value)
         contributions = rounds_pb2.Contributions.FromString(certificate.contributions)
         own = core.own

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 ROUND_CALL = "round"
 TICK_SECONDS = 0.1
 _CALL_SECONDS = 4.0
+_FINISH_SECONDS = 3.0
 
 Place = tuple[int, int]
 Post = Callable[[Place, rt.Event], None]
@@ -133,6 +134,11 @@ class RoundShell:
         self.machine = None
         self._own = None
         self._abort_reduction("the step has ended")
+
+    async def finish_reduction(self) -> None:
+        """The step is decided while we still average: a moment of patience saves fetching the bytes."""
+        if self._reduction is not None:
+            await asyncio.wait({self._reduction}, timeout=_FINISH_SECONDS)
 
     async def close(self) -> None:
         """Cancel everything that runs."""

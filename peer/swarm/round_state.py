@@ -155,6 +155,7 @@ class RoundMachine:
             return
         if self._first_due_seconds == _NEVER and (self._has_own_work() or self._leader.has_work()):
             self._first_due_seconds = now
+            self._next_resend_seconds = now
         is_resend = now >= self._next_resend_seconds
         if is_resend:
             self._next_resend_seconds = now + core.timing.resend_seconds

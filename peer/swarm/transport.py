@@ -7,6 +7,7 @@ p2pd's unix sockets lie in a private folder that is emptied at start, and it end
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -181,8 +182,11 @@ class Transport:
         return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
 
     async def close(self) -> None:
-        """Stop p2pd and remove its sockets."""
+        """Stop p2pd and remove its sockets, with their folder."""
+        folder = Path(self.p2p.daemon_listen_maddr["unix"]).parent
         await self.p2p.shutdown()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
     # Members ----------------------------------------------------------------------------------
 

@@ -127,13 +127,13 @@ class TrainLoop:
         max_windows = min(self.micro_batch_sequences, self.strategy.left_tokens() // self._seq_len)
         if max_windows < 1 or self.state.is_paused or self.state.is_stopping:
             return None
-        try:
-            return self.feed.next_micro_batch(max_windows=max_windows)
-        except LeaseUnreadableError as error:
-            _LOGGER.warning("%s", error)
-            self.feed.drop([error.lease_number])
-            self.reports.released([error.lease_number], error.found)
-            return None
+        while True:
+            try:
+                return self.feed.next_micro_batch(max_windows=max_windows)
+            except LeaseUnreadableError as error:
+                _LOGGER.warning("%s", error)
+                self.feed.drop([error.lease_number])
+                self.reports.released([error.lease_number], error.found)
 
     def _train(self, batch: MicroBatch) -> None:
         begin_seconds = self._clock()

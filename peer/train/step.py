@@ -29,7 +29,7 @@ _TARGET_SECONDS = 0.5
 _MAX_SEQUENCES_BY_DEVICE = {"cpu": 8, "cuda": 64}
 _MAX_MEMORY_RATIO = 0.25
 _SLOW_SECONDS = 2.0
-_CLOCK: Callable[[], float] = time.perf_counter
+_MIN_SECONDS = 1e-6
 
 
 class Precision(StrEnum):
@@ -110,22 +110,31 @@ def sequence_bytes(spec: ModelSpec, *, is_cpu: bool) -> int:
 
 
 def probe_plan(step: MicroStep) -> StepPlan:
-    """Measure both precisions on single sequences and choose; leaves the step set to the choice."""
+    """Measure both precisions on single sequences and choose; leaves the step set to the choice.
+
+    On CPU one thread's own CPU time is measured, which does not depend on what else is running.
+    """
     spec = step.model.spec
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(spec.vocab_size, (1, spec.seq_len), generator=generator).numpy()
+    num_threads = torch.get_num_threads()
+    is_cpu = step.device.type == "cpu"
+    if is_cpu:
+        torch.set_num_threads(1)
     seconds_by_precision: dict[Precision, float] = {}
     for precision in (Precision.BF16, Precision.FP32):
         step.precision = precision
-        seconds_by_precision[precision] = _measure_seconds(step, tokens_BT)
+        clock = time.thread_time if is_cpu else time.perf_counter
+        seconds_by_precision[precision] = _measure_seconds(step, tokens_BT, clock=clock)
+    torch.set_num_threads(num_threads)
     bf16_seconds = seconds_by_precision[Precision.BF16]
     fp32_seconds = seconds_by_precision[Precision.FP32]
     is_bf16 = fp32_seconds > _MIN_SPEEDUP_RATIO * bf16_seconds
     step.precision = Precision.BF16 if is_bf16 else Precision.FP32
-    seconds = seconds_by_precision[step.precision]
-    by_time = max(1, int(_TARGET_SECONDS / seconds))
+    seconds = max(seconds_by_precision[step.precision], _MIN_SECONDS)
+    by_time = max(1, int(_TARGET_SECONDS * (num_threads if is_cpu else 1) / seconds))
     budget_bytes = _MAX_MEMORY_RATIO * available_memory_bytes(step.device)
-    by_memory = max(1, int(budget_bytes / sequence_bytes(spec, is_cpu=step.device.type == "cpu")))
+    by_memory = max(1, int(budget_bytes / sequence_bytes(spec, is_cpu=is_cpu)))
     sequences = min(by_time, by_memory, _MAX_SEQUENCES_BY_DEVICE.get(step.device.type, 8))
     reason = (
         f"one sequence of {spec.seq_len} tokens takes {1000 * fp32_seconds:.0f} ms in fp32 and "
@@ -136,13 +145,15 @@ def probe_plan(step: MicroStep) -> StepPlan:
     return StepPlan(precision=step.precision, micro_batch_sequences=sequences, reason=reason)
 
 
-def _measure_seconds(step: MicroStep, tokens_BT: Int64Array) -> float:
+def _measure_seconds(
+    step: MicroStep, tokens_BT: Int64Array, *, clock: Callable[[], float]
+) -> float:
     """Best of two runs after one to warm up; only the first if that is slow already."""
     best_seconds = float("inf")
     for index in range(3):
-        begin = _CLOCK()
+        begin = clock()
         step.run(tokens_BT, tokens_BT)
-        seconds = _CLOCK() - begin
+        seconds = clock() - begin
         if index > 0 or seconds > _SLOW_SECONDS:
             best_seconds = min(best_seconds, seconds)
         if seconds > _SLOW_SECONDS:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tests.peer.swarm.round_simulation import Simulation, Weakness, World, bad_world
 
+NUM_SEEDS = 1000
+
 CRASHY = World(
     num_members=2,
     loss_ratio=0.3,
@@ -25,14 +27,14 @@ CRASHY = World(
 FORGETFUL_FOUR = World(
     num_members=4,
     loss_ratio=0.5,
-    delay_seconds=0.05,
-    late_ratio=0.2,
-    late_factor=30.0,
+    delay_seconds=0.1,
+    late_ratio=0.4,
+    late_factor=60.0,
     crash_after_promise_ratio=0.9,
     restart_seconds=0.3,
     bad_seconds=20.0,
     due_seconds=0.5,
-    cut_ratio=0.3,
+    cut_ratio=0.6,
 )
 CUT_IN_TWO = World(
     num_members=2,
@@ -74,14 +76,16 @@ def test_good_world_needs_one_attempt(num_members: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weakness", "world", "num_seeds"),
+    ("weakness", "world"),
     [
-        (Weakness.VOTE_NOT_DURABLE, CRASHY, 200),
-        (Weakness.PROMISE_NOT_DURABLE, FORGETFUL_FOUR, 200),
-        (Weakness.COORDINATOR_SIGNS_EARLY, CUT_IN_TWO, 200),
+        (Weakness.VOTE_NOT_DURABLE, CRASHY),
+        (Weakness.PROMISE_NOT_DURABLE, FORGETFUL_FOUR),
+        (Weakness.COORDINATOR_SIGNS_EARLY, CUT_IN_TWO),
     ],
 )
-def test_every_rule_is_needed(weakness: Weakness, world: World, num_seeds: int) -> None:
-    violated = [seed for seed in range(num_seeds) if len(_play(seed, world, weakness).values) > 1]
-    assert violated, f"{weakness.name} was expected to break agreement within {num_seeds} seeds"
-    assert all(len(_play(seed, world).values) == 1 for seed in violated)
+def test_every_rule_is_needed(weakness: Weakness, world: World) -> None:
+    seeds = range(NUM_SEEDS)
+    violated = next((s for s in seeds if len(_play(s, world, weakness).values) > 1), None)
+    assert violated is not None, f"{weakness.name} breaks agreement within {NUM_SEEDS} seeds"
+    for seed in range(max(0, violated - 100), violated + 100):
+        assert len(_play(seed, world).values) == 1, "with the rule in place it holds"
