@@ -19,6 +19,9 @@ def reference(
     """Train one process in the order of the data and evaluate it."""
     from dataclasses import asdict, replace
 
+    from peer.config import quiet_libraries
+
+    quiet_libraries()
     import torch
 
     from peer.cli.checkpoints import load_spec

@@ -280,6 +280,8 @@ class SwarmNode:
         if self._replica.learn_directive(signed) is not None:
             self._update_members()
             await self._shell.handle(rt.DirectiveKnown(signed))
+            if self._reporter.has_state:
+                self._tell_state()  # a pause acts by the newest directive, at receipt
 
     def _on_record(self, signed: common_pb2.Signed) -> None:
         record = self._replica.open_record(signed)
@@ -417,6 +419,9 @@ class SwarmNode:
     def _after_state(self) -> None:
         self._done_ratio = 0.0
         self._update_members()
+        self._tell_state()
+
+    def _tell_state(self) -> None:
         is_newest = self._replica.position[1] >= self._target_step
         self._reporter.state(may_train=is_newest and self._begin_directive() is not None)
 

@@ -96,6 +96,7 @@ class Swarm:
     peers: dict[str, Process] = field(default_factory=dict)
     join_string: str = ""
     seen_pids: set[int] = field(default_factory=set)
+    seen_updates: dict[str, set[Any]] = field(default_factory=dict)
 
     @property
     def data_dir(self) -> Path:

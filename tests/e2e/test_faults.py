@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.harness import ROOT, Swarm, is_alive, running_swarm, wait_until
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("e2e")]
 
 
 @pytest.fixture(scope="module")
@@ -145,22 +145,54 @@ def test_stopped_past_its_lease_then_continued(swarm: Swarm, corpus: Path) -> No
     check_books(swarm, swarm.wait_for_end(150))
 
 
-@pytest.mark.parametrize("sent_signal", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_leave_once(swarm: Swarm, corpus: Path, sent_signal: signal.Signals) -> None:
-    """One signal: leases returned, left within 5 s, exit code 0, the others go on."""
-    start(swarm, corpus, num_peers=2, budget_tokens=60_000)
-    leaving = swarm.peers["peer-0"]
-    pids = leaving.tree()
-    asked = time.monotonic()
-    leaving.kill(sent_signal)
-    leaving.popen.wait(timeout=10)
-    assert time.monotonic() - asked <= 5.5
-    assert leaving.popen.returncode == 0, leaving.tail()
-    wait_until(
-        lambda: not any(map(is_alive, pids)), what="nothing is left of it", deadline_seconds=5
-    )
+def test_asked_to_leave(swarm: Swarm, corpus: Path) -> None:
+    """One signal: leases returned, left within 5 s, exit code 0; the last peer ends the run alone."""
+    start(swarm, corpus, num_peers=3, budget_tokens=60_000)
+    for name, sent_signal in (("peer-0", signal.SIGTERM), ("peer-1", signal.SIGINT)):
+        leaving = swarm.peers[name]
+        pids = leaving.tree()
+        asked = time.monotonic()
+        leaving.kill(sent_signal)
+        leaving.popen.wait(timeout=10)
+        assert time.monotonic() - asked <= 5.5
+        assert leaving.popen.returncode == 0, leaving.tail()
+        wait_until(
+            lambda pids=pids: not any(map(is_alive, pids)),
+            what="nothing is left of it",
+            deadline_seconds=5,
+        )
     check_books(swarm, swarm.wait_for_end(120))
     check_no_tracebacks(swarm)
+
+
+def test_operator_pauses_resumes_and_evicts(swarm: Swarm, corpus: Path) -> None:
+    """Paused: no step; resumed: steps again; evicted: out for good, and the others go on."""
+    start(swarm, corpus, num_peers=2, budget_tokens=60_000)
+    data_dir = ("--data-dir", str(swarm.data_dir))
+    swarm.run_cli("run", "pause", *data_dir)
+    swarm.wait(
+        lambda: all(swarm.peer_status(name).get("state") == "WAITING" for name in swarm.peers),
+        "peers wait",
+        15,
+    )
+    assert swarm.status()["state"] == "PAUSED"
+    step = swarm.peer_status("peer-0")["outer_step"]
+    swarm.wait(lambda: _has_lived_on(swarm, "peer-0", 3), "the peer lives on, paused", 10)
+    assert swarm.peer_status("peer-0")["outer_step"] == step
+    swarm.run_cli("run", "resume", *data_dir)
+    swarm.wait_for_step(step + 3, 30)
+    swarm.run_cli("run", "evict", _peer_id(swarm, "peer-1"), *data_dir)
+    evicted = swarm.peers["peer-1"]
+    swarm.wait(lambda: evicted.popen.poll() is not None, "the evicted peer ends", 30)
+    assert evicted.popen.returncode == 3, evicted.tail()
+    check_books(swarm, swarm.wait_for_end(120))
+
+
+def _has_lived_on(swarm: Swarm, name: str, number: int) -> bool:
+    """True once the peer has written its status so many times since the first call."""
+    seen = swarm.seen_updates.setdefault(name, set())
+    seen.add(swarm.peer_status(name).get("update_unix_seconds"))
+    return len(seen) > number
 
 
 def _peer_id(swarm: Swarm, name: str) -> str:
