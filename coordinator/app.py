@@ -35,6 +35,7 @@ from coordinator.operations.requests_admin import ListRunsRequest
 from coordinator.operations.writer import Operation, Writer
 from coordinator.rendezvous import Rendezvous
 from coordinator.store.sqlite import SqliteStore
+from coordinator.store.sqlite_table import full_disk_is_fatal
 from coordinator.ticker import Ticker
 from coordinator.web.samples import RunSampler
 from coordinator.web.server import WebServer, build_app
@@ -83,7 +84,8 @@ class Coordinator:
         (MachineError mostly).
         """
         try:
-            await self._start()
+            with full_disk_is_fatal():
+                await self._start()
         except BaseException:
             await self._exit_stack.aclose()
             raise

@@ -11,6 +11,7 @@ import difflib
 import importlib.metadata
 import math
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from protos.contract.errors import ErrorCode, MachineError, UsageError
 ENVIRONMENT_PREFIX = "MUSTER_COORDINATOR_"
 CONFIG_FILE_VARIABLE = "MUSTER_COORDINATOR_CONFIG"
 """Names a TOML file when no --config is given."""
+_MULTIADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/[0-9]+(/[^/\s]+)*/p2p/\w+")
+"""Of another process: where it is and, after /p2p/, who it must be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,13 @@ class CoordinatorConfig:
             value = getattr(self, field.name)
             if field.type is float and not (math.isfinite(value) and value > 0):
                 raise _refused(field.name, value, "a positive number")
+        for address in self.rendezvous:
+            if not _MULTIADDRESS.fullmatch(address):
+                raise _refused(
+                    "rendezvous",
+                    address,
+                    "multiaddresses such as /ip4/192.0.2.7/tcp/7702/p2p/Qm...",
+                )
         for name in ("num_evaluations", "num_kept_checkpoints", "max_peers", "max_concurrent_rpcs"):
             if getattr(self, name) < 1:
                 raise _refused(name, getattr(self, name), "at least 1")
@@ -164,9 +174,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{path} is not TOML: {error}", allowed="key = value lines", remedy="correct it"
+            f"{path} is not TOML: {error}",
+            allowed="key = value lines in UTF-8",
+            remedy="correct it",
         ) from error
     except OSError as error:
         raise MachineError(

@@ -18,6 +18,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from coordinator.ports import require_free
 from protos.contract.errors import ErrorCode, MachineError
 
 _LOGGER = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Rendezvous:
                 "that runs elsewhere",
                 code=ErrorCode.DEPENDENCY_MISSING,
             )
+        require_free(self._host, self._port, what="the rendezvous", flag="--rendezvous-port")
         await self._launch()
         self._keeper = asyncio.create_task(self._keep_alive(), name="rendezvous keeper")
 

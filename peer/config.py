@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from protos.contract.errors import MachineError, UsageError
+from protos.contract.errors import ErrorCode, MachineError, UsageError
 from protos.contract.ids import is_valid_name
 
 ENVIRONMENT_PREFIX = "MUSTER_PEER_"
@@ -198,17 +198,29 @@ def _type_name(field_name: str) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, *, may_be_missing: bool = False) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if may_be_missing:
+            return {}
+        raise _unreadable(path, error) from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(
             f"{path} is not TOML: {error}", allowed="key = value lines", remedy="correct that line"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise MachineError(
-            f"cannot read {path}: {error}", allowed="a readable UTF-8 file", remedy="check --config"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> MachineError:
+    why = (error.strerror if isinstance(error, OSError) else None) or error
+    return MachineError(
+        f"cannot read {path}: {why}",
+        allowed="a UTF-8 file that this user may read",
+        remedy="check --config, --home and their permissions",
+        code=ErrorCode.PERMISSION_DENIED,
+    )
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -240,7 +252,7 @@ def load_config(
     if config_path is None:
         home = from_flags.get("home") or from_environment.get("home") or default_home()
         config_path = home / "peer.toml"
-        from_file = _read_file(config_path) if config_path.exists() else {}
+        from_file = _read_file(config_path, may_be_missing=True)
     else:
         from_file = _read_file(config_path)
     parsed_file = _parse_source(from_file, source=str(config_path))

@@ -17,10 +17,13 @@ from peer import session_events as ev
 from peer.lease_holdings import LeaseHoldings
 from peer.session_link import CoordinatorLink
 from peer.session_state import OpenDuty, Position, SessionFacts, derive_state
+from protos.contract.errors import MachineError, UsageError
 from protos.contract.telemetry import RoundOutcome, RoundPhase, SessionState
 
 MAX_DEATHS = 3
 """Deaths of one child within DEATH_WINDOW_SECONDS that are answered by starting it again."""
+HOPELESS_EXIT_CODES = (UsageError.exit_code, MachineError.exit_code)
+"""A child that ends with one of them before it was ever ready would do so again."""
 DEATH_WINDOW_SECONDS = 600.0
 
 
@@ -132,6 +135,7 @@ class SessionMachine:
             self._set_trainer_pause()
 
     def _on_child_ready(self, child: ev.ChildName) -> None:
+        self._facts.proven_children.add(child)
         if child is ev.ChildName.SWARM:
             self._facts.is_swarm_ready = True
             self._do(ev.TellSwarmCoordinator(is_reachable=self._link.is_reachable))
@@ -162,6 +166,9 @@ class SessionMachine:
                 self._tell_swarm_idle(True)
             if facts.duty is not None and facts.duty.event.kind is ev.DutyKind.EVALUATE:
                 facts.duty.is_begun = False
+        if event.exit_code in HOPELESS_EXIT_CODES and event.child not in facts.proven_children:
+            self._begin_drain(event.reason, exit_code=event.exit_code)
+            return
         deaths = facts.deaths_by_child.setdefault(event.child, [])
         deaths[:] = [at for at in deaths if self._now_seconds - at < DEATH_WINDOW_SECONDS]
         deaths.append(self._now_seconds)

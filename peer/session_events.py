@@ -70,6 +70,8 @@ class ChildDied:
 
     child: ChildName
     reason: str
+    exit_code: int | None = None
+    """Of the error that it named, if it named one (protos/contract/errors.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

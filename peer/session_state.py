@@ -62,6 +62,8 @@ class SessionFacts:
     drain_reason: str | None = None
     left_reason: str | None = None
     deaths_by_child: dict[ChildName, list[float]] = field(default_factory=dict)
+    proven_children: set[ChildName] = field(default_factory=set)
+    """Those that were ready at least once, so that this machine can run them."""
 
 
 def derive_state(

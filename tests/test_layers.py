@@ -34,6 +34,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cli",),
     ),
     "coordinator": (
+        ("ports",),
         ("config", "metrics", "identity", "rendezvous"),
         ("domain", "scaling", "store"),
         ("corpus", "study"),

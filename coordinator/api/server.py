@@ -25,6 +25,7 @@ from coordinator.metrics import CoordinatorMetrics
 from coordinator.operations.membership import find_session
 from coordinator.operations.requests import FindSessionRequest, FindSessionResponse
 from coordinator.operations.writer import Writer
+from coordinator.ports import require_free
 from protos.contract.channel import server_credentials, server_options
 from protos.contract.errors import ErrorCode, MachineError
 from protos.muster.v1 import (
@@ -112,6 +113,7 @@ def _limiter(calls_per_second: float, burst_factor: float) -> RateLimiter:
 
 
 def _bind(server: grpc.aio.Server, config: CoordinatorConfig, identity: Identity) -> int:
+    require_free(config.host, config.port, what="the coordinator", flag="--port")
     address = join_address(config.host, config.port)
     credentials = server_credentials(identity.cert_pem, identity.key_pem)
     try:

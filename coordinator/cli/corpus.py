@@ -24,7 +24,9 @@ def build(
     sources: Annotated[
         list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, or stdlib:.")
     ],
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the dataset.")],
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Directory of the dataset.", readable=False)
+    ],
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", help="Entries of the tokenizer.")
     ] = None,

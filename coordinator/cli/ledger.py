@@ -40,6 +40,7 @@ def ledger(
         print_json(books)
         return
     by_peer = books.pop("credited_tokens_by_peer")
+    books["state_digests_equal"] = "yes" if books["state_digests_equal"] else "NO"
     for name, value in books.items():
         typer.echo(f"{name:28}  {value:,}" if isinstance(value, int) else f"{name:28}  {value}")
     print_table(

@@ -15,7 +15,10 @@ DEFAULT_DATA_DIR = Path("muster-data")
 DataDir = Annotated[
     Path,
     typer.Option(
-        "--data-dir", help="The coordinator's directory.", envvar="MUSTER_COORDINATOR_DATA_DIR"
+        "--data-dir",
+        help="The coordinator's directory.",
+        envvar="MUSTER_COORDINATOR_DATA_DIR",
+        readable=False,  # left to us: what cannot be read has its own message and exit code
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]

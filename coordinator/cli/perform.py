@@ -15,7 +15,8 @@ from coordinator.identity import load_identity, load_running, load_signing_key
 from coordinator.operations.common import OperationContext
 from coordinator.operations.plain import plain_from_response
 from coordinator.operations.writer import Writer
-from coordinator.store.sqlite import STORE_FILE_NAME, SqliteStore
+from coordinator.store.sqlite import SqliteStore, has_store
+from coordinator.store.sqlite_table import full_disk_is_fatal
 from protos.contract.errors import ErrorCode, MachineError, UnavailableError, UsageError
 
 
@@ -37,7 +38,8 @@ def perform(data_dir: Path, operation: str, request: Any, *, may_create: bool = 
         context = OperationContext(signing_key=identity.signing_key, data_dir=data_dir)
         writer = Writer(store, context=context, clock=time.time).start()
         try:
-            response = writer.submit_and_wait(ADMIN_FUNCTIONS[operation], request)
+            with full_disk_is_fatal():
+                response = writer.submit_and_wait(ADMIN_FUNCTIONS[operation], request)
         finally:
             writer.stop()
         return plain_from_response(response)
@@ -68,7 +70,7 @@ def look(data_dir: Path, operation: Any, request: Any) -> Any:
 
 def require_store(data_dir: Path) -> None:
     """Raise UsageError unless a coordinator has worked here."""
-    if not (data_dir / STORE_FILE_NAME).exists():
+    if not has_store(data_dir):
         raise UsageError(
             f"{data_dir.absolute()} is not a coordinator's data directory",
             allowed="the --data-dir that `serve`, `up` or `run create` used",

@@ -23,9 +23,11 @@ _DEFAULT_REASON = "asked by the operator"
 @app.command("create")
 def create(
     dataset_dir: Annotated[
-        Path, typer.Option("--dataset", help="Directory that `corpus build` wrote.")
+        Path, typer.Option("--dataset", help="Directory that `corpus build` wrote.", readable=False)
     ],
-    spec_path: Annotated[Path | None, typer.Option("--spec", help="RunSpec as TOML.")] = None,
+    spec_path: Annotated[
+        Path | None, typer.Option("--spec", help="RunSpec as TOML.", readable=False)
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option("--model", help="PRESET or key=value[,key=value]; may be repeated."),
@@ -54,10 +56,11 @@ def create(
     """Create a run over a dataset."""
     from coordinator.cli.perform import perform
     from coordinator.cli.spec_options import build_spec
-    from coordinator.corpus.build import check_corpus_fits, load_manifest
+    from coordinator.corpus.build import check_corpus_fits, verify_dataset
+    from coordinator.identity import write_whole
     from coordinator.operations.requests_admin import CreateRunRequest
 
-    manifest = load_manifest(dataset_dir)
+    manifest = verify_dataset(dataset_dir)
     spec = build_spec(
         manifest,
         spec_path=spec_path,
@@ -76,7 +79,10 @@ def create(
         manifest=manifest.to_bytes(),
         min_peers=min_peers,
     )
-    _show(perform(data_dir, "create_run", request, may_create=True), is_json=is_json)
+    made = perform(data_dir, "create_run", request, may_create=True)
+    spec_name = f"run_spec-{made['run_id']}.json"  # `muster-peer eval` and others look for it
+    write_whole(data_dir / spec_name, spec.to_wire(), mode=0o644)
+    _show(made, is_json=is_json)
 
 
 @app.command("list")

@@ -18,11 +18,14 @@ def serve(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            "--data-dir", help="Everything that must survive.", show_default="muster-data"
+            "--data-dir",
+            help="Everything that must survive.",
+            show_default="muster-data",
+            readable=False,
         ),
     ] = None,
     config_path: Annotated[
-        Path | None, typer.Option("--config", help="TOML file with these settings.")
+        Path | None, typer.Option("--config", help="TOML file with these settings.", readable=False)
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Interface for peers.")] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port for peers; 0: any.")] = None,

@@ -12,11 +12,11 @@ from coordinator.corpus.build import (
     BuildStage,
     build_corpus,
     check_corpus_fits,
-    load_manifest,
+    verify_dataset,
 )
 from coordinator.operations.admin import create_run
 from coordinator.operations.requests_admin import CreateRunRequest
-from coordinator.store.sqlite import SqliteStore
+from coordinator.store.sqlite import SqliteStore, has_store
 from protos.contract.chunk_format import MANIFEST_FILE, Manifest
 from protos.contract.errors import UsageError
 from protos.contract.run_spec import RunSpec, ScheduleSpec, StrategySpec, floor_to_windows
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_CORPUS = ("stdlib:",)
 DEFAULT_BUDGET_TOKENS = 1_200_000
 """Reaches about 1.8 bits per byte on the embedded corpus in less than two minutes of two cores."""
-EVAL_TOKENS = 65_536
+EVAL_TOKENS = 16_384
 """Held-out tokens of an evaluation during the run; the final one takes all."""
 MIN_OUTER_STEPS = 24
 """A smaller budget gets a smaller batch, so that even a short run makes some updates."""
@@ -79,7 +79,7 @@ def clear_data_dir(data_dir: Path) -> None:
     """Remove the run in a data directory that nobody uses. Raises MachineError if it is in use, UsageError if it is none."""
     if not data_dir.exists():
         return
-    if any(data_dir.iterdir()) and not (data_dir / STORE_FILE).exists():
+    if not has_store(data_dir) and any(data_dir.iterdir()):
         raise UsageError(
             f"--fresh: {data_dir} is no data directory of Muster (no {STORE_FILE} in it)",
             allowed="a directory that `up` or `serve` made, or an empty one",
@@ -96,7 +96,7 @@ def clear_data_dir(data_dir: Path) -> None:
 
 def choose_run(data_dir: Path, given_flags: Sequence[str]) -> RunChoice:
     """Look at the newest run in the data directory. Raises UsageError for a finished run or flags that cannot apply."""
-    if not (data_dir / STORE_FILE).exists():
+    if not has_store(data_dir):
         return RunChoice(run_id="", dataset_dir="", reason="a new data directory")
     store = SqliteStore.open(data_dir)
     try:
@@ -137,7 +137,7 @@ def prepare_run(
     """Build or find the dataset and make the spec. Raises what build_corpus and build_spec raise."""
     if choice.run_id:
         dataset_dir = (data_dir / choice.dataset_dir).absolute()
-        load_manifest(dataset_dir)
+        verify_dataset(dataset_dir)
         return PreparedRun(
             dataset_dir=dataset_dir,
             relative_dataset_dir=choice.dataset_dir,

@@ -41,7 +41,7 @@ from coordinator.corpus.tokenizer import (
 from protos.contract import chunk_format
 from protos.contract.chunk_format import ChunkEntry, Manifest
 from protos.contract.digest import canonical_json
-from protos.contract.errors import CorruptDataError, UsageError
+from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
 
 PIPELINE_VERSION = 1
 """Rises when the same texts would give another dataset."""
@@ -152,10 +152,19 @@ def build_corpus(
 def load_manifest(dataset_dir: Path) -> Manifest:
     """Manifest of a finished build.
 
-    Raises UsageError when there is none, CorruptDataError when it is damaged.
+    Raises UsageError when there is none, MachineError when this user may not read it,
+    CorruptDataError when it is damaged.
     """
+    path = dataset_dir / chunk_format.MANIFEST_FILE
     try:
-        data = (dataset_dir / chunk_format.MANIFEST_FILE).read_bytes()
+        data = path.read_bytes()
+    except PermissionError as error:
+        raise MachineError(
+            f"cannot read {path}: {error.strerror}",
+            allowed="a dataset that this user may read",
+            remedy="correct its owner and mode, or run as the user that owns it",
+            code=ErrorCode.PERMISSION_DENIED,
+        ) from error
     except OSError as error:
         raise UsageError(
             f"{dataset_dir} holds no finished corpus: {error.strerror or error}",
@@ -198,9 +207,18 @@ def load_tokenizer_json(dataset_dir: Path, manifest: Manifest) -> bytes:
 def verify_dataset(dataset_dir: Path) -> Manifest:
     """Check every file of a finished build against the manifest.
 
-    Raises CorruptDataError for the first that differs.
+    Raises CorruptDataError for the first that differs; the manifest itself is compared with
+    build.json, where that was copied along.
     """
     manifest = load_manifest(dataset_dir)
+    has_report = (dataset_dir / REPORT_FILE).is_file()
+    built_id = load_report(dataset_dir).dataset_id if has_report else manifest.dataset_id
+    if manifest.dataset_id != built_id:
+        raise CorruptDataError(
+            f"{dataset_dir / chunk_format.MANIFEST_FILE} has digest {manifest.dataset_id[:16]}...",
+            allowed=f"{built_id[:16]}..., as {REPORT_FILE} says",
+            remedy="build the corpus again; a dataset is never edited by hand",
+        )
     load_tokenizer_json(dataset_dir, manifest)
     load_chunks(dataset_dir, manifest, is_heldout=False)
     load_chunks(dataset_dir, manifest, is_heldout=True)
@@ -347,10 +365,9 @@ def _finished_build(out_dir: Path, build_key: str) -> Manifest | None:
         report = load_report(out_dir)
         if report.build_key != build_key:
             return None
-        manifest = verify_dataset(out_dir)
+        return verify_dataset(out_dir)
     except CorruptDataError:
         return None
-    return manifest if manifest.dataset_id == report.dataset_id else None
 
 
 def _check_parameters(*, chunk_bytes: int | None, heldout_ratio: float) -> None:

@@ -316,12 +316,16 @@ def _link_reason(path: Path, root: Path) -> SkipReason:
     return SkipReason.SYMLINK_INSIDE if target.is_relative_to(root) else SkipReason.SYMLINK_OUTSIDE
 
 
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def _existing_path(location: str) -> Path:
     try:
         path = Path(location).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"source {_printable(location)!r} cannot be opened: {error}",
+            f"source {_printable(location)!r} cannot be opened: {_reason(error)}",
             allowed=f"{STDLIB}, a text file or a folder",
             remedy="check the path",
         ) from error

@@ -4,6 +4,7 @@ process.
 The lock dies with the process, so a SIGKILL leaves nothing to clean up.
 """
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -11,10 +12,18 @@ from pathlib import Path
 from protos.contract.errors import ErrorCode, MachineError
 
 LOCK_FILE_NAME = "lock"
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def machine_error_from_os_error(error: OSError, *, doing: str) -> MachineError:
     """What to tell a person whose disk or permissions are in the way."""
+    if error.errno in DISK_FULL_ERRNOS:
+        return MachineError(
+            f"no space left while {doing}",
+            allowed="a directory with free space",
+            remedy="free space or name another --data-dir",
+            code=ErrorCode.DISK_FULL,
+        )
     if isinstance(error, PermissionError):
         return MachineError(
             f"no permission while {doing}: {error.filename or error}",
@@ -23,10 +32,10 @@ def machine_error_from_os_error(error: OSError, *, doing: str) -> MachineError:
             code=ErrorCode.PERMISSION_DENIED,
         )
     return MachineError(
-        f"failed while {doing}: {error}",
-        allowed="a writable directory with free space",
-        remedy="free space or name another --data-dir",
-        code=ErrorCode.DISK_FULL,
+        f"failed while {doing}: {error.strerror or error}",
+        allowed="a directory that this user may make and write",
+        remedy="name another --data-dir",
+        code=ErrorCode.PERMISSION_DENIED,
     )
 
 

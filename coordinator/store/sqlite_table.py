@@ -5,12 +5,19 @@ the conformance suite compares them with the schema. Booleans are stored as 0 an
 """
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any, Generic, NoReturn, TypeVar
 
-from protos.contract.errors import CorruptDataError, ErrorCode, UnavailableError, UsageError
+from protos.contract.errors import (
+    CorruptDataError,
+    ErrorCode,
+    MachineError,
+    UnavailableError,
+    UsageError,
+)
 
 _FULL_WORDS = ("full", "no space")
 
@@ -25,6 +32,13 @@ def raise_store_error(error: sqlite3.Error) -> NoReturn:
             remedy="free disk space under the data directory; writes resume by themselves",
             code=ErrorCode.DISK_FULL,
         ) from error
+    if "readonly" in text:
+        raise MachineError(
+            f"the store cannot be written: {text}",
+            allowed="a data directory and a store that this user may write",
+            remedy="run as the user that owns --data-dir, or correct its modes",
+            code=ErrorCode.STORE_UNAVAILABLE,
+        ) from error
     if isinstance(error, sqlite3.DatabaseError) and (
         "malformed" in text or "not a database" in text
     ):
@@ -38,6 +52,24 @@ def raise_store_error(error: sqlite3.Error) -> NoReturn:
         remedy="try again; if it stays, see the coordinator's log",
         code=ErrorCode.STORE_UNAVAILABLE,
     ) from error
+
+
+@contextmanager
+def full_disk_is_fatal() -> Iterator[None]:
+    """For starts and single commands, which wait for nobody to free space: a full disk is this
+    machine's error (MachineError), not a reason to try again.
+    """
+    try:
+        yield
+    except UnavailableError as error:
+        if error.code is not ErrorCode.DISK_FULL:
+            raise
+        raise MachineError(
+            error.found,
+            allowed="free space under the data directory",
+            remedy="free some, or name a --data-dir on another disk; what was stored is kept",
+            code=ErrorCode.DISK_FULL,
+        ) from error
 
 
 def run_sql(connection: sqlite3.Connection, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:

@@ -8,7 +8,6 @@ look at the store may block.
 
 import json
 import logging
-import socket
 import threading
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.metrics import CONTENT_TYPE, CoordinatorMetrics
 from coordinator.operations.plain import plain_from_response
+from coordinator.ports import listen
 from coordinator.web.status_cache import StatusCache
-from protos.contract.errors import ErrorCode, MachineError, MusterError
+from protos.contract.errors import ErrorCode, MusterError
 
 _LOGGER = logging.getLogger(__name__)
 _STATIC_DIR = Path(__file__).parent / "static"
@@ -162,7 +162,7 @@ class WebServer:
 
     def start(self) -> None:
         """Open the socket and start the thread. Raises MachineError (PORT_IN_USE)."""
-        listener = _listen(self._host, self._port)
+        listener = listen(self._host, self._port, what="the page", flag="--http-port")
         host, port = listener.getsockname()[:2]
         shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
             host, f"[{host}]" if ":" in host else host
@@ -195,24 +195,6 @@ class WebServer:
         self._thread.join(_STOP_DEADLINE_SECONDS)
         if self._thread.is_alive():
             _LOGGER.warning("the web thread did not end within %.0f s", _STOP_DEADLINE_SECONDS)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise MachineError(
-            f"the page cannot listen on {host}:{port}: {error.strerror}",
-            allowed="a free port on an interface of this machine",
-            remedy="pass --http-port PORT (0 lets the system choose) or stop what holds the port",
-            code=ErrorCode.PORT_IN_USE,
-        ) from error
-    return listener
 
 
 def _json(response: object) -> Response:

@@ -133,7 +133,7 @@ class SimulatedPeer:
         challenge = await self._channel.unary_unary(
             "/muster.v1.Membership/Challenge",
             response_deserializer=membership_pb2.ChallengeResponse.FromString,
-        )(b"", timeout=_DEADLINE_SECONDS)
+        )(b"", timeout=_DEADLINE_SECONDS, wait_for_ready=True)
         public = p2p_public_key(self._rsa_key)
         payload = join_payload(challenge.nonce, run_id=self.run_id, p2p_public_key=public)
         p2p_payload = p2p_join_payload(challenge.nonce, public_key=self.key.public_key)

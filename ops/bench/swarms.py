@@ -38,7 +38,9 @@ class BenchSwarm(Swarm):
             **_QUIET_SETTINGS,
         )
         self.wait(
-            lambda: info.exists() and self.read("/healthz") is not None, "the coordinator serves", 60
+            lambda: info.exists() and self.read("/healthz") is not None,
+            "the coordinator serves",
+            60,
         )
 
     def create_default_run(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from peer.cli.ports import require_free_port
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CLOCK_REFUSE_SECONDS, CLOCK_WARN_SECONDS, CoordinatorClient
 from peer.daemon.membership import load_membership, package_version
@@ -161,17 +162,14 @@ def check_port(config: PeerConfig) -> Check:
     if holder_of_lock(config.home) is not None:
         return Check(name="port", is_ok=True, found="not tried: the running peer holds it")
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
-    except OSError as error:
+        require_free_port(host, port)
+    except MachineError as error:
         return Check(
             name="port",
             is_ok=False,
-            found=f"cannot listen on {host}:{port}: {error.strerror}",
-            allowed="a free port that this user may open",
-            remedy="choose another with --listen-port, or 0 for any",
+            found=error.found,
+            allowed=error.allowed,
+            remedy=error.remedy,
         )
     return Check(
         name="port",

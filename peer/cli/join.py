@@ -87,6 +87,7 @@ def join(
 def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
     import asyncio
 
+    from peer.cli.ports import require_free_port
     from peer.daemon.daemon import Daemon
     from peer.home import Home
     from peer.identity import load_identity
@@ -97,6 +98,7 @@ def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
         for done in home.clean_leftovers():
             say(f"leftover of a dead peer: {done}")
         chosen = choose_join_string(text, config.home)
+        require_free_port(config.listen_host, config.listen_port)
         identity = load_identity(config.home)
 
         async def run() -> int:

@@ -39,11 +39,11 @@ def generate(
     is_json: AsJson = False,
 ) -> None:
     """Go on from a prompt."""
+    _set_up_torch(threads)
     from peer.cli.checkpoints import open_checkpoint
     from peer.eval.generate import Sampling, generate_tokens
 
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
-    _set_threads(threads)
     tokenizer = _load_tokenizer(opened)
     prompt_tokens = [opened.eos_token_id, *tokenizer.encode(prompt).ids]
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -77,12 +77,12 @@ def evaluate(
     """Loss and bits per byte on a text file, or on the held-out chunks of --dataset."""
     import tempfile
 
+    _set_up_torch(threads)
     from peer.cli.checkpoints import open_checkpoint
     from peer.eval.evaluate import evaluate as run_evaluation
     from peer.eval.evaluate import token_byte_lengths
 
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
-    _set_threads(threads)
     with tempfile.TemporaryDirectory(prefix="muster-eval-") as folder:
         paths = (
             _heldout_paths(opened, dataset)
@@ -144,9 +144,16 @@ def export(
     say(f"exported step {opened.provenance['outer_step']} to {out}")
 
 
-def _set_threads(threads: int) -> None:
+def _set_up_torch(threads: int) -> None:
+    """Before anything else that imports torch."""
+    from peer.config import quiet_libraries
+
+    quiet_libraries()
     import torch
 
+    from peer.parallel.devices import keep_freed_memory
+
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
 

@@ -16,10 +16,12 @@ HomeDir = Annotated[
     typer.Option(
         "--home",
         help="The peer's directory: identity, cache, logs. [default: ~/.local/share/muster]",
+        readable=False,  # left to us: what cannot be read has its own message and exit code
     ),
 ]
 ConfigPath = Annotated[
-    Path | None, typer.Option("--config", help="TOML file. [default: peer.toml in the home]")
+    Path | None,
+    typer.Option("--config", help="TOML file. [default: peer.toml in the home]", readable=False),
 ]
 
 

@@ -38,7 +38,7 @@ class Children:
         *,
         tasks: BackgroundTasks,
         on_message: Callable[[ChildName, Message], None],
-        on_death: Callable[[ChildName, str], None],
+        on_death: Callable[[ChildName, str, int | None], None],
     ) -> None:
         self._supervisor = supervisor
         self._vectors = vectors
@@ -46,7 +46,7 @@ class Children:
         self._on_message = on_message
         self._on_death = on_death
         self._child_by_name: dict[ChildName, Child] = {}
-        self._failure_by_name: dict[ChildName, str] = {}
+        self._failure_by_name: dict[ChildName, tuple[str, int | None]] = {}
         self._is_configured: dict[ChildName, bool] = {}
 
     async def start(self, name: ChildName) -> None:
@@ -81,9 +81,9 @@ class Children:
         with contextlib.suppress(ChannelClosed):
             child.channel.send(kind, **fields)
 
-    def note_failure(self, name: ChildName, reason: str) -> None:
-        """What a child said before it ended."""
-        self._failure_by_name[name] = reason
+    def note_failure(self, name: ChildName, reason: str, exit_code: int | None) -> None:
+        """What a child said before it ended, with the code of an error that has one."""
+        self._failure_by_name[name] = (reason, exit_code)
 
     async def stop(self, name: ChildName, *, grace_seconds: float, **fields: Any) -> None:
         """Ask a child to end and see that it does."""
@@ -112,12 +112,12 @@ class Children:
         await child.channel.close()
         if child.is_expected_to_end:
             return
-        said = self._failure_by_name.get(name, "")
+        said, exit_code = self._failure_by_name.get(name, ("", None))
         reason = f"the {name} process {child.describe_end()}" + (f": {said}" if said else "")
         _LOGGER.warning(
             "%s=%s %s; last output:\n%s", LogField.PROCESS, name, reason, child.last_lines()
         )
-        self._on_death(name, reason)
+        self._on_death(name, reason, exit_code)
 
 
 def swarm_settings(

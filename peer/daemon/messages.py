@@ -37,7 +37,7 @@ class MessageDesk:
         duties: Duties,
         send: Send,
         start_task: Callable[[Message], None],
-        note_failure: Callable[[ChildName, str], None],
+        note_failure: Callable[[ChildName, str, int | None], None],
     ) -> None:
         """`start_task` serves messages that need a call to the coordinator."""
         self._core = core
@@ -54,7 +54,7 @@ class MessageDesk:
     def take(self, child: ChildName, message: Message) -> None:
         """Take in one message."""
         if message["kind"] == "failed":
-            self._note_failure(child, message["reason"])
+            self._note_failure(child, message["reason"], message.get("exit_code"))
         elif child is ChildName.SWARM:
             self._take_from_swarm(message)
         else:

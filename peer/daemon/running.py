@@ -361,10 +361,10 @@ class RunningSession:
     def _take_message(self, child: ChildName, message: Message) -> None:
         self._desk.take(child, message)
 
-    def _on_death(self, child: ChildName, reason: str) -> None:
+    def _on_death(self, child: ChildName, reason: str, exit_code: int | None) -> None:
         if child is ChildName.TRAINER:
             self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
-        self._core.feed(ev.ChildDied(child=child, reason=reason))
+        self._core.feed(ev.ChildDied(child=child, reason=reason, exit_code=exit_code))
 
     def _keep_membership(self, membership: Membership) -> None:
         old, new = self._membership.response, membership.response

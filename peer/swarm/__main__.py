@@ -40,7 +40,7 @@ async def _run(arguments: argparse.Namespace) -> int:
         pass
     except MusterError as error:
         try:
-            channel.send("failed", reason=str(error))
+            channel.send("failed", reason=str(error), exit_code=error.exit_code)
         except ChannelClosed:
             logger.warning("%s", error)
         return error.exit_code

@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
         reason = run_trainer(link, SharedVectors(options.vectors_fd, options.num_values))
         _LOGGER.info("trainer ends: %s", reason)
     except MusterError as error:
-        link.send("failed", reason=str(error), is_out_of_memory=False)
+        link.send("failed", reason=str(error), is_out_of_memory=False, exit_code=error.exit_code)
         exit_code = error.exit_code
     except (RuntimeError, MemoryError, OSError, ValueError, AssertionError) as error:
         _LOGGER.exception("trainer failed")

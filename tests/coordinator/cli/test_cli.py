@@ -17,6 +17,7 @@ import pytest
 
 from coordinator.cli.main import main
 from protos.contract.channel import JoinString
+from protos.contract.run_spec import RunSpec
 from tests.coordinator.loopback import tiny_spec, write_dataset
 
 MAX_HELP_CPU_SECONDS = 0.5
@@ -82,6 +83,8 @@ def test_a_run_by_hand_without_a_server(tmp_path: Path) -> None:
         "--budget-tokens", "125", "--set", "optimizer.peak_lr=0.002", *where,
     )  # fmt: skip
     assert (made["run_id"], made["budget_tokens"]) == ("one", 120)
+    kept_spec = RunSpec.from_wire((data_dir / "run_spec-one.json").read_bytes())
+    assert kept_spec.run_digest == made["run_digest"]
     assert [run["run_id"] for run in ask("run", "list", *where)["runs"]] == ["one"]
     assert run_here("token", "create", *where).returncode == 2, "its address is not known yet"
     token = ask(

@@ -76,6 +76,34 @@ class StoreConformance:
             assert (tx.meta("name"), tx.meta("other")) == ("", "kept")
             assert tx.runs() == [RUN]
 
+    def test_rows_read_often_follow_savepoints_and_rollbacks(self, store: Store) -> None:
+        """A store may keep these in memory; it must not show what was undone."""
+        busy, done = replace(BOOK, active_tokens=8), replace(BOOK, credited_tokens=8)
+        with store.write() as tx:
+            fill(tx)
+            tx.put_peer(PEER)
+            tx.insert_leases([LEASE])
+            assert tx.newest_lease_number("r", 1, "a") == 1
+            tx.update_book(busy)
+            with pytest.raises(KeyError), tx.savepoint():
+                tx.update_book(done)
+                tx.update_run(replace(RUN, state="STOPPED"))
+                tx.put_peer(replace(PEER, state="LEFT"))
+                tx.insert_leases([replace(LEASE, lease_number=2)])
+                assert tx.newest_lease_number("r", 1, "a") == 2
+                raise KeyError
+            assert (tx.book("r"), tx.run("r"), tx.peer("r", "a")) == (busy, RUN, PEER)
+            assert tx.newest_lease_number("r", 1, "a") == 1
+        with pytest.raises(KeyError), store.write() as tx:
+            tx.update_book(done)
+            tx.put_peer(replace(PEER, state="LEFT"))
+            tx.set_meta("name", "value")
+            raise KeyError
+        with store.write() as tx:
+            assert (tx.book("r"), tx.peer("r", "a"), tx.meta("name")) == (busy, PEER, "")
+        with store.read() as tx:
+            assert tx.book("r") == busy
+
     def test_numbers_beyond_64_bits_are_refused(self, store: Store) -> None:
         with store.write() as tx:
             fill(tx)
