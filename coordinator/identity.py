@@ -133,6 +133,14 @@ def load_running(data_dir: Path) -> RunningCoordinator:
         ) from error
 
 
+def is_served(data_dir: Path) -> bool:
+    """True if the process that said it serves this data directory is alive."""
+    try:
+        return Path(f"/proc/{load_running(data_dir).pid}").exists()
+    except UnavailableError:
+        return False
+
+
 def write_whole(path: Path, data: bytes, *, mode: int) -> None:
     """Replace a file so that a reader or a crash sees the old or the new contents, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

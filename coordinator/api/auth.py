@@ -81,6 +81,10 @@ class Authenticator:
         check_auth(session.session_key, metadata, method=method, now_unix_seconds=now_unix_seconds)
         return Caller(peer_id=peer_id, run_id=session.run_id)
 
+    def knows(self, peer_id: str) -> bool:
+        """True if a call in this name is answered without looking for an unknown session."""
+        return peer_id == ADMIN_PEER or peer_id in self._kept_by_peer
+
     def forget(self, peer_id: str) -> None:
         """Read this peer's session anew at its next call."""
         self._kept_by_peer.pop(peer_id, None)
@@ -92,6 +96,7 @@ class Authenticator:
     async def _session(self, peer_id: str, now_unix_seconds: float) -> FindSessionResponse:
         kept = self._kept_by_peer.get(peer_id)
         if kept is None or kept.forget_unix_seconds <= now_unix_seconds:
+            self.forget(peer_id)
             session = await asyncio.to_thread(self._find_session, peer_id)
             kept = _KeptSession(session, now_unix_seconds + SESSION_MEMORY_SECONDS)
             self._kept_by_peer[peer_id] = kept

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.api.calls import Calls, caller
-from coordinator.api.files import read_parts
+from coordinator.api.files import VerifiedFiles, read_parts
 from coordinator.operations.common import OperationContext, load_run, load_run_data
 from coordinator.store.base import Transaction
 from protos.contract.chunk_format import (
@@ -33,6 +33,15 @@ class FindFileRequest:
     chunk_index: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundFile:
+    """Where it lies and what it must be."""
+
+    path: Path
+    digest: str
+    """Hex SHA-256."""
+
+
 def find_file(
     tx: Transaction,
     request: FindFileRequest,
@@ -40,19 +49,22 @@ def find_file(
     *,
     context: OperationContext,
     now_unix_seconds: float,
-) -> Path:
-    """Path of the file if the peer may have it. Raises RefusedError (NOT_LEASED), UsageError. Only
+) -> FoundFile:
+    """Path and digest of the file if the peer may have it. Raises RefusedError (NOT_LEASED), UsageError. Only
     reads.
     """
     dataset_dir = context.data_dir / load_run(tx, request.run_id).dataset_dir
     manifest = load_run_data(tx, context, request.run_id).manifest
     if request.file == corpus_pb2.DATASET_FILE_MANIFEST:
-        return dataset_dir / MANIFEST_FILE
+        return FoundFile(path=dataset_dir / MANIFEST_FILE, digest=manifest.dataset_id)
     if request.file == corpus_pb2.DATASET_FILE_TOKENIZER:
-        return dataset_dir / TOKENIZER_FILE
+        return FoundFile(path=dataset_dir / TOKENIZER_FILE, digest=manifest.tokenizer_digest)
     if request.file == corpus_pb2.DATASET_FILE_HELDOUT_CHUNK:
         _check_index(request.chunk_index, len(manifest.heldout_chunks))
-        return dataset_dir / heldout_chunk_path(request.chunk_index)
+        heldout_path = dataset_dir / heldout_chunk_path(request.chunk_index)
+        return FoundFile(
+            path=heldout_path, digest=manifest.heldout_chunks[request.chunk_index].digest
+        )
     if request.file != corpus_pb2.DATASET_FILE_TRAINING_CHUNK:
         raise UsageError(
             f"file {request.file}", allowed="those of corpus.proto", remedy="upgrade the client"
@@ -66,7 +78,10 @@ def find_file(
             remedy="acquire leases first",
             code=ErrorCode.NOT_LEASED,
         )
-    return dataset_dir / training_chunk_path(request.chunk_index)
+    training_path = dataset_dir / training_chunk_path(request.chunk_index)
+    return FoundFile(
+        path=training_path, digest=manifest.training_chunks[request.chunk_index].digest
+    )
 
 
 class CorpusServicer(corpus_pb2_grpc.CorpusServicer):
@@ -74,6 +89,7 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServicer):
 
     def __init__(self, *, calls: Calls, observe_sent: Callable[[str, int], None]) -> None:
         self._calls = calls
+        self._files = VerifiedFiles()
         self._observe_sent = observe_sent
 
     async def FetchFile(
@@ -86,10 +102,11 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServicer):
             file=request.file,
             chunk_index=request.chunk_index,
         )
-        path = await self._calls.read(find_file, wanted)
+        found = await self._calls.read(find_file, wanted)
+        await self._files.require(found.path, digest=found.digest)
         kind = corpus_pb2.DatasetFile.Name(request.file).removeprefix("DATASET_FILE_").lower()
         is_first = True
-        async for part, total_bytes in read_parts(path):
+        async for part, total_bytes in read_parts(found.path):
             yield corpus_pb2.FileMessage(data=part, total_bytes=total_bytes if is_first else 0)
             self._observe_sent(kind, len(part))
             is_first = False

@@ -3,6 +3,8 @@ temporary file.
 """
 
 import asyncio
+import hashlib
+import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +13,10 @@ from typing import BinaryIO, Self
 
 from protos.contract.channel import MAX_STREAM_PART_BYTES
 from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
+
+_LOGGER = logging.getLogger(__name__)
+_ABSENT: tuple[tuple[int, ...], str] = ((), "")
+"""Verdict on a file that cannot be read."""
 
 
 async def read_parts(path: Path) -> AsyncIterator[tuple[bytes, int]]:
@@ -33,6 +39,47 @@ async def read_parts(path: Path) -> AsyncIterator[tuple[bytes, int]]:
             yield part, total_bytes
         if is_first:
             yield b"", 0
+
+
+class VerifiedFiles:
+    """Remembers which files had the right digest, so that each is hashed once per change of it.
+
+    Receivers check every byte themselves; this is for the operator, who would otherwise only hear
+    from them that something on this disk is damaged.
+    """
+
+    def __init__(self) -> None:
+        self._verdict_by_path: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    async def require(self, path: Path, *, digest: str) -> None:
+        """Raise CorruptDataError unless the file has this hex SHA-256; logged once per change."""
+        try:
+            status = await asyncio.to_thread(path.stat)
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+            known_stamp, found = self._verdict_by_path.get(path, _ABSENT)
+            if known_stamp != stamp:
+                found = await asyncio.to_thread(_file_digest, path)
+                self._verdict_by_path[path] = (stamp, found)
+        except OSError as error:
+            is_new = self._verdict_by_path.get(path) != _ABSENT
+            self._verdict_by_path[path] = _ABSENT
+            raise self._damaged(path, error.strerror or str(error), is_new=is_new) from error
+        if found != digest:
+            raise self._damaged(path, f"digest {found[:16]}...", is_new=known_stamp != stamp)
+
+    def _damaged(self, path: Path, found: str, *, is_new: bool) -> CorruptDataError:
+        if is_new:
+            _LOGGER.error("%s is damaged (%s); restore or build it again", path, found)
+        return CorruptDataError(
+            f"{path.name} on the coordinator's disk: {found}",
+            allowed="complete datasets, as their manifests say",
+            remedy="the operator restores the file; work goes on without it until then",
+        )
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class IncomingFile:

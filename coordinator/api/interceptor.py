@@ -16,7 +16,11 @@ import grpc
 from coordinator.api.auth import CALLER, Authenticator
 from coordinator.api.errors import abort, status_of
 from coordinator.api.rate_limit import RateLimiter
-from protos.contract.channel import STREAM_DEADLINE_SECONDS, UNAUTHENTICATED_METHODS
+from protos.contract.channel import (
+    METADATA_PEER,
+    STREAM_DEADLINE_SECONDS,
+    UNAUTHENTICATED_METHODS,
+)
 from protos.contract.errors import ErrorCode, MusterError, RefusedError, UnavailableError
 from protos.contract.telemetry import LogField
 
@@ -116,21 +120,24 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def _admit(self, method: str, context: Any) -> None:
         now_monotonic_seconds = time.monotonic()
-        if method in UNAUTHENTICATED_METHODS:
-            self._stranger_limiter.take(
-                _address_of(context), now_monotonic_seconds=now_monotonic_seconds
-            )
         metadata = {
             key: value
             for key, value in (context.invocation_metadata() or ())
             if isinstance(value, str)
         }
-        try:
-            caller = await self._authenticator.authenticate(method, metadata)
-        except RefusedError:
+        peer_id = metadata.get(METADATA_PEER, "")
+        is_stranger = method in UNAUTHENTICATED_METHODS or not self._authenticator.knows(peer_id)
+        if is_stranger:  # before the store is asked for its session
             self._stranger_limiter.take(
                 _address_of(context), now_monotonic_seconds=now_monotonic_seconds
             )
+        try:
+            caller = await self._authenticator.authenticate(method, metadata)
+        except RefusedError:
+            if not is_stranger:
+                self._stranger_limiter.take(
+                    _address_of(context), now_monotonic_seconds=now_monotonic_seconds
+                )
             raise
         if caller.peer_id:
             self._member_limiter.take(caller.peer_id, now_monotonic_seconds=now_monotonic_seconds)

@@ -310,6 +310,7 @@ def exchange_from_wire(
     """See rounds.proto."""
     return ExchangeRequest(
         run_id=caller.run_id,
+        peer_id=caller.peer_id,
         incarnation=message.incarnation,
         outer_step=message.outer_step,
         attempt=message.attempt,

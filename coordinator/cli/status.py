@@ -16,12 +16,23 @@ def status(
     run_id: RunId = "", data_dir: DataDir = DEFAULT_DATA_DIR, is_json: AsJson = False
 ) -> None:
     """A run's state with its reason, progress and books."""
+    import dataclasses
+
     from coordinator.cli.perform import look
+    from coordinator.identity import is_served
     from coordinator.operations.plain import plain_from_response
     from coordinator.operations.requests_admin import StatusRequest
     from coordinator.operations.status import status as read_status
+    from protos.contract.telemetry import CoordinatorState
 
     found = look(data_dir, read_status, StatusRequest(run_id=run_id))
+    if not is_served(data_dir):
+        found = dataclasses.replace(
+            found,
+            coordinator_state=CoordinatorState.STOPPED,
+            coordinator_state_reason="no coordinator serves this data directory; "
+            "what stands here is how it was left",
+        )
     if is_json:
         print_json(plain_from_response(found))
         return

@@ -22,7 +22,14 @@ from coordinator.cli.up_children import (
     run_peer_command,
     run_peer_json,
 )
-from coordinator.cli.up_run import RunChoice, choose_run, clear_data_dir, prepare_run
+from coordinator.cli.up_run import (
+    SUMMARY_FILE,
+    RunChoice,
+    choose_run,
+    clear_data_dir,
+    prepare_run,
+    save_flags,
+)
 from coordinator.cli.up_summary import Summary, summary_table
 from coordinator.cli.up_view import PeerRow, RunView, UpView
 from coordinator.config import CoordinatorConfig, load_config
@@ -78,6 +85,12 @@ class UpOptions:
                 allowed=f"1 to {_MAX_PEERS} peers on one machine",
                 remedy="for more, run `muster-coordinator serve` and join from several machines",
             )
+        if self.budget_tokens is not None and self.budget_tokens < 1:
+            raise UsageError(
+                f"--budget-tokens {self.budget_tokens}",
+                allowed="a number of tokens from one window (model.seq_len) up",
+                remedy="name a larger budget, or leave it out",
+            )
 
 
 def run_up(options: UpOptions) -> int:
@@ -119,8 +132,13 @@ class _Up:
             await coordinator.start()
             try:
                 self._install_signals()
+                if not choice.run_id:
+                    save_flags(options.data_dir, _given_flags(options))
                 self._run_id = choice.run_id or await prepared.create(coordinator)
-                return await self._run_with(coordinator, prepared.dataset_dir)
+                self._view.say(f"page: {coordinator.http_address}")
+                if not choice.is_trained:
+                    await self._train(coordinator)
+                return await self._finish(coordinator, prepared.dataset_dir)
             finally:
                 await self._stop_peers()
                 await coordinator.stop()
@@ -149,17 +167,20 @@ class _Up:
         )
         self._stop.set()
 
-    async def _run_with(self, coordinator: Coordinator, dataset_dir: Path) -> int:
-        options = self._options
-        self._view.say(f"page: {coordinator.http_address}")
+    async def _train(self, coordinator: Coordinator) -> None:
+        """Peers, until the run is over and they have left, or somebody interrupts."""
         await self._start_peers(coordinator)
         await self._watch(coordinator)
         await self._unless_stopped(self._wait_for_peers())
         self._view.stop_live()
+
+    async def _finish(self, coordinator: Coordinator, dataset_dir: Path) -> int:
+        """Results of a finished run; the exit code."""
+        options = self._options
         summary = await self._unless_stopped(self._summarise(coordinator, dataset_dir))
         if summary is None:
             return INTERRUPTED_EXIT_CODE
-        path = options.data_dir / "summary.json"
+        path = options.data_dir / SUMMARY_FILE
         path.write_text(summary.to_json() + "\n")
         self._view.say(summary_table(summary))
         self._view.say(
@@ -177,6 +198,9 @@ class _Up:
 
     async def _unless_stopped(self, work: Coroutine[None, None, _Result]) -> _Result | None:
         """Result of `work`, or None as soon as somebody interrupts."""
+        if self._stop.is_set():
+            work.close()
+            return None
         task = asyncio.ensure_future(work)
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
@@ -210,11 +234,13 @@ class _Up:
 
     async def _wait_for_peers(self) -> None:
         """Peers leave by themselves once they hear that the run is over."""
-        waits = [peer.process.wait() for peer in self._peers]
+        waits = [asyncio.ensure_future(peer.process.wait()) for peer in self._peers]
         try:
-            await asyncio.wait_for(asyncio.gather(*waits), PEERS_LEAVE_SECONDS)
-        except TimeoutError:
-            await self._stop_peers()
+            await asyncio.wait(waits, timeout=PEERS_LEAVE_SECONDS)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        await self._stop_peers()
 
     async def _stop_peers(self) -> None:
         await asyncio.gather(*(peer.stop() for peer in self._peers))
@@ -334,14 +360,15 @@ class _Up:
         )
 
 
-def _given_flags(options: UpOptions) -> tuple[str, ...]:
+def _given_flags(options: UpOptions) -> dict[str, object]:
+    """Flags of this call that say what is trained."""
     given = {
         "--budget-tokens": options.budget_tokens,
         "--model": options.model,
-        "--corpus": options.corpus or None,
+        "--corpus": list(options.corpus) or None,
         "--seed": options.seed,
     }
-    return tuple(flag for flag, value in given.items() if value is not None)
+    return {flag: value for flag, value in given.items() if value is not None}
 
 
 def _config(options: UpOptions) -> CoordinatorConfig:

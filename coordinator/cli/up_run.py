@@ -1,12 +1,13 @@
 """Which run `up` works on: a new one, an unfinished one to resume, or a finished one that it refuses to touch."""
 
+import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from coordinator.cli.spec_options import build_spec
+from coordinator.cli.spec_options import build_spec, parse_model
 from coordinator.corpus.build import (
     BuildProgress,
     BuildStage,
@@ -14,10 +15,12 @@ from coordinator.corpus.build import (
     check_corpus_fits,
     verify_dataset,
 )
+from coordinator.corpus.tokenizer import DEFAULT_VOCAB_SIZE
 from coordinator.operations.admin import create_run
 from coordinator.operations.requests_admin import CreateRunRequest
 from coordinator.store.sqlite import SqliteStore, has_store
 from protos.contract.chunk_format import MANIFEST_FILE, Manifest
+from protos.contract.digest import canonical_json
 from protos.contract.errors import UsageError
 from protos.contract.run_spec import RunSpec, ScheduleSpec, StrategySpec, floor_to_windows
 from protos.contract.telemetry import RunState
@@ -34,9 +37,11 @@ MIN_OUTER_STEPS = 24
 """A smaller budget gets a smaller batch, so that even a short run makes some updates."""
 STORE_FILE = "store.sqlite3"
 SPEC_FILE = "run_spec.json"
+FLAGS_FILE = "up_flags.json"
+SUMMARY_FILE = "summary.json"
 _FRESH_REMOVES = (
-    STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm", "coordinator.json", "summary.json", SPEC_FILE,
-    "checkpoints", "export", "peers",
+    STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm", "coordinator.json", SUMMARY_FILE, SPEC_FILE,
+    FLAGS_FILE, "checkpoints", "export", "peers",
 )  # fmt: skip
 """What --fresh removes; datasets and keys stay, so the corpus need not be built again."""
 
@@ -48,6 +53,8 @@ class RunChoice:
     run_id: str
     dataset_dir: str
     reason: str
+    is_trained: bool = False
+    """True if only the results are missing: the budget is credited, the summary was not written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +101,12 @@ def clear_data_dir(data_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def choose_run(data_dir: Path, given_flags: Sequence[str]) -> RunChoice:
-    """Look at the newest run in the data directory. Raises UsageError for a finished run or flags that cannot apply."""
+def choose_run(data_dir: Path, given_by_flag: Mapping[str, Any]) -> RunChoice:
+    """Look at the newest run in the data directory.
+
+    `given_by_flag` holds the flags of this call that say what is trained. Raises UsageError for a
+    finished run, and for flags that differ from those that the run was created with.
+    """
     if not has_store(data_dir):
         return RunChoice(run_id="", dataset_dir="", reason="a new data directory")
     store = SqliteStore.open(data_dir)
@@ -107,20 +118,41 @@ def choose_run(data_dir: Path, given_flags: Sequence[str]) -> RunChoice:
     if not runs:
         return RunChoice(run_id="", dataset_dir="", reason="no run yet")
     run = runs[-1]
-    if run.state in (RunState.FINISHED, RunState.STOPPED):
+    has_summary = (data_dir / SUMMARY_FILE).exists()
+    is_trained = run.state == RunState.FINISHED and not has_summary
+    if run.state in (RunState.FINISHED, RunState.STOPPED) and not is_trained:
         raise UsageError(
             f"run {run.run_id} in {data_dir} is {run.state}",
             allowed="`up` starts a new run or resumes an unfinished one",
             remedy="name another --data-dir, or start over in this one with --fresh",
         )
-    if given_flags:
+    created_by_flag = _load_flags(data_dir)
+    other = [flag for flag, value in given_by_flag.items() if created_by_flag.get(flag) != value]
+    if other:
         raise UsageError(
-            f"run {run.run_id} in {data_dir} is unfinished and keeps what it was created with; "
-            f"{', '.join(given_flags)} cannot change it",
-            allowed="resuming without these flags",
+            f"run {run.run_id} in {data_dir} is unfinished and was created with other values of "
+            f"{', '.join(other)}",
+            allowed="resuming with the same values, or without these flags",
             remedy="leave them out, name another --data-dir, or start over with --fresh",
         )
-    return RunChoice(run_id=run.run_id, dataset_dir=run.dataset_dir, reason=f"it is {run.state}")
+    return RunChoice(
+        run_id=run.run_id,
+        dataset_dir=run.dataset_dir,
+        reason="only its summary is missing" if is_trained else f"it is {run.state}",
+        is_trained=is_trained,
+    )
+
+
+def save_flags(data_dir: Path, given_by_flag: Mapping[str, Any]) -> None:
+    """Remember with which flags a run is created, so that the same command resumes it."""
+    (data_dir / FLAGS_FILE).write_bytes(canonical_json(dict(given_by_flag)))
+
+
+def _load_flags(data_dir: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((data_dir / FLAGS_FILE).read_bytes()))
+    except (OSError, ValueError):
+        return {}
 
 
 def prepare_run(
@@ -145,6 +177,8 @@ def prepare_run(
             num_peers=num_peers,
             say=say,
         )
+    if model is not None:  # a slip of the pen is told before the corpus is built, not after
+        parse_model((model,), vocab_size=DEFAULT_VOCAB_SIZE)
     relative_dir = Path("datasets") / "up"
     dataset_dir = (data_dir / relative_dir).absolute()
     manifest = build_corpus(

@@ -171,7 +171,12 @@ def load_manifest(dataset_dir: Path) -> Manifest:
             allowed="a folder that `corpus build` finished",
             remedy="run `muster-coordinator corpus build SOURCE... --out DIR`",
         ) from error
-    return Manifest.from_bytes(data)
+    try:
+        return Manifest.from_bytes(data)
+    except CorruptDataError as error:
+        raise CorruptDataError(
+            f"{path} is damaged: {error.found}", allowed=error.allowed, remedy=error.remedy
+        ) from error
 
 
 def load_report(dataset_dir: Path) -> BuildReport:

@@ -76,7 +76,14 @@ def load_chunks(dataset_dir: Path, manifest: Manifest, *, is_heldout: bool) -> l
     for index, chunk in enumerate(chunks):
         path = _chunk_path(dataset_dir, index, is_heldout)
         data = load_dataset_file(path)
-        arrays.append(chunk_format.tokens_from_chunk(data, manifest=manifest, chunk=chunk))
+        try:
+            arrays.append(chunk_format.tokens_from_chunk(data, manifest=manifest, chunk=chunk))
+        except CorruptDataError as error:
+            raise CorruptDataError(
+                f"{path} is damaged: {error.found}",
+                allowed=error.allowed,
+                remedy="restore it, or build the corpus again",
+            ) from error
     return arrays
 
 

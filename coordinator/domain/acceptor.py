@@ -15,6 +15,8 @@ from protos.contract.certificate import is_quorum
 from protos.contract.ids import COORDINATOR_VOTER
 
 NO_ATTEMPT = -1
+MAX_ATTEMPTS_AHEAD = 64
+"""How far one exchange may go beyond the highest known attempt, so that nobody uses attempts up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,13 @@ def promise(state: AcceptorState, *, attempt: int) -> PromiseDecision:
             state=state,
             is_promised=False,
             reason=f"attempt {state.promised_attempt} is promised already",
+        )
+    most = max(state.promised_attempt, state.vote_attempt) + MAX_ATTEMPTS_AHEAD
+    if attempt > most:
+        return PromiseDecision(
+            state=state,
+            is_promised=False,
+            reason=f"attempt {attempt} is too far ahead; at most {most} can be promised",
         )
     promised = AcceptorState(
         promised_attempt=attempt, vote_attempt=state.vote_attempt, vote_value=state.vote_value

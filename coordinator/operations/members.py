@@ -7,6 +7,7 @@ for it, because such a peer cannot authenticate any more.
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
+from functools import lru_cache
 
 from coordinator.domain.directives import Contact
 from coordinator.domain.membership import Member
@@ -19,6 +20,8 @@ from protos.contract.telemetry import PeerState
 
 _CAPABILITY_FIELDS = frozenset(field.name for field in fields(Capabilities))
 _CLAIM_FIELDS = frozenset(field.name for field in fields(Claims))
+_KEPT_TEXTS = 8_192
+"""Parsed texts kept in memory: every tick and lease request looks at them, they change once in ten seconds or never."""
 
 
 def member_from_row(row: PeerRow) -> Member:
@@ -84,6 +87,7 @@ def note_peer_state(
     )
 
 
+@lru_cache(maxsize=_KEPT_TEXTS)
 def capabilities_from_json(text: str) -> Capabilities:
     """What a peer said of its machine; fields of other versions are left out."""
     plain = {k: v for k, v in json.loads(text or "{}").items() if k in _CAPABILITY_FIELDS}
@@ -96,6 +100,7 @@ def capabilities_to_json(capabilities: Capabilities) -> str:
     return canonical_json(asdict(capabilities)).decode()
 
 
+@lru_cache(maxsize=_KEPT_TEXTS)
 def claims_from_json(text: str) -> Claims:
     """What a peer claims; fields of other versions are left out."""
     return Claims(**{k: v for k, v in json.loads(text or "{}").items() if k in _CLAIM_FIELDS})
@@ -103,7 +108,7 @@ def claims_from_json(text: str) -> Claims:
 
 def claims_to_json(claims: Claims) -> str:
     """The inverse of `claims_from_json`."""
-    return canonical_json(asdict(claims)).decode()
+    return canonical_json({name: getattr(claims, name) for name in _CLAIM_FIELDS}).decode()
 
 
 def contact_from_row(row: PeerRow) -> Contact:

@@ -4,7 +4,8 @@ A heartbeat is one row written, its fsync shared by everybody in the same group 
 attestations up and takes decisions down; it is idempotent by itself, so it needs no request memory.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
+from itertools import islice
 
 from coordinator.domain.duties import assign
 from coordinator.domain.membership import after_end, after_heartbeat, claim_problem
@@ -193,7 +194,8 @@ def _take_report(
 
 def _checked_claims(claims: Claims) -> Claims:
     """The claims, or only their state if a number cannot be true: a bad number must not cost a peer its leases."""
-    numbers = {k: v for k, v in asdict(claims).items() if isinstance(v, int | float)}
+    values = ((field.name, getattr(claims, field.name)) for field in fields(claims))
+    numbers = {name: value for name, value in values if isinstance(value, int | float)}
     problem = claim_problem(numbers)
     if not problem:
         return claims
@@ -271,13 +273,13 @@ def _neighbours(
     if directive is None or not directive.roster:
         rows = tx.peers(run.run_id)
         return live_addresses(rows, except_peer_id=peer_id, num_addresses=NUM_INITIAL_PEERS)
-    addresses = [
+    addresses = (
         address
         for entry in directive.roster
         if entry.peer_id != peer_id and entry.can_accept_connections
         for address in entry.addresses
-    ]
-    return tuple(addresses[:NUM_INITIAL_PEERS])
+    )
+    return tuple(islice(addresses, NUM_INITIAL_PEERS))
 
 
 def leave(

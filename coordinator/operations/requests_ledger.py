@@ -99,6 +99,8 @@ class ExchangeRequest:
     """See rounds.proto's CoordinatorExchangeRequest."""
 
     run_id: str
+    peer_id: str
+    """Who asks; needs a vote in the roster in force."""
     incarnation: int
     outer_step: int
     attempt: int

@@ -28,6 +28,8 @@ from coordinator.operations.requests_ledger import (
     SubmitVotesRequest,
     SubmitVotesResponse,
 )
+from coordinator.operations.round_check import parsed_contributions, reason_against_half
+from coordinator.operations.states import voters_of_directive
 from coordinator.store.base import Transaction
 from coordinator.store.rows import AcceptorRow, CertificateRow, RunRow
 from protos.contract.certificate import (
@@ -71,6 +73,10 @@ def exchange(
             f"outer step {certified + 1} of incarnation {run.incarnation} is next; report what is "
             "missing"
         )
+        return ExchangeResponse(answer=answer, certificate=None, is_promised=False, reason=reason)
+    number = chain_head(tx, run).directive_number
+    if request.peer_id not in voters_of_directive(tx, context, run.run_id, number):
+        reason = f"{request.peer_id} has no vote in roster {number}; only its voters may ask"
         return ExchangeResponse(answer=answer, certificate=None, is_promised=False, reason=reason)
     decision = acceptor.promise(
         _acceptor_state(tx, run.run_id, request.incarnation, request.outer_step),
@@ -167,6 +173,9 @@ def submit_votes(
     if contributions_digest(request.contributions) != value.contributions_digest:
         reason = "contributions do not match the digest in the value"
         return SubmitVotesResponse(certificate=None, reason=reason)
+    contributions, reason = parsed_contributions(request.contributions)
+    if contributions is None:
+        return SubmitVotesResponse(certificate=None, reason=reason)
     votes, reason = _valid_votes(request.votes, directive)
     state = _acceptor_state(tx, run.run_id, value.incarnation, value.outer_step)
     decision = acceptor.decide_vote(
@@ -182,12 +191,16 @@ def submit_votes(
         )
     ballots = list(votes.values())
     if decision.signs:
+        reason = reason_against_half(tx, context, value, contributions, directive)
+        if reason:
+            return SubmitVotesResponse(certificate=None, reason=reason)
         ballots.append(context.signing_key.vote(first.value, first.attempt, COORDINATOR_VOTER))
-        _put_acceptor(tx, run.run_id, value.incarnation, value.outer_step, decision.state)
     certificate = certificate_from_votes(ballots, request.contributions)
     receipt = _take(tx, certificate, value, now_unix_seconds=now_unix_seconds)
     if not receipt.is_stored:
         return SubmitVotesResponse(certificate=None, reason=receipt.reason)
+    if decision.signs:  # with the certificate or not at all
+        _put_acceptor(tx, run.run_id, value.incarnation, value.outer_step, decision.state)
     return SubmitVotesResponse(certificate=certificate, reason="")
 
 

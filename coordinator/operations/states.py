@@ -26,6 +26,12 @@ from protos.contract.signing import has_valid_signature
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 
+MAX_STEPS_AHEAD = 4096
+"""How far beyond the newest certified step an attestation may be: members go on without a coordinator."""
+MAX_ATTESTATIONS_AHEAD = 64
+"""Attestations of one peer kept beyond that step; the newest ones."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
     """Where the chain of states stands."""
@@ -144,6 +150,7 @@ def take_attestations(
     now_unix_seconds: float,
 ) -> Member:
     """Verify, store and compare attestations; returns the member after them. Those that cannot be used are left out."""
+    newest = _newest_known_step(tx, run) if attestations else 0
     for signed in attestations:
         try:
             attestation = common_pb2.Attestation.FromString(signed.payload)
@@ -151,7 +158,9 @@ def take_attestations(
             continue
         is_own = (attestation.run_id, attestation.peer_id) == (run.run_id, member.peer_id)
         is_known = (
-            attestation.incarnation <= run.incarnation and len(attestation.state_digest) == 32
+            attestation.incarnation <= run.incarnation
+            and attestation.outer_step <= newest + MAX_STEPS_AHEAD
+            and len(attestation.state_digest) == 32
         )
         if not (is_own and is_known):
             continue
@@ -160,7 +169,20 @@ def take_attestations(
         member = _take(
             tx, context, run, member, attestation, signed, now_unix_seconds=now_unix_seconds
         )
+        if attestation.outer_step > newest + 1:
+            tx.prune_attestations(
+                run.run_id,
+                attestation.incarnation,
+                member.peer_id,
+                above_outer_step=newest,
+                keep=MAX_ATTESTATIONS_AHEAD,
+            )
     return member
+
+
+def _newest_known_step(tx: Transaction, run: RunRow) -> int:
+    """Newest outer step that a certificate in force or an incarnation's record names."""
+    return 0 if run.incarnation == 0 else load_epoch(tx, run).certified_outer_step
 
 
 def _take(

@@ -55,6 +55,11 @@ class MembershipTransaction(Protocol):
     def attestations(self, run_id: str, incarnation: int, outer_step: int) -> list[AttestationRow]:
         """Attestations of one state, by peer_id."""
 
+    def prune_attestations(
+        self, run_id: str, incarnation: int, peer_id: str, *, above_outer_step: int, keep: int
+    ) -> None:
+        """Of a peer's attestations above an outer step, keep only the newest."""
+
     def all_attestations(self, run_id: str) -> list[AttestationRow]:
         """All attestations of a run, by incarnation, outer_step and peer_id."""
 

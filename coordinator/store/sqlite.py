@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from coordinator.store.data_dir_lock import DataDirLock, machine_error_from_os_error
-from coordinator.store.sqlite_kept import KeptRows
+from coordinator.store.sqlite_kept import KeptRows, Unwritten
 from coordinator.store.sqlite_ledger import SqliteLedger
 from coordinator.store.sqlite_membership import SqliteMembership
 from coordinator.store.sqlite_runs import SqliteRuns
@@ -28,7 +28,9 @@ _BUSY_WAIT_SECONDS = 5.0
 _CACHED_STATEMENTS = 256
 _WRITER_CACHE_KIB = 65_536
 _CHECKPOINT_PAGES = 4_000
-"""Of 4 KiB. With the driver's 2 MiB cache and 1,000 pages, leases cost 12 % more CPU (ops/bench/coordinator.md)."""
+"""Of 4 KiB. With the driver's 2 MiB cache and 1,000 pages, leases cost 12 % more CPU
+(ops/bench/coordinator.md).
+"""
 
 
 class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
@@ -51,15 +53,22 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
         finally:
             target.close()
 
+    def flush(self) -> None:
+        """Write what waits for the commit."""
+        self.write_books()
+        self.write_journal()
+        self.write_requests()
+
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """See base.Transaction.savepoint."""
         run_sql(self._connection, "SAVEPOINT operation")
-        unwritten_books = dict(self._kept.unwritten_books)
+        mark = self._kept.unwritten.mark()
         try:
             yield
         except BaseException:
-            self._kept.forget(unwritten_books=unwritten_books)
+            self._kept.forget()
+            self._kept.unwritten.return_to(mark)
             if self._connection.in_transaction:
                 run_sql(self._connection, "ROLLBACK TO operation")
                 run_sql(self._connection, "RELEASE operation")
@@ -97,6 +106,14 @@ def migrate(connection: sqlite3.Connection) -> None:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise_store_error(error)
+
+
+def _tune(connection: sqlite3.Connection) -> None:
+    """Settings of the writing connection beside the log's: durable commits, and memory instead of system calls."""
+    run_sql(connection, "PRAGMA synchronous = FULL")
+    run_sql(connection, "PRAGMA temp_store = MEMORY")  # savepoints' undo pages: 22 writes a lease
+    run_sql(connection, f"PRAGMA cache_size = -{_WRITER_CACHE_KIB}")
+    run_sql(connection, f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
 
 
 def _connect(location: str, *, is_uri: bool = False) -> sqlite3.Connection:
@@ -158,9 +175,7 @@ class SqliteStore:
             with full_disk_is_fatal():
                 writer = _connect(location)
                 run_sql(writer, "PRAGMA journal_mode = WAL")
-                run_sql(writer, "PRAGMA synchronous = FULL")
-                run_sql(writer, f"PRAGMA cache_size = -{_WRITER_CACHE_KIB}")
-                run_sql(writer, f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+                _tune(writer)
                 migrate(writer)
         except MusterError:
             lock.release()
@@ -202,6 +217,7 @@ class SqliteStore:
         with self._guard:
             connection = self._writer
             run_sql(connection, "BEGIN IMMEDIATE")
+            self._kept.unwritten = Unwritten()
             try:
                 tx = SqliteTransaction(connection, self._kept)
                 yield tx

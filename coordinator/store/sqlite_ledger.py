@@ -46,22 +46,16 @@ class SqliteLedger:
         BOOKS.insert(self._connection, row)
 
     def update_book(self, row: BookRow) -> None:
-        self._kept.unwritten_books[row.run_id] = row
+        self._kept.unwritten.book_by_run[row.run_id] = row
 
     def book(self, run_id: str) -> BookRow | None:
-        row = self._kept.unwritten_books.get(run_id) or self._kept.book_by_run.get(run_id)
+        kept = self._kept
+        row = kept.unwritten.book_by_run.get(run_id) or kept.book_by_run.get(run_id)
         if row is None:
             row = BOOKS.one(self._connection, run_id)
             if row is not None:
                 self._kept.book_by_run[run_id] = row
         return row
-
-    def flush(self) -> None:
-        """Write the changed books; the store calls it before it commits."""
-        for row in self._kept.unwritten_books.values():
-            BOOKS.update(self._connection, row)
-        self._kept.book_by_run |= self._kept.unwritten_books
-        self._kept.unwritten_books = {}
 
     def add_peer_totals(
         self,
@@ -202,9 +196,23 @@ class SqliteLedger:
         return RETURNED.where(self._connection, condition, run_id)
 
     def insert_journal(self, row: JournalRow) -> None:
-        JOURNAL.insert(self._connection, row)
+        self._kept.unwritten.lines.append(row)
+
+    def write_journal(self) -> None:
+        """Write the lines that wait for the commit."""
+        unwritten = self._kept.unwritten
+        JOURNAL.insert_many(self._connection, unwritten.lines[unwritten.num_lines_written :])
+        unwritten.num_lines_written = len(unwritten.lines)
+
+    def write_books(self) -> None:
+        """Write the books that wait for the commit."""
+        books = self._kept.unwritten.book_by_run
+        for row in books.values():
+            BOOKS.update(self._connection, row)
+        self._kept.book_by_run |= books
 
     def journal(self, run_id: str) -> list[JournalRow]:
+        self.write_journal()
         return JOURNAL.where(self._connection, "run_id = ? ORDER BY journal_number", run_id)
 
     def insert_certificate(self, row: CertificateRow) -> None:

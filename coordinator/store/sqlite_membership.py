@@ -79,7 +79,12 @@ class SqliteMembership:
         return row
 
     def peers(self, run_id: str) -> list[PeerRow]:
-        return PEERS.where(self._connection, "run_id = ? ORDER BY peer_id", run_id)
+        kept = self._kept.peers_by_run.get(run_id)
+        if kept is not None:
+            return [kept[peer_id] for peer_id in sorted(kept)]
+        rows = PEERS.where(self._connection, "run_id = ? ORDER BY peer_id", run_id)
+        self._kept.keep_peers(run_id, rows)
+        return rows
 
     def peer_runs(self, peer_id: str) -> list[PeerRow]:
         return PEERS.where(self._connection, "peer_id = ? ORDER BY run_id", peer_id)
@@ -90,6 +95,18 @@ class SqliteMembership:
     def attestations(self, run_id: str, incarnation: int, outer_step: int) -> list[AttestationRow]:
         condition = "run_id = ? AND incarnation = ? AND outer_step = ? ORDER BY peer_id"
         return ATTESTATIONS.where(self._connection, condition, run_id, incarnation, outer_step)
+
+    def prune_attestations(
+        self, run_id: str, incarnation: int, peer_id: str, *, above_outer_step: int, keep: int
+    ) -> None:
+        condition = "run_id = ? AND incarnation = ? AND peer_id = ? AND outer_step > ?"
+        values = (run_id, incarnation, peer_id, above_outer_step)
+        run_sql(
+            self._connection,
+            f"DELETE FROM attestations WHERE {condition} AND outer_step NOT IN (SELECT outer_step"
+            f" FROM attestations WHERE {condition} ORDER BY outer_step DESC LIMIT ?)",
+            (*values, *values, keep),
+        )
 
     def all_attestations(self, run_id: str) -> list[AttestationRow]:
         condition = "run_id = ? ORDER BY incarnation, outer_step, peer_id"

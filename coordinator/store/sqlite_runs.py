@@ -74,12 +74,23 @@ class SqliteRuns:
         return EVENTS.where(self._connection, condition, run_id, num_events)[::-1]
 
     def insert_request(self, row: RequestRow) -> None:
-        REQUESTS.insert(self._connection, row)
+        unwritten = self._kept.unwritten
+        unwritten.requests.append(row)
+        unwritten.request_by_key[row.caller, row.request_id] = row
 
     def request(self, caller: str, request_id: str) -> RequestRow | None:
-        return REQUESTS.one(self._connection, caller, request_id)
+        unwritten = self._kept.unwritten.request_by_key.get((caller, request_id))
+        return unwritten or REQUESTS.one(self._connection, caller, request_id)
+
+    def write_requests(self) -> None:
+        """Write the answers that wait for the commit."""
+        unwritten = self._kept.unwritten
+        REQUESTS.insert_many(self._connection, unwritten.requests[unwritten.num_requests_written :])
+        unwritten.num_requests_written = len(unwritten.requests)
+        unwritten.request_by_key = {}
 
     def prune_requests(self, *, before_unix_ms: int, num_requests: int) -> int:
+        self.write_requests()
         sql = (
             "DELETE FROM request_ids WHERE (caller, request_id) IN "
             "(SELECT caller, request_id FROM request_ids WHERE store_unix_ms < ? LIMIT ?)"

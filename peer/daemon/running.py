@@ -50,6 +50,9 @@ _PROGRESS_STATES = frozenset(
 _RETRY_SECONDS = 2.0
 _TRAINER_STOP_SECONDS = 3.0
 _SWARM_STOP_SECONDS = 1.0
+"""Least time that the swarm process gets to save its state and leave."""
+_DRAIN_SECONDS = 4.0
+"""What a drain may take as a whole, before the swarm process is pressed."""
 _LEAVE_SECONDS = 1.0
 
 
@@ -122,6 +125,8 @@ class RunningSession:
         )
         self._held_digest_by_lease: dict[tuple[int, int], bytes] = {}
         self._path_by_lease: dict[tuple[int, int], Path] = {}
+        self._noted_reasons: set[str] = set()
+        """Why chunks could not be had, as the owner was told."""
         self._is_dataset_ready = asyncio.Event()
         self._next_by_chore = dict.fromkeys(("status", "progress", "memory"), 0.0)
 
@@ -164,7 +169,9 @@ class RunningSession:
             await self._client.leave(request, deadline_seconds=_LEAVE_SECONDS)
         except MusterError as error:
             _LOGGER.info("left without the coordinator's answer: %s", error.found)
-        await self._children.stop(ChildName.SWARM, grace_seconds=_SWARM_STOP_SECONDS, reason=reason)
+        spent_seconds = time.monotonic() - began_seconds
+        grace_seconds = max(_SWARM_STOP_SECONDS, _DRAIN_SECONDS - spent_seconds)
+        await self._children.stop(ChildName.SWARM, grace_seconds=grace_seconds, reason=reason)
         _LOGGER.info("drained in %.1f s", time.monotonic() - began_seconds)
 
     async def close(self) -> None:
@@ -304,7 +311,9 @@ class RunningSession:
                 _LOGGER.info("chunk of lease %d: %s; trying again", lease_number, error.found)
                 await asyncio.sleep(_RETRY_SECONDS)
             except MusterError as error:
-                self._core.note(f"lease {lease_number} is released: {error}")
+                if error.found not in self._noted_reasons:  # the same lease may come back for hours
+                    self._noted_reasons.add(error.found)
+                    self._core.note(f"lease {lease_number} is released: {error}")
                 event = ev.LeaseUnusable(lease_number=lease_number, reason=error.found)
                 break
         is_known = self._calls.lease_by_number.get(lease_number) is known

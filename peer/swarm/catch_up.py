@@ -21,6 +21,8 @@ from peer.swarm.state_transfer import (
     newest_proven_state,
 )
 from peer.swarm.transport import Transport
+from protos.contract.digest import StateMeta
+from protos.contract.errors import CorruptDataError
 from protos.contract.signing import check_certificate
 from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 
@@ -34,6 +36,8 @@ class CatchUp:
         self._replica, self._transport, self._own_peer_id = replica, transport, own_peer_id
         self.newer_record: common_pb2.Signed | None = None
         """A record of a later incarnation that a member has shown."""
+        self.problem = ""
+        """Why the next certified step cannot be applied, for people; empty if it can."""
 
     def _others(self) -> list[str]:
         newest = common_pb2.Directive.FromString(self._replica.newest_directive().payload)
@@ -116,7 +120,13 @@ class CatchUp:
         directive = replica.directive_by_number.get(value.next_directive_number)
         if directive is None:
             return False
-        await asyncio.to_thread(replica.apply, certificate, averaged, directive)
+        try:
+            await asyncio.to_thread(replica.apply, certificate, averaged, directive)
+        except CorruptDataError as error:  # the state is untouched; others may have gone another way
+            self.problem = f"outer step {value.outer_step} cannot be applied: {error}"
+            logger.warning("%s", self.problem)
+            return False
+        self.problem = ""
         return True
 
     async def _load_proven(self, infos: dict[str, state_pb2.StateInfoResponse]) -> bool:
@@ -193,6 +203,16 @@ class CatchUp:
     async def take_checkpoint(self, path: str) -> bool:
         """Use a checkpoint that the daemon fetched from the coordinator, which verified and signed for it."""
         replica = self._replica
-        if not await asyncio.to_thread(replica.load_checkpoint_file, Path(path)):
-            return False
-        return replica.is_current or replica.rebase()
+        is_loaded = await asyncio.to_thread(
+            replica.load_checkpoint_file, Path(path), is_wanted=self._is_of_use
+        )
+        return is_loaded and (replica.is_current or replica.rebase())
+
+    def _is_of_use(self, meta: StateMeta) -> bool:
+        """True for the base of an incarnation still without state, or a state ahead of ours in it."""
+        replica, record = self._replica, self._replica.record_content
+        place = (meta.incarnation, meta.outer_step)
+        if replica.is_current:
+            return meta.incarnation == replica.incarnation and place > replica.position
+        base = (record.base_incarnation, record.to_outer_step)
+        return meta.incarnation == replica.incarnation or place == base

@@ -55,6 +55,7 @@ class SwarmNode:
         self._config, self._channel, self._vectors = config, channel, vectors
         self._transport, self._dht = transport, dht
         self._own_peer_id: str = config.key.peer_id
+        self._votes_folder = config.home / "votes" / config.run_id
         self._replica = Replica(
             spec=config.spec,
             run_id=config.run_id,
@@ -87,7 +88,7 @@ class SwarmNode:
     async def start(self) -> None:
         """Load what this home holds, then begin to answer members."""
         replica, config = self._replica, self._config
-        stored = load_record(config.home / "votes")
+        stored = load_record(self._votes_folder)
         newest = config.incarnation_record
         content = replica.open_record(newest)
         assert content is not None, "the daemon checked the record's signature"
@@ -126,12 +127,11 @@ class SwarmNode:
 
     def _enter_record(self, signed: common_pb2.Signed) -> VoteFile:
         """Act on an incarnation record: store it before anything else, drop what is older."""
-        folder = self._config.home / "votes"
-        save_record(folder, signed)
+        save_record(self._votes_folder, signed)
         self._replica.enter_incarnation(signed)
         self._certificates.clear()
         self._next_settle_seconds = 0.0
-        return VoteFile(folder, incarnation=self._replica.incarnation)
+        return VoteFile(self._votes_folder, incarnation=self._replica.incarnation)
 
     async def run(self) -> None:
         """Work until cancelled or the daemon is gone."""
@@ -308,7 +308,7 @@ class SwarmNode:
                 self._next_settle_seconds = 0.0
 
     def _update_members(self) -> None:
-        """Whom the transport answers: rosters of the newest directive, the one in force, the one before."""
+        """Whom the transport answers: rosters of the newest directive, the one in force, the last step's."""
         replica = self._replica
         directives = [replica.newest_directive(), *replica.recent_directives]
         p2p_by_peer: dict[str, str] = {}
@@ -382,6 +382,8 @@ class SwarmNode:
             self._reporter.phase("SYNC", reason)
         await self._catch_up.forward()
         await self._use_certificates()
+        if self._catch_up.problem:
+            self._reporter.phase("SYNC", self._catch_up.problem)
         if replica.position[1] < self._target_step and not await self._try_checkpoint():
             self._ask_checkpoint(self._target_step)
         if (replica.position, replica.state_digest) != before:
@@ -460,6 +462,7 @@ class SwarmNode:
         shell.end()
         if not is_applied:
             self._certificates[value.outer_step] = commit.certificate
+            self._target_step = max(self._target_step, value.outer_step)
             self._next_settle_seconds = 0.0
             return
         self._behind_since_seconds = None

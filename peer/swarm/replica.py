@@ -6,8 +6,8 @@ of a certified step, a whole state loaded after its digest was checked, and a ne
 """
 
 import logging
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,13 +61,13 @@ class Replica:
         vectors: SharedVectors,
         folder: Path,
     ) -> None:
-        """Nothing is loaded yet; `folder` is the peer's home."""
+        """Nothing is loaded yet; `folder` is the peer's home, which may hold other runs as well."""
         self.spec, self.run_id = spec, run_id
         self.coordinator_public_key = coordinator_public_key
         self.seq_len = spec.model.seq_len
         self.vectors = vectors
-        self.store = CheckpointStore(folder / "state")
-        self._averaged_folder = folder / "averaged"
+        self.store = CheckpointStore(folder / "state" / run_id)
+        self._averaged_folder = folder / "averaged" / run_id
         self._averaged_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._key = key
         self._update = SyncUpdate(spec)
@@ -82,8 +82,8 @@ class Replica:
         self.certificate_by_step: OrderedDict[int, rounds_pb2.Certificate] = OrderedDict()
         self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
         self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
-        self.recent_directives: deque[common_pb2.Signed] = deque(maxlen=2)
-        """In force now, and before: whoever made the last step may still fetch its bytes."""
+        self.recent_directives: list[common_pb2.Signed] = []
+        """In force now, and for the last step made here: its members may still fetch that step's bytes."""
         self._base_meta: StateMeta | None = None
         self._base_digest = b""
         self._attestations: list[common_pb2.Signed] = []
@@ -138,6 +138,7 @@ class Replica:
         self.record, self.record_content = signed, record
         self.directive_by_number.clear()
         self.certificate_by_step.clear()
+        self.recent_directives.clear()
         self.learn_directive(record.directive)
 
     # State ------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class Replica:
         assert meta is not None and value.outer_step == meta.outer_step + 1
         assert value.previous_state_digest == self.state_digest
         assert value.averaged_digest == averaged.averaged_digest
-        in_force = self.directive_in_force()
+        before, in_force = self.directive, self.directive_in_force()
         after = next_meta(meta, certificate, seq_len=self.seq_len)
         vectors = self.vectors
         position = self._shared_position(
@@ -219,6 +220,8 @@ class Replica:
         self.keep_certificate(certificate)
         self.unreported.append(certificate)
         self._publish(after, next_directive, self._hash_vectors())
+        if before is not None and before != next_directive:
+            self.recent_directives.append(before)
 
     def load(
         self,
@@ -264,8 +267,7 @@ class Replica:
             self.meta, self.directive, self._piece_digests = meta, directive, pieces
             self.state_digest = state_digest_of_pieces(meta, pieces)
         self.learn_directive(directive)
-        if not self.recent_directives or self.recent_directives[0] != directive:
-            self.recent_directives.appendleft(directive)
+        self.recent_directives = [directive] if self.is_current else []
         attestation = common_pb2.Attestation(
             run_id=self.run_id,
             incarnation=meta.incarnation,
@@ -308,8 +310,8 @@ class Replica:
         self.unreported = [
             c
             for c in self.unreported
-            if (v := rounds_pb2.RoundValue.FromString(c.value)).incarnation == incarnation
-            and v.outer_step > up_to_outer_step
+            if (v := rounds_pb2.RoundValue.FromString(c.value)).incarnation != incarnation
+            or v.outer_step > up_to_outer_step
         ]
 
     def hold_averaged(self, averaged: AveragedVector) -> None:
@@ -331,8 +333,8 @@ class Replica:
             vector = np.fromfile(path, dtype="<f4")
             pieces = tuple(vector_piece_digests(vector))
             averaged = AveragedVector(vector=vector, piece_digests=pieces)
-            is_whole = vector.size == self.vectors.num_values
-            if not is_whole or averaged.averaged_digest.hex()[:32] != path.stem:
+            is_sound = vector.size == self.vectors.num_values and np.isfinite(vector).all()
+            if not is_sound or averaged.averaged_digest.hex()[:32] != path.stem:
                 path.unlink(missing_ok=True)
             else:
                 self._averaged[averaged.averaged_digest] = averaged
@@ -421,7 +423,9 @@ class Replica:
             unreported_certificates=tuple(c.SerializeToString() for c in self.unreported),
         )
 
-    def load_checkpoint_file(self, path: Path) -> bool:
+    def load_checkpoint_file(
+        self, path: Path, *, is_wanted: Callable[[StateMeta], bool] | None = None
+    ) -> bool:
         """Become the state of a checkpoint of this run; False, with nothing changed, if it cannot be used."""
         try:
             header, vectors = open_checkpoint(path)
@@ -429,6 +433,8 @@ class Replica:
             logger.warning("checkpoint %s is of no use: %s", path.name, error)
             return False
         if header.meta.run_digest != self.spec.run_digest:
+            return False
+        if is_wanted is not None and not is_wanted(header.meta):
             return False
         if vectors[0].size != self.vectors.num_values:
             return False

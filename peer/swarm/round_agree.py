@@ -52,7 +52,8 @@ class AgreeSide:
         value = rounds_pb2.RoundValue.FromString(proposal.value)
         problem = core.check_proposal(proposal)
         if problem:
-            core.show(core.phase, f"proposal of attempt {proposal.attempt} refused: {problem}")
+            core.refused_proposal = f"proposal of attempt {proposal.attempt} refused: {problem}"
+            core.show(core.phase, "no vote")
             if value.previous_state_digest != core.setup.previous_state_digest:
                 setup = core.setup
                 core.emit(
@@ -86,11 +87,11 @@ class AgreeSide:
 
     def on_vote(self, vote: rounds_pb2.Vote) -> None:
         """Keep a valid vote for this step, of whatever attempt."""
-        value = rounds_pb2.RoundValue.FromString(vote.value)
-        place = (value.incarnation, value.outer_step)
-        here = (self._core.setup.incarnation, self._core.setup.outer_step)
-        if place == here and self._core.checks.is_valid_vote(vote):
-            self.check_certificate(self._core.votes.add(vote))
+        core = self._core
+        if vote.attempt > core.max_attempt or not core.names_this_round(vote.value):
+            return
+        if core.checks.is_valid_vote(vote):
+            self.check_certificate(core.votes.add(vote, current_attempt=core.attempt))
 
     def on_certificate(self, certificate: rounds_pb2.Certificate) -> None:
         """A certificate of this step ends it, of whatever attempt."""

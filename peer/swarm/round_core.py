@@ -7,6 +7,8 @@ in an attempt not below the promise, at most once per attempt, and the record is
 from dataclasses import replace
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from peer.swarm.round_types import (
     Behind,
     Effect,
@@ -25,6 +27,10 @@ from peer.swarm.round_votes import VoteBox
 from protos.contract.certificate import contributions_digest
 from protos.muster.v1 import common_pb2, rounds_pb2
 
+_MAX_ATTEMPTS_AHEAD = 1000
+_LAST_ATTEMPT = 2**31
+"""Attempts are uint32 on the wire; far below its end nothing is listened to any more."""
+
 
 class RoundCore:
     """State shared by the two roles of one member in one outer step."""
@@ -41,7 +47,10 @@ class RoundCore:
         self.setup = setup
         self.checks = checks
         self.timing = timing
+        vote = record.highest_vote
         self.record = record
+        if vote is not None and not self.names_this_round(vote.value):
+            self.record = RoundRecord(incarnation=setup.incarnation, outer_step=setup.outer_step)
         self.roster = list(setup.directive.roster)
         self.entry_by_peer = {entry.peer_id: entry for entry in self.roster}
         self.others = tuple(p for p in self.entry_by_peer if p != setup.own_peer_id)
@@ -59,6 +68,8 @@ class RoundCore:
         self.directive_by_number: dict[int, common_pb2.Signed] = {}
         self.learn_directive(newest_directive)
         self._effects: list[Effect] = []
+        self.refused_proposal = ""
+        """Why the last proposal got no vote; said along with what happens next, until a vote is cast."""
         self._shown = (RoundPhase.FORM, "")
 
     # Effects ----------------------------------------------------------------------------------
@@ -101,6 +112,8 @@ class RoundCore:
 
     def show(self, phase: RoundPhase, reason: str) -> None:
         """Tell people, when the phase or its reason changes."""
+        if self.refused_proposal and phase is not RoundPhase.DONE:
+            reason = f"{reason}; {self.refused_proposal}"
         if (phase, reason) != self._shown:
             self._shown = (phase, reason)
             self.emit(PhaseChanged(phase, reason))
@@ -119,7 +132,26 @@ class RoundCore:
             self.is_paused = directive.is_paused
         return directive
 
+    # Attempts ---------------------------------------------------------------------------------
+
+    @property
+    def max_attempt(self) -> int:
+        """Highest attempt listened to: nobody may run the numbers out."""
+        record = self.record
+        known = max(self.attempt, record.promised_attempt, record.led_attempt)
+        return min(known + _MAX_ATTEMPTS_AHEAD, _LAST_ATTEMPT)
+
     # Voting -----------------------------------------------------------------------------------
+
+    def names_this_round(self, value: bytes) -> bool:
+        """True if a serialised value belongs to this run, incarnation and step."""
+        setup = self.setup
+        try:
+            found = rounds_pb2.RoundValue.FromString(value)
+        except DecodeError:
+            return False
+        place = (found.run_id, found.incarnation, found.outer_step)
+        return place == (setup.run_id, setup.incarnation, setup.outer_step)
 
     @property
     def has_own_vote(self) -> bool:
@@ -207,7 +239,8 @@ class RoundCore:
             contributions=proposal.contributions,
             next_directive=proposal.next_directive,
         )
-        self.votes.add(vote)
+        self.votes.add(vote, current_attempt=self.attempt)
+        self.refused_proposal = ""
         self.send_own_vote(self.others)
         return True
 

@@ -206,13 +206,15 @@ class LeaderSide:
             value = rounds_pb2.RoundValue.FromString(vote.value)
             if (
                 vote.voter != sender
+                or vote.attempt >= attempt
+                or not core.names_this_round(vote.value)
                 or not core.checks.is_valid_vote(vote)
                 or contributions_digest(answer.contributions) != value.contributions_digest
             ):
                 reason = "the vote in the exchange's answer is not valid"
                 core.refuse(sender, attempt=attempt, kind=_INVALID, reason=reason)
                 return
-            core.votes.add(vote)
+            core.votes.add(vote, current_attempt=core.attempt)
         proposer.answers[sender] = answer
         self._check_exchange()
 

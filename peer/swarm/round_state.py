@@ -75,10 +75,11 @@ class RoundMachine:
         self._group: rounds_pb2.FormGroup | None = None
         self.is_reducing = False
         self._is_in_group_before = False
+        record = self._core.record
         vote = record.highest_vote
         self._core.attempt = max(record.promised_attempt, record.led_attempt + 1)
         if vote is not None:
-            self._core.votes.add(vote)
+            self._core.votes.add(vote, current_attempt=self._core.attempt)
             self._agree.remember_contributions(vote.value, record.contributions)
             if vote.attempt == self._core.attempt:
                 self.enter_agree("voted before a restart")
@@ -266,6 +267,12 @@ class RoundMachine:
         if place != (core.setup.incarnation, core.setup.outer_step):
             core.is_from_later(sender, *place)
             return
+        if message.attempt > core.max_attempt and message.WhichOneof("body") != "certificate":
+            core.show(
+                core.phase,
+                f"message of {sender} refused: attempt {message.attempt}; at most {core.max_attempt}",
+            )
+            return
         try:
             self._on_body(sender, message.attempt, message)
         except DecodeError as error:
@@ -338,7 +345,8 @@ class RoundMachine:
             core.emit(Behind(sender, setup.incarnation, setup.outer_step, refusal.reason))
         elif kind == _SUPERSEDED:
             if core.phase is RoundPhase.FORM:
-                self.supersede(refusal.attempt, f"{sender}: {refusal.reason}")
+                later = min(refusal.attempt, core.max_attempt)
+                self.supersede(later, f"{sender}: {refusal.reason}")
         elif kind == rounds_pb2.REFUSAL_KIND_INVALID:
             if sender == self._leader.leader(attempt) and core.own is not None:
                 core.own = None

@@ -10,8 +10,10 @@ from protos.contract.certificate import certificate_from_votes, half_votes_by_vo
 from protos.contract.ids import COORDINATOR_VOTER
 from protos.muster.v1 import common_pb2, rounds_pb2
 
-_MAX_BALLOTS = 64
-"""Ballots remembered; honest members make one per attempt."""
+_MAX_BALLOTS_PER_VOTER = 16
+"""Ballots remembered of each voter, its highest attempts; honest members make one per attempt."""
+_MAX_VALUES_PER_ATTEMPT = 2
+"""Values of one voter in one attempt: one is a vote, two prove a double vote, more say nothing new."""
 
 
 class VoteBox:
@@ -20,14 +22,31 @@ class VoteBox:
     def __init__(self, roster: Iterable[common_pb2.RosterEntry]) -> None:
         self.half_votes = half_votes_by_voter(roster)
         self._votes: dict[tuple[int, bytes], dict[str, rounds_pb2.Vote]] = {}
+        self._ballots_by_voter: dict[str, set[tuple[int, bytes]]] = {}
 
-    def add(self, vote: rounds_pb2.Vote) -> tuple[int, bytes]:
-        """Keep a checked vote; returns its ballot. The oldest ballot goes when there are too many."""
+    def add(self, vote: rounds_pb2.Vote, *, current_attempt: int) -> tuple[int, bytes]:
+        """Keep a checked vote; returns its ballot.
+
+        Room is bounded per voter, so that nobody pushes out another's votes; the lowest attempts go first, those of
+        the current attempt never.
+        """
         ballot = (vote.attempt, vote.value)
+        own = self._ballots_by_voter.setdefault(vote.voter, set())
+        if ballot not in own:
+            if sum(attempt == vote.attempt for attempt, _ in own) >= _MAX_VALUES_PER_ATTEMPT:
+                return ballot
+            own.add(ballot)
         self._votes.setdefault(ballot, {})[vote.voter] = vote
-        if len(self._votes) > _MAX_BALLOTS:
-            del self._votes[min(self._votes)]
+        droppable = [b for b in own if b[0] != current_attempt]
+        if len(droppable) > _MAX_BALLOTS_PER_VOTER:
+            self._drop(vote.voter, min(droppable))
         return ballot
+
+    def _drop(self, voter: str, ballot: tuple[int, bytes]) -> None:
+        self._ballots_by_voter[voter].discard(ballot)
+        del self._votes[ballot][voter]
+        if not self._votes[ballot]:
+            del self._votes[ballot]
 
     def voters(self, ballot: tuple[int, bytes]) -> set[str]:
         """Who has voted in a ballot."""

@@ -179,8 +179,8 @@ def newest_proven_state(
 ) -> ProvenState | None:
     """Highest state whose equal signed attestations are more than half of the members' votes.
 
-    The own vote counts along with the others when nobody contradicts them: taking a state is agreeing to it. So one of
-    two voters can bring the other back.
+    With at most two voters the own vote counts along with the other's when nobody contradicts it: taking a state is
+    agreeing to it. So one of two voters can bring the other back; among more, the others alone must be enough.
     """
     half_votes = half_votes_by_voter(directive.roster)
     key_by_peer = {entry.peer_id: entry.public_key for entry in directive.roster}
@@ -198,9 +198,10 @@ def newest_proven_state(
                 backers.setdefault(key, set()).add(peer_id)
     num_digests = Counter(outer_step for outer_step, _ in backers)
     needed = sum(half_votes.values()) / 2
+    may_count_own = sum(entry.has_vote for entry in directive.roster) <= 2
     for (outer_step, digest), peers in sorted(backers.items(), reverse=True):
         voters = set(peers)
-        if num_digests[outer_step] == 1:
+        if may_count_own and num_digests[outer_step] == 1:
             voters.add(own_peer_id)
         if sum(half_votes.get(voter, 0) for voter in voters) > needed:
             return ProvenState(
@@ -224,7 +225,7 @@ async def fetch_averaged(
             await stream.send_message(request)
             return await _receive_averaged(stream, averaged_digest, num_values=num_values)
         except (PeerCallError, StreamError, TimeoutError) as error:
-            logger.debug("averaged bytes from %s: %s", peer_id, error)
+            logger.info("averaged bytes from %s refused: %s", peer_id, error)
         finally:
             if stream is not None:
                 stream.close()
@@ -247,6 +248,8 @@ async def _receive_averaged(
         if piece_digest(data) != digest:
             raise StreamError(f"piece {piece} does not match its digest")
         vector[low:high] = np.frombuffer(data, dtype="<f4")
+        if not np.isfinite(vector[low:high]).all():
+            raise StreamError(f"piece {piece} holds values that are not finite")
     await stream.acknowledge()
     return AveragedVector(vector=vector, piece_digests=digests)
 

@@ -181,6 +181,12 @@ class Transport:
         """Own multiaddresses, with the identity at the end."""
         return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
 
+    async def wait_died(self) -> str:
+        """Wait until p2pd has ended, whoever ended it; returns how."""
+        child: asyncio.subprocess.Process = self.p2p._child
+        code = await child.wait()
+        return f"signal {-code}" if code < 0 else f"exit status {code}"
+
     async def close(self) -> None:
         """Stop p2pd and remove its sockets, with their folder."""
         folder = Path(self.p2p.daemon_listen_maddr["unix"]).parent

@@ -52,6 +52,8 @@ class CoordinatorState(StrEnum):
 
     RECOVERING = "RECOVERING"
     SERVING = "SERVING"
+    STOPPED = "STOPPED"
+    """No process serves the data directory; only who reads the store directly can see this."""
 
 
 class LeaseState(StrEnum):

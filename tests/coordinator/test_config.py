@@ -11,7 +11,7 @@ from protos.contract.errors import ErrorCode, MachineError, UsageError
 def test_later_sources_win(tmp_path: Path) -> None:
     path = tmp_path / "coordinator.toml"
     path.write_text(
-        'port = 1\nhttp_port = 2\nrendezvous = ["/ip4/10.0.0.1/tcp/1"]\nlease_ttl_seconds = 90\n'
+        'port = 1\nhttp_port = 2\nrendezvous = ["/ip4/10.0.0.1/tcp/1/p2p/Qm1"]\nlease_ttl_seconds = 90\n'
     )
     environment = {
         "MUSTER_COORDINATOR_HTTP_PORT": "3",
@@ -22,7 +22,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
         config_path=path, environment=environment, flags={"host": "127.0.0.1", "port": None}
     )
     assert (config.port, config.http_port, config.host) == (1, 3, "127.0.0.1")
-    assert config.rendezvous == ("/ip4/10.0.0.1/tcp/1",)
+    assert config.rendezvous == ("/ip4/10.0.0.1/tcp/1/p2p/Qm1",)
     assert config.lease_ttl_seconds == 90.0
     assert type(config.lease_ttl_seconds) is float
 
@@ -53,6 +53,8 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str) -> None:
         "lease_ttl_seconds = 5",
         "stop_deadline_seconds = -1",
         "rendezvous = [1]",
+        "rendezvous = ['here']",
+        "data_dir = '\xff'",  # written in another encoding than UTF-8
         "max_peers = 0",
         "data_dir = 3",
         "= 3",
@@ -60,7 +62,7 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str) -> None:
 )
 def test_bad_values_are_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "coordinator.toml"
-    path.write_text(line + "\n")
+    path.write_text(line + "\n", encoding="latin-1")
     with pytest.raises(UsageError) as caught:
         load_config(config_path=path, environment={})
     assert caught.value.allowed and caught.value.remedy

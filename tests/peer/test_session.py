@@ -356,6 +356,19 @@ def test_a_child_that_keeps_dying_ends_the_session(training: Timeline) -> None:
     assert "out of memory" in drains[0].reason
 
 
+def test_a_child_that_this_machine_cannot_run_ends_the_session_at_once() -> None:
+    timeline = Timeline()
+    event = ev.ChildDied(child=ChildName.SWARM, reason="the port is taken", exit_code=4)
+    timeline.feed(event)
+    assert [action.exit_code for action in timeline.take(ev.BeginDrain)] == [4]
+
+
+def test_a_child_that_could_run_before_is_started_again(training: Timeline) -> None:
+    event = ev.ChildDied(child=ChildName.SWARM, reason="the port is taken", exit_code=4)
+    training.feed(event)
+    assert training.take(ev.BeginDrain) == [] and len(training.take(ev.Respawn)) == 1
+
+
 def test_deaths_far_apart_are_forgiven(training: Timeline) -> None:
     for _ in range(3 * MAX_DEATHS):
         training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="killed"))

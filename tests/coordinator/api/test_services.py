@@ -60,6 +60,35 @@ def test_leases_files_and_leave(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_damaged_files_are_named_and_served_again_once_restored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with deployed(tmp_path) as deployment, deployment.client() as client:
+            await client.reach_incarnation_one()
+            (lease,) = await client.acquire(SEQ_LEN, request_id="one")
+            index = lease.range.chunk_index
+            path = deployment.data_dir / "datasets" / "test" / f"chunks/train-{index:06}.bin"
+            whole = path.read_bytes()
+            request = corpus_pb2.FetchFileRequest(
+                file=corpus_pb2.DATASET_FILE_TRAINING_CHUNK, chunk_index=index
+            )
+            for damaged in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-1], None):
+                caplog.clear()
+                path.unlink() if damaged is None else path.write_bytes(damaged)
+                for _ in range(2):
+                    with pytest.raises(CorruptDataError, match=path.name) as caught:
+                        await client.stream("Corpus", "FetchFile", request)
+                    assert "restores" in caught.value.remedy
+                lines = [line for line in caplog.messages if "is damaged" in line]
+                assert len(lines) == 1 and str(path) in lines[0]
+            path.write_bytes(whole)
+            parts = await client.stream("Corpus", "FetchFile", request)
+            assert b"".join(part.data for part in parts) == whole
+
+    asyncio.run(scenario())
+
+
 async def check_files(client: Client, manifest: Any, leased: set[int]) -> None:
     """Every kind of file has the manifest's digest; chunks that are not leased do not come."""
 

@@ -34,7 +34,7 @@ class AcceptorMachine(RuleBasedStateMachine):
     def begin(self, num_members: int) -> None:
         self.world = World.create(num_peers=num_members)
         self.members = [Member() for _ in range(num_members)]
-        self.contributions = self.world.contributions([])
+        self.contributions = self.world.one_range()
         self.proposal: dict[int, bytes] = {}
         """Value that the leader of an attempt proposes."""
         self.votes: dict[tuple[int, bytes], dict[str, rounds_pb2.Vote]] = {}

@@ -309,6 +309,11 @@ class World:
             next_directive_number=self.directive.directive_number,
         ).SerializeToString()
 
+    def one_range(self, peer: int = 0) -> bytes:
+        """Contributions of one new lease of a peer, trained to its end."""
+        signed = self.acquire(peer).leases[0]
+        return self.contributions([self.contribution(peer, [whole(signed)])])
+
     def contributions(self, parts: Sequence[rounds_pb2.Contribution]) -> bytes:
         """Serialised, ordered by peer_id."""
         ordered = sorted(parts, key=lambda part: part.peer_id)
@@ -343,10 +348,14 @@ class World:
         with self.store.write() as tx:
             return rounds.submit_votes(tx, request, **self.clock)
 
-    def exchange(self, *, outer_step: int, attempt: int) -> ExchangeResponse:
+    def exchange(self, *, outer_step: int, attempt: int, peer_id: str = "") -> ExchangeResponse:
         """Ask for the coordinator's promise."""
         request = ExchangeRequest(
-            run_id=RUN_ID, incarnation=self.incarnation, outer_step=outer_step, attempt=attempt
+            run_id=RUN_ID,
+            peer_id=peer_id or self.keys[0].peer_id,
+            incarnation=self.incarnation,
+            outer_step=outer_step,
+            attempt=attempt,
         )
         with self.store.write() as tx:
             return rounds.exchange(tx, request, **self.clock)

@@ -40,7 +40,7 @@ def test_the_half_completes_a_quorum_and_credits_in_the_same_step() -> None:
 
 def test_the_half_is_not_given_without_a_quorum_or_below_a_promise() -> None:
     world = World.create(num_peers=4)
-    contributions = world.contributions([])
+    contributions = world.one_range()
     value = world.value(contributions)
     response = world.submit(world.votes(value, [0]), contributions)
     assert response.certificate is None and "no quorum" in response.reason

@@ -93,6 +93,9 @@ class StoreConformance:
                 assert tx.newest_lease_number("r", 1, "a") == 2
                 raise KeyError
             assert (tx.book("r"), tx.run("r"), tx.peer("r", "a")) == (busy, RUN, PEER)
+            assert tx.peers("r") == [PEER]
+            tx.put_peer(replace(PEER, peer_id="0"))
+            assert [row.peer_id for row in tx.peers("r")] == ["0", "a"]
             assert tx.newest_lease_number("r", 1, "a") == 1
         with pytest.raises(KeyError), store.write() as tx:
             tx.update_book(done)
@@ -103,6 +106,41 @@ class StoreConformance:
             assert (tx.book("r"), tx.peer("r", "a"), tx.meta("name")) == (busy, PEER, "")
         with store.read() as tx:
             assert tx.book("r") == busy
+
+    def test_lines_and_answers_follow_savepoints(self, store: Store) -> None:
+        """A store may write these with the commit; the order is kept and nothing undone comes back."""
+        first, second = (
+            RequestRow("a", "1", "m", b"d", b"r", 1),
+            RequestRow("a", "2", "m", b"", b"", 2),
+        )
+        lines = [
+            JournalRow(0, "r", number, "GRANT", *[0, 0, "", 0, 0, 0, 0, 0, 0, ""])
+            for number in range(40)
+        ]
+        with store.write() as tx:
+            fill(tx)
+            tx.insert_request(first)
+            tx.insert_journal(lines[0])
+            with pytest.raises(KeyError), tx.savepoint():
+                tx.insert_request(second)
+                tx.insert_journal(lines[1])
+                assert len(tx.journal("r")) == 2
+                assert tx.prune_requests(before_unix_ms=0, num_requests=9) == 0
+                assert tx.request("a", "2") == second
+                raise KeyError
+            assert tx.request("a", "1") == first
+            assert tx.request("a", "2") is None
+            for line in lines[2:]:
+                tx.insert_journal(line)
+        with pytest.raises(KeyError), store.write() as tx:
+            tx.insert_request(second)
+            tx.insert_journal(lines[1])
+            raise KeyError
+        with store.write() as tx:
+            assert tx.request("a", "2") is None
+        with store.read() as tx:
+            assert tx.request("a", "1") == first
+            assert [row.unix_ms for row in tx.journal("r")] == [0, *range(2, 40)]
 
     def test_numbers_beyond_64_bits_are_refused(self, store: Store) -> None:
         with store.write() as tx:

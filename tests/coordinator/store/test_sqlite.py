@@ -105,7 +105,7 @@ def test_reading_beside_a_running_owner_and_after_it(tmp_path: Path) -> None:
 
 def test_readers_cannot_write(tmp_path: Path) -> None:
     store = SqliteStore.open(tmp_path)
-    with store.read() as tx, pytest.raises(UnavailableError, match="readonly"):
+    with store.read() as tx, pytest.raises(MachineError, match="readonly"):
         tx.set_meta("name", "value")
     store.close()
 

@@ -154,5 +154,6 @@ async def _story(folder: Path) -> None:
         assert not list((daemon.home / "run").glob("*.sock"))
 
 
+@pytest.mark.slow
 def test_story_of_a_swarm(tmp_path: Path) -> None:
     asyncio.run(_story(tmp_path))
