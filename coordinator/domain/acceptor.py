@@ -15,7 +15,7 @@ from protos.contract.certificate import is_quorum
 from protos.contract.ids import COORDINATOR_VOTER
 
 NO_ATTEMPT = -1
-MAX_ATTEMPTS_AHEAD = 64
+MAX_ATTEMPTS_AHEAD = 4096
 """How far one exchange may go beyond the highest known attempt, so that nobody uses attempts up."""
 
 

@@ -44,10 +44,19 @@ def reason_against_half(
         peer_id = contribution.peer_id
         if peer_id not in limit_by_peer:
             return f"{peer_id} is not in roster {directive.directive_number}"
+        if peer_id in tokens_by_peer:
+            return f"{peer_id} is listed twice"
+        cursor = (0, 0)
         for leased in contribution.ranges:
             reason = _reason_against_range(context, value, peer_id, leased)
             if reason:
                 return f"range of {peer_id}: {reason}"
+            number = common_pb2.Lease.FromString(leased.lease.payload).lease_number
+            if (number, leased.begin_window) < cursor:
+                return (
+                    f"range of {peer_id}: lease {number} from window {leased.begin_window} repeats"
+                )
+            cursor = (number, leased.end_window)
             tokens_by_peer[peer_id] += (leased.end_window - leased.begin_window) * seq_len
         if tokens_by_peer[peer_id] > limit_by_peer[peer_id]:
             return (

@@ -17,14 +17,13 @@ from coordinator.domain.incarnations import (
     is_on_chain,
 )
 from coordinator.domain.membership import Member, after_attestation, after_refused_attestation
-from coordinator.operations.common import OperationContext, load_directive, unix_ms
+from coordinator.operations.common import OperationContext, load_book, load_directive, unix_ms
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from coordinator.store.rows_membership import AttestationRow, CheckpointRow
 from protos.contract.certificate import Tag
 from protos.contract.signing import has_valid_signature
 from protos.muster.v1 import common_pb2, rounds_pb2
-
 
 MAX_STEPS_AHEAD = 4096
 """How far beyond the newest certified step an attestation may be: members go on without a coordinator."""
@@ -150,7 +149,7 @@ def take_attestations(
     now_unix_seconds: float,
 ) -> Member:
     """Verify, store and compare attestations; returns the member after them. Those that cannot be used are left out."""
-    newest = _newest_known_step(tx, run) if attestations else 0
+    newest = load_book(tx, run.run_id).certified_outer_step if attestations else 0
     for signed in attestations:
         try:
             attestation = common_pb2.Attestation.FromString(signed.payload)
@@ -178,11 +177,6 @@ def take_attestations(
                 keep=MAX_ATTESTATIONS_AHEAD,
             )
     return member
-
-
-def _newest_known_step(tx: Transaction, run: RunRow) -> int:
-    """Newest outer step that a certificate in force or an incarnation's record names."""
-    return 0 if run.incarnation == 0 else load_epoch(tx, run).certified_outer_step
 
 
 def _take(

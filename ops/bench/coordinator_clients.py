@@ -7,6 +7,7 @@ every client runs in a closed loop from a common instant on: the next call follo
 - lease: AcquireLeases for one round, then ReleaseLeases.
 - report: AcquireLeases, then ReportCertificates with a new certificate that credits these leases. The
   client is the only voter of its run, so its own vote is a quorum.
+- empty: ReleaseLeases at a server that does nothing (empty_server.py), over as many connections of its own.
 - heartbeat: a heartbeat with claims and the directive that the client knows.
 
 Making a thousand RSA keys costs minutes, so keys are made from pairs out of few primes: good enough to
@@ -97,6 +98,7 @@ class SimulatedPeer:
         self._channel = channel
         self._call_by_path: dict[str, Any] = {}
         self._metadata_by_path: dict[str, tuple[float, Any]] = {}
+        self.empty_channel: grpc.aio.Channel | None = None
 
     async def call(self, service: str, rpc: str, request: Any, response_class: Any) -> Any:
         """One authenticated call, timed."""
@@ -271,6 +273,16 @@ class SimulatedPeer:
         ).SerializeToString()
         return certificate_from_votes([self.key.vote(value, 0, self.peer_id)], contributions)
 
+    async def empty_once(self) -> None:
+        """A call that costs the other side nothing but the call."""
+        if self.empty_channel is not None:
+            self._channel, self.empty_channel = self.empty_channel, None
+            self._call_by_path.clear()
+        request = leases_pb2.ReleaseLeasesRequest(
+            request_id=f"r{self.num_calls}", incarnation=1, lease_numbers=[1], reason="benchmark"
+        )
+        await self.call("Leases", "ReleaseLeases", request, leases_pb2.ReleaseLeasesResponse)
+
     async def heartbeat_once(self) -> None:
         """One heartbeat."""
         await self.heartbeat([])
@@ -280,6 +292,7 @@ _LOADS: dict[str, Callable[[SimulatedPeer], Awaitable[None]]] = {
     "lease": SimulatedPeer.lease_once,
     "report": SimulatedPeer.report_once,
     "heartbeat": SimulatedPeer.heartbeat_once,
+    "empty": SimulatedPeer.empty_once,
 }
 
 
@@ -299,6 +312,8 @@ class Crowd:
                 return {}
             case "wait_begun":
                 return await self._wait_begun()
+            case "connect_to_empty":
+                return await self._connect_to_empty(command)
             case "load":
                 return await self._load(command)
             case other:
@@ -347,6 +362,18 @@ class Crowd:
             "latencies_seconds": [x for peer in peers for x in peer.latencies_seconds],
             "cpu_seconds": time.process_time(),
         }
+
+    async def _connect_to_empty(self, command: dict[str, Any]) -> dict[str, Any]:
+        """For the load "empty", after which these peers cannot speak to the coordinator."""
+        certificate = command["cert_pem"].encode()
+        credentials = grpc.ssl_channel_credentials(root_certificates=certificate)
+        options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
+        for peer in self._peers:
+            peer.empty_channel = grpc.aio.secure_channel(
+                command["address"], credentials, options=options
+            )
+            await peer.empty_channel.channel_ready()
+        return {}
 
     async def _each(self, do: Callable[[SimulatedPeer], Awaitable[None]]) -> None:
         semaphore = asyncio.Semaphore(_CONCURRENT_JOINS)

@@ -2,10 +2,13 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 from peer.ipc import AsyncChannel, ChannelClosed
 from peer.parent_death import die_with_parent
@@ -13,6 +16,8 @@ from peer.shared_vectors import SharedVectors
 from protos.contract.errors import MusterError
 
 logger = logging.getLogger("peer.swarm")
+
+_CLOSE_SECONDS = 3.0
 
 
 def main() -> int:
@@ -81,12 +86,36 @@ async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
             "ready", p2p_peer_id=transport.p2p_peer_id, addresses=await transport.addresses()
         )
         try:
-            await node.run()
+            await _run_while_alive(node.run(), transport.wait_died())
         finally:
             await asyncio.shield(node.close())
-            await dht.close()
+            with contextlib.suppress(
+                TimeoutError
+            ):  # without p2pd there is nobody to say goodbye to
+                await asyncio.wait_for(dht.close(), _CLOSE_SECONDS)
     finally:
         await transport.close()
+
+
+async def _run_while_alive(
+    work: Coroutine[Any, Any, None], death: Coroutine[Any, Any, str]
+) -> None:
+    """Run until the work ends; raises MusterError as soon as p2pd has ended, for the daemon to start both anew."""
+    working, dying = asyncio.ensure_future(work), asyncio.ensure_future(death)
+    try:
+        await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+            return
+        raise MusterError(
+            f"p2pd has ended ({dying.result()})",
+            allowed="p2pd lives as long as the swarm process",
+            remedy="the swarm process is started again, with a new p2pd",
+        )
+    finally:
+        for task in (working, dying):
+            task.cancel()
+        await asyncio.gather(working, dying, return_exceptions=True)
 
 
 if __name__ == "__main__":

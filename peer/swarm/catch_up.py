@@ -122,7 +122,9 @@ class CatchUp:
             return False
         try:
             await asyncio.to_thread(replica.apply, certificate, averaged, directive)
-        except CorruptDataError as error:  # the state is untouched; others may have gone another way
+        except (
+            CorruptDataError
+        ) as error:  # the state is untouched; others may have gone another way
             self.problem = f"outer step {value.outer_step} cannot be applied: {error}"
             logger.warning("%s", self.problem)
             return False

@@ -19,7 +19,7 @@ from peer.swarm.config_message import SwarmConfig
 from peer.swarm.dht import Dht
 from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
-from peer.swarm.record_file import load_record, save_record
+from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
 from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, Place, RoundShell
@@ -55,7 +55,8 @@ class SwarmNode:
         self._config, self._channel, self._vectors = config, channel, vectors
         self._transport, self._dht = transport, dht
         self._own_peer_id: str = config.key.peer_id
-        self._votes_folder = config.home / "votes" / config.run_id
+        run_folder = run_folder_name(config.run_id, config.coordinator_public_key)
+        self._votes_folder = config.home / "votes" / run_folder
         self._replica = Replica(
             spec=config.spec,
             run_id=config.run_id,
@@ -391,6 +392,8 @@ class SwarmNode:
             await self._publish_new_state("caught up with the swarm")
         elif self._shell.machine is None and not is_short:
             self._reporter.phase("IDLE", "not in the roster in force yet")
+            if not self._reporter.has_state:
+                self._tell_state()  # loaded from disk and still the newest: nothing else would tell it
 
     async def _use_certificates(self) -> None:
         replica = self._replica

@@ -1,5 +1,6 @@
-"""The newest incarnation record, on disk before it is acted on."""
+"""The newest incarnation record, on disk before it is acted on; and how a home keeps runs apart."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from protos.contract.errors import ErrorCode, MachineError
 from protos.muster.v1 import common_pb2
 
 _NAME = "incarnation.bin"
+
+
+def run_folder_name(run_id: str, coordinator_public_key: bytes) -> str:
+    """Name of a run's folders in a home; runs of one name at two coordinators are two runs."""
+    return f"{run_id}-{hashlib.sha256(coordinator_public_key).hexdigest()[:16]}"
 
 
 def load_record(folder: Path) -> common_pb2.Signed | None:

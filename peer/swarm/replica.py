@@ -19,6 +19,7 @@ from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.contribution_check import next_meta, open_directive
 from peer.swarm.exact_update import SyncUpdate
+from peer.swarm.record_file import run_folder_name
 from protos.contract.certificate import Tag
 from protos.contract.digest import (
     Float32Vector,
@@ -66,8 +67,9 @@ class Replica:
         self.coordinator_public_key = coordinator_public_key
         self.seq_len = spec.model.seq_len
         self.vectors = vectors
-        self.store = CheckpointStore(folder / "state" / run_id)
-        self._averaged_folder = folder / "averaged" / run_id
+        run_folder = run_folder_name(run_id, coordinator_public_key)
+        self.store = CheckpointStore(folder / "state" / run_folder)
+        self._averaged_folder = folder / "averaged" / run_folder
         self._averaged_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._key = key
         self._update = SyncUpdate(spec)

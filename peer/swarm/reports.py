@@ -57,8 +57,19 @@ class Reporter:
             is_paused=newest.is_paused,
         )
         if replica.unreported:
-            first = replica.unreported[:_MAX_CERTIFICATES]
+            first = self._most_wanted(replica.unreported)
             self._channel.send("certificates", certificates=[c.SerializeToString() for c in first])
+
+    def _most_wanted(
+        self, certificates: list[rounds_pb2.Certificate]
+    ) -> list[rounds_pb2.Certificate]:
+        """Those of this incarnation first: older ones may never be acknowledged."""
+
+        def is_older(certificate: rounds_pb2.Certificate) -> bool:
+            value = rounds_pb2.RoundValue.FromString(certificate.value)
+            return bool(value.incarnation != self._replica.incarnation)
+
+        return sorted(certificates, key=is_older)[:_MAX_CERTIFICATES]
 
     def outcome(
         self,

@@ -1,5 +1,6 @@
 """Durable memory of votes and promises: an append-only file per incarnation, fsynced before anything is sent.
 
+The folder is that of one run: numbers of incarnations say nothing across runs.
 Each line is a record of one outer step with its checksum; the last line of a step counts. A torn last line, from
 a crash while writing, is cut off at start: nothing that it says was ever sent. Files of older incarnations are removed
 when a newer incarnation begins, and the file is rewritten when it has grown, keeping the newest steps.
@@ -36,7 +37,8 @@ class VoteFile:
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, num_good_bytes)
         os.lseek(self._fd, num_good_bytes, os.SEEK_SET)
-        _sync_folder(folder)
+        for entered in (folder, *folder.parents[:2]):
+            _sync_folder(entered)
 
     def record(self, outer_step: int) -> RoundRecord:
         """What was promised, led and voted for a step; blank if nothing."""

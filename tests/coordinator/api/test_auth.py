@@ -5,16 +5,21 @@ import dataclasses
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coordinator.api import server
 from coordinator.operations.admin import evict_peer
+from coordinator.operations.membership import find_session
+from coordinator.operations.requests import FindSessionRequest
 from coordinator.operations.requests_admin import (
     EvictPeerRequest,
     ListTokensRequest,
     RevokeTokenRequest,
 )
 from coordinator.operations.tokens import list_tokens, revoke_token
+from coordinator.store.base import Transaction
 from protos.contract.channel import MAX_MESSAGE_BYTES, fetch_pinned_ca, split_address
 from protos.contract.errors import ErrorCode, MusterError, RefusedError, UnavailableError
 from protos.muster.v1 import membership_pb2, runs_pb2
@@ -114,6 +119,38 @@ def test_sessions_and_limits(tmp_path: Path) -> None:
             clock.offset_seconds = 601.0
             late = {"now_unix_seconds": clock()}
             assert await heartbeat(**late) is ErrorCode.SESSION_INVALID
+
+    asyncio.run(scenario())
+
+
+def test_strangers_are_limited_before_the_store_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def counted(tx: Transaction, request: FindSessionRequest, /, **keywords: Any) -> Any:
+        asked.append(request.peer_id)
+        return find_session(tx, request, **keywords)
+
+    monkeypatch.setattr(server, "find_session", counted)
+
+    async def scenario() -> None:
+        async with (
+            deployed(tmp_path, join_calls_per_second=1.0) as deployment,
+            deployment.client() as client,
+        ):
+            await client.heartbeat()
+            empty = membership_pb2.HeartbeatRequest()
+            calls = [
+                refusal(client.call("Membership", "Heartbeat", empty, peer_id=f"{n:032x}"))
+                for n in range(60)
+            ]
+            codes = [await call for call in calls]
+            assert set(codes) == {ErrorCode.SESSION_INVALID, ErrorCode.RATE_LIMITED}
+            assert len([name for name in asked if name != client.peer_id]) == codes.count(
+                ErrorCode.SESSION_INVALID
+            )
+            await client.heartbeat()
 
     asyncio.run(scenario())
 

@@ -5,10 +5,19 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from coordinator.domain import acceptor
-from protos.contract.certificate import certificate_from_votes
+from coordinator.store.rows_membership import AttestationRow
+from protos.contract.certificate import Tag, certificate_from_votes
 from protos.contract.ids import COORDINATOR_VOTER
+from protos.muster.v1 import common_pb2
 from tests.coordinator.operations.acceptor_machine import AcceptorMachine
-from tests.coordinator.operations.ledger_world import RUN_ID, World, whole
+from tests.coordinator.operations.ledger_world import (
+    COORDINATOR_KEY,
+    PEER_KEYS,
+    RUN_ID,
+    World,
+    lease_of,
+    whole,
+)
 
 SETTINGS = settings(
     max_examples=100,
@@ -50,6 +59,79 @@ def test_the_half_is_not_given_without_a_quorum_or_below_a_promise() -> None:
     assert response.certificate is None and "attempt 2 is promised" in response.reason
     response = world.submit(world.votes(value, [0, 1], attempt=2), contributions)
     assert len(response.certificate.votes) == 3
+
+
+def test_a_half_that_is_refused_stores_nothing() -> None:
+    world = World.create(num_peers=2)
+    mine = [signed for _ in range(2) for signed in world.acquire(0).leases]
+    theirs = world.acquire(1).leases[0]
+    forged = common_pb2.Signed(payload=mine[0].payload, signature=bytes(64))
+    vast = lease_of(mine[0])
+    vast.range.end_window = 10_000
+    vast_signed = COORDINATOR_KEY.signed(Tag.LEASE, vast.SerializeToString())
+    lease, begin, end = whole(mine[0])
+    torn = common_pb2.Signed(payload=b"\xff\xff")
+
+    def listed(*ranges: tuple[common_pb2.Signed, int, int]) -> bytes:
+        return world.contributions([world.contribution(0, ranges)])
+
+    for contributions, reason in (
+        (b"\xff\xff\xff", "cannot be read"),
+        (listed((torn, begin, end)), "cannot be read"),
+        (listed(), "no tokens"),
+        (listed((forged, begin, end)), "not signed by this coordinator"),
+        (listed(whole(theirs)), "not for this peer"),
+        (listed((lease, begin, end + 1)), "not inside lease"),
+        (listed((lease, end, begin)), "not inside lease"),
+        (listed(whole(vast_signed)), "are allowed"),
+        (listed(whole(mine[0]), whole(mine[0])), "repeats"),
+        (world.contributions([world.contribution(0, [whole(mine[0])])] * 2), "listed twice"),
+    ):
+        value = world.value(contributions, content=reason.encode())
+        response = world.submit(world.votes(value, [0]), contributions)
+        assert response.certificate is None and reason in response.reason
+        with world.store.read() as tx:
+            assert tx.acceptor(RUN_ID, 1, 1) is None and tx.certificate(RUN_ID, 1, 1) is None
+    proper = listed(*map(whole, mine))
+    response = world.submit(world.votes(world.value(proper), [0]), proper)
+    assert response.certificate is not None, response.reason
+    with world.store.read() as tx:
+        assert tx.acceptor(RUN_ID, 1, 1).vote_value == response.certificate.value
+    assert world.verify().violations == ()
+
+
+def test_the_half_is_not_given_against_a_quorums_attestations() -> None:
+    world = World.create(num_peers=2)
+    contributions = world.one_range()
+    value = world.value(contributions)
+    with world.store.write() as tx:
+        for key in world.keys:
+            tx.put_attestation(AttestationRow(RUN_ID, 1, 0, key.peer_id, bytes(32), b"", b"", 0))
+    response = world.submit(world.votes(value, [0]), contributions)
+    assert response.certificate is None and "is proved" in response.reason
+    both = world.submit(world.votes(value, [0, 1]), contributions)
+    assert both.certificate is not None, "members alone are proof"
+
+
+def test_only_voters_ask_and_attempts_are_not_used_up() -> None:
+    world = World.create(num_peers=2)
+    stranger = world.exchange(outer_step=1, attempt=1, peer_id=PEER_KEYS[7].peer_id)
+    assert not stranger.is_promised and "no vote in roster" in stranger.reason
+    far = world.exchange(outer_step=1, attempt=2**32 - 1)
+    assert not far.is_promised and "too far ahead" in far.reason
+    assert world.exchange(outer_step=1, attempt=3).is_promised
+    most = 3 + acceptor.MAX_ATTEMPTS_AHEAD
+    assert not world.exchange(outer_step=1, attempt=most + 1).is_promised
+    assert world.exchange(outer_step=1, attempt=most).is_promised
+
+
+def test_a_proven_range_under_another_peers_lease_is_not_credited() -> None:
+    world = World.create(num_peers=3)
+    theirs = world.acquire(1).leases[0]
+    (receipt,) = world.report(world.commit([world.contribution(0, [whole(theirs)])]))
+    assert receipt.is_stored and receipt.credited_tokens == 0 and receipt.uncredited_tokens > 0
+    assert "not in the book" in receipt.reason
+    assert world.verify().violations == ()
 
 
 def test_members_alone_need_no_half() -> None:

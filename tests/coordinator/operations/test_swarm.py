@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.domain.policy import SwarmPolicy
-from coordinator.operations import admin, ledger_verify, membership
+from coordinator.operations import admin, ledger_verify, membership, states
 from coordinator.operations.common import BeginRecovery, begin_recovery
 from coordinator.operations.requests import Claims, HeartbeatRequest, PeerExitedRequest
 from coordinator.operations.requests_admin import EvictPeerRequest, RunRequest
@@ -309,3 +309,17 @@ def test_unequal_states_are_seen_when_the_certificate_comes_later() -> None:
     world.commit()
     world.tick(1.0)
     assert not world.status().state_digests_equal
+
+
+def test_attestations_ahead_of_the_certificates_are_bounded() -> None:
+    world = SwarmWorld.create()
+    world.start(1)
+    peer, before = world.peer(0), world.status().num_attestations
+    for step in (states.MAX_STEPS_AHEAD + 1, 10**9, 2**63, 2**64 - 1):
+        world.beat(0, peer.attestation(peer.incarnation, step))
+    assert world.status().num_attestations == before
+    world.beat(0, *[peer.attestation(peer.incarnation, step) for step in range(100, 300)])
+    assert world.status().num_attestations == before + states.MAX_ATTESTATIONS_AHEAD
+    with world.store.read() as tx:
+        assert tx.attestations(RUN_ID, peer.incarnation, 299)
+        assert not tx.attestations(RUN_ID, peer.incarnation, 100)

@@ -296,7 +296,11 @@ class StoreConformance:
             tx.put_attestation(ATTESTATION)
             tx.put_attestation(replace(ATTESTATION, state_digest=b"e"))
             assert tx.attestations("r", 1, 2) == [replace(ATTESTATION, state_digest=b"e")]
-            assert len(tx.all_attestations("r")) == 1
+            for outer_step in (3, 4, 5):
+                tx.put_attestation(replace(ATTESTATION, outer_step=outer_step))
+            tx.prune_attestations("r", 1, "another", above_outer_step=0, keep=0)
+            tx.prune_attestations("r", 1, ATTESTATION.peer_id, above_outer_step=2, keep=1)
+            assert [row.outer_step for row in tx.all_attestations("r")] == [2, 5]
             tx.put_duty(DUTY)
             tx.put_duty(replace(DUTY, fence=1))
             assert tx.duty("u") == replace(DUTY, fence=1)

@@ -20,7 +20,9 @@ LEADER = leader_of(
 OTHERS = tuple(p for p in PEERS if p != LEADER)
 
 
-def _machine(own: str, *, is_paused: bool = False) -> RoundMachine:
+def _machine(
+    own: str, *, is_paused: bool = False, record: rt.RoundRecord | None = None
+) -> RoundMachine:
     roster = [
         common_pb2.RosterEntry(
             peer_id=p, has_vote=True, round_tokens=10, can_accept_connections=True
@@ -43,7 +45,7 @@ def _machine(own: str, *, is_paused: bool = False) -> RoundMachine:
         setup=setup,
         checks=Checks(own, directive),
         timing=TIMING,
-        record=rt.RoundRecord(incarnation=1, outer_step=1),
+        record=record or rt.RoundRecord(incarnation=1, outer_step=1),
         newest_directive=common_pb2.Signed(payload=directive.SerializeToString()),
         now_seconds=0.0,
     )
@@ -199,3 +201,70 @@ def test_certificate_ends_the_step_from_any_attempt() -> None:
     assert commit.holders == PEERS[:2]
     assert not commit.is_own_included
     assert machine.handle(rt.Tick(), now_seconds=1.0) == []
+
+
+def _value(run_id: str = "sim", digest: bytes = b"") -> bytes:
+    value = rounds_pb2.RoundValue(
+        run_id=run_id,
+        incarnation=1,
+        outer_step=1,
+        roster_directive_number=1,
+        averaged_digest=digest,
+        previous_state_digest=b"state 0",
+    )
+    return value.SerializeToString()
+
+
+@pytest.mark.parametrize(("run_id", "is_kept"), [("sim", True), ("another", False)])
+def test_record_of_another_run_is_not_trusted(run_id: str, is_kept: bool) -> None:
+    own = OTHERS[0]
+    vote = rounds_pb2.Vote(value=_value(run_id), attempt=5, voter=own, signature=own.encode())
+    record = rt.RoundRecord(incarnation=1, outer_step=1, promised_attempt=5, highest_vote=vote)
+    machine = _machine(own, record=record)
+    assert machine.attempt == (5 if is_kept else 0)
+
+
+def test_exchange_answer_with_a_vote_of_another_run_or_a_later_attempt_is_refused() -> None:
+    own = LEADER
+    attempt = next(a for a in range(1, 50) if _leader(a) == own)
+    for run_id, voted in (("another", 0), ("sim", attempt), ("sim", attempt + 1)):
+        machine = _machine(own)
+        machine.handle(rt.Contributed(_own(own)), now_seconds=0.0)
+        nudge = _message(attempt=attempt, nudge=rounds_pb2.Nudge())
+        machine.handle(rt.Received(OTHERS[0], nudge), now_seconds=0.1)
+        voter = OTHERS[0]
+        answer = rounds_pb2.ExchangeAnswer(
+            highest_vote=rounds_pb2.Vote(
+                value=_value(run_id), attempt=voted, voter=voter, signature=voter.encode()
+            ),
+            newest_directive=common_pb2.Signed(
+                payload=common_pb2.Directive(incarnation=1, directive_number=1).SerializeToString()
+            ),
+        )
+        message = _message(attempt=attempt, exchange_answer=answer)
+        sent = _of(machine.handle(rt.Received(voter, message), now_seconds=0.2), rt.Send)
+        assert [s.message.refusal.kind for s in sent] == [rounds_pb2.REFUSAL_KIND_INVALID]
+
+
+def test_attempts_far_ahead_are_not_followed() -> None:
+    machine = _machine(OTHERS[0])
+    refusal = rounds_pb2.RoundRefusal(kind=rounds_pb2.REFUSAL_KIND_SUPERSEDED, attempt=2**32 - 1)
+    machine.handle(rt.Received(LEADER, _message(refusal=refusal)), now_seconds=0.0)
+    assert machine.attempt <= 1003
+    highest = machine.attempt
+    far = next(a for a in range(highest + 1500, highest + 1600) if _leader(a) == LEADER)
+    request = _message(attempt=far, exchange_request=rounds_pb2.ExchangeRequest())
+    effects = machine.handle(rt.Received(LEADER, request), now_seconds=0.1)
+    assert machine.attempt == highest
+    assert "refused: attempt" in _of(effects, rt.PhaseChanged)[0].reason
+
+
+def test_reason_of_a_refused_proposal_stays_visible() -> None:
+    machine = _machine(OTHERS[0])
+    repropose = rounds_pb2.Repropose(value=_value("another"))
+    received = rt.Received(LEADER, _message(repropose=repropose))
+    shown = _of(machine.handle(received, now_seconds=0.0), rt.PhaseChanged)
+    assert "proposal of attempt 0 refused: value is for ('another'" in shown[-1].reason
+    machine.handle(rt.Contributed(_own(OTHERS[0])), now_seconds=0.1)
+    later = _of(machine.handle(rt.Tick(), now_seconds=60.0), rt.PhaseChanged)
+    assert "proposal of attempt 0 refused" in later[-1].reason

@@ -1,0 +1,162 @@
+"""What a member believes: whose state, which checkpoint, which finite bytes, which run's folder."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peer.checkpoint.store import open_checkpoint
+from peer.model.init import initial_vector
+from peer.shared_vectors import SharedVectors
+from peer.swarm.allreduce import AveragedVector
+from peer.swarm.catch_up import CatchUp
+from peer.swarm.record_file import run_folder_name
+from peer.swarm.replica import Replica
+from peer.swarm.state_transfer import _receive_averaged, newest_proven_state
+from peer.swarm.transport import StreamError
+from protos.contract.certificate import Tag
+from protos.contract.digest import vector_piece_digests
+from protos.contract.signing import SigningKey
+from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
+from tests.peer.swarm.swarm_hub import NUM_VALUES, RUN_ID, SPEC, Daemon, Hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Hub:
+    hub = Hub(tmp_path)
+    hub.add_daemon()
+    hub.begin()
+    return hub
+
+
+def _replica(hub: Hub, daemon: Daemon) -> Replica:
+    replica = Replica(
+        spec=SPEC,
+        run_id=RUN_ID,
+        key=daemon.key,
+        coordinator_public_key=hub.key.public_key,
+        vectors=daemon.vectors,
+        folder=daemon.home,
+    )
+    replica.enter_incarnation(hub.record)
+    replica.build_initial()
+    return replica
+
+
+def test_only_certificates_of_the_named_incarnation_are_acknowledged(hub: Hub) -> None:
+    replica = _replica(hub, hub.daemons[0])
+    for incarnation, step in ((0, 4), (1, 4), (1, 5)):
+        value = rounds_pb2.RoundValue(incarnation=incarnation, outer_step=step)
+        replica.unreported.append(rounds_pb2.Certificate(value=value.SerializeToString()))
+    replica.acknowledge(incarnation=1, up_to_outer_step=4)
+    left = [rounds_pb2.RoundValue.FromString(c.value) for c in replica.unreported]
+    assert [(v.incarnation, v.outer_step) for v in left] == [(0, 4), (1, 5)]
+
+
+def test_older_or_equal_checkpoint_does_not_replace_the_state(hub: Hub) -> None:
+    replica = _replica(hub, hub.daemons[0])
+    assert replica.meta is not None and replica.directive is not None
+    old = replica.store.save(replica.checkpoint_header(), replica.vectors.state_vectors())
+    _, vectors = open_checkpoint(old)
+    ahead = replace(replica.meta, outer_step=2)
+    replica.load(ahead, vectors, replica.directive)
+    newer = replica.store.save(replica.checkpoint_header(), replica.vectors.state_vectors())
+    catch_up = CatchUp(replica, None, own_peer_id=hub.daemons[0].peer_id)  # type: ignore[arg-type]
+    for path in (old, newer):
+        assert not asyncio.run(catch_up.take_checkpoint(str(path)))
+        assert replica.position == (0, 2)
+    replica.load(replace(ahead, outer_step=1), vectors, replica.directive)
+    assert asyncio.run(catch_up.take_checkpoint(str(newer)))
+    assert replica.position == (0, 2)
+
+
+def test_runs_keep_their_files_apart(hub: Hub) -> None:
+    replica = _replica(hub, hub.daemons[0])
+    vector = np.zeros(NUM_VALUES, dtype=np.float32)
+    replica.hold_averaged(
+        AveragedVector(vector=vector, piece_digests=tuple(vector_piece_digests(vector)))
+    )
+    other_coordinator = run_folder_name(RUN_ID, b"another coordinator")
+    assert replica.store.folder.name not in (RUN_ID, other_coordinator)
+    assert (hub.daemons[0].home / "averaged" / replica.store.folder.name).is_dir()
+
+
+def _info(peer: SigningKey, digest: bytes) -> state_pb2.StateInfoResponse:
+    content = common_pb2.Attestation(
+        run_id="run", incarnation=1, outer_step=5, state_digest=digest, peer_id=peer.peer_id
+    )
+    signed = peer.signed(Tag.ATTESTATION, content.SerializeToString())
+    return state_pb2.StateInfoResponse(attestations=[signed])
+
+
+@pytest.mark.parametrize(("num_voters", "is_proven"), [(2, True), (3, False)])
+def test_own_vote_proves_a_state_only_among_two(num_voters: int, is_proven: bool) -> None:
+    keys = [SigningKey.generate() for _ in range(num_voters)]
+    roster = [
+        common_pb2.RosterEntry(peer_id=k.peer_id, public_key=k.public_key, has_vote=True)
+        for k in keys
+    ]
+    proven = newest_proven_state(
+        {keys[1].peer_id: _info(keys[1], b"digest")},
+        run_id="run",
+        incarnation=1,
+        directive=common_pb2.Directive(roster=roster),
+        own_peer_id=keys[0].peer_id,
+    )
+    assert (proven is not None) == is_proven
+
+
+class _Bytes:
+    """A stream that brings one averaged vector."""
+
+    def __init__(self, averaged: AveragedVector) -> None:
+        self._header = state_pb2.AveragedHeader(piece_digests=averaged.piece_digests)
+        self._data = averaged.vector.tobytes()
+
+    async def read_message(self, message_type: type) -> state_pb2.AveragedHeader:
+        return self._header
+
+    async def read_bytes(self, num_bytes: int) -> bytes:
+        part, self._data = self._data[:num_bytes], self._data[num_bytes:]
+        return part
+
+    async def acknowledge(self) -> None:
+        return None
+
+
+def test_averaged_bytes_must_be_finite(hub: Hub) -> None:
+    vector = np.zeros(NUM_VALUES, dtype=np.float32)
+    vector[7] = np.nan
+    averaged = AveragedVector(vector=vector, piece_digests=tuple(vector_piece_digests(vector)))
+    reading = _receive_averaged(
+        _Bytes(averaged),  # type: ignore[arg-type]
+        averaged.averaged_digest,
+        num_values=NUM_VALUES,
+    )
+    with pytest.raises(StreamError, match="piece 0 holds values that are not finite"):
+        asyncio.run(reading)
+
+
+def test_step_that_cannot_be_applied_is_said_and_changes_nothing(hub: Hub) -> None:
+    replica = _replica(hub, hub.daemons[0])
+    vector = np.full(NUM_VALUES, np.inf, dtype=np.float32)
+    averaged = AveragedVector(vector=vector, piece_digests=tuple(vector_piece_digests(vector)))
+    replica.hold_averaged(averaged)
+    value = rounds_pb2.RoundValue(
+        incarnation=0,
+        outer_step=1,
+        previous_state_digest=replica.state_digest,
+        averaged_digest=averaged.averaged_digest,
+        next_directive_number=max(replica.directive_by_number),
+    )
+    certificate = rounds_pb2.Certificate(value=value.SerializeToString())
+    catch_up = CatchUp(replica, None, own_peer_id=hub.daemons[0].peer_id)  # type: ignore[arg-type]
+    digest = replica.state_digest
+    assert not asyncio.run(catch_up.apply_certificate(certificate, ()))
+    assert "outer step 1 cannot be applied: the averaged gradient" in catch_up.problem
+    assert (replica.position, replica.state_digest) == ((0, 0), digest)
+    assert np.array_equal(replica.vectors.params, initial_vector(SPEC))
+    assert isinstance(replica.vectors, SharedVectors)
+    assert replica.vectors.position().outer_step == 0
