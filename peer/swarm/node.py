@@ -359,6 +359,8 @@ class SwarmNode:
         await self._shell.begin(directive)
         reason = f"training for outer step {self._replica.position[1] + 1}"
         self._reporter.phase("IDLE", reason)
+        if not self._reporter.has_state:
+            self._tell_state()  # loaded from disk and still the newest: nothing else would tell it
         await self._offers.renew()
         place = self._shell.place
         early, self._early = self._early, deque(maxlen=_MAX_EARLY)
