@@ -26,11 +26,20 @@ from coordinator.store.base_membership import MembershipTransaction
 from coordinator.store.base_runs import RunsTransaction
 
 
+class UndoNeededError(Exception):
+    """Something was changed and must be undone: give the transaction up and use savepoints in another."""
+
+
 class Transaction(RunsTransaction, LedgerTransaction, MembershipTransaction, Protocol):
     """Everything that can be read and written inside one transaction."""
 
     def savepoint(self) -> AbstractContextManager[None]:
         """Scope whose changes are undone if it is left by an exception, which is passed on."""
+
+    def hopeful_scope(self) -> AbstractContextManager[None]:
+        """Scope that cannot undo anything and costs next to nothing: if it is left by an exception
+        after a change, it raises UndoNeededError instead, and the transaction must not be committed.
+        """
 
 
 class Store(Protocol):

@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
+from coordinator.store.base import UndoNeededError
 from coordinator.store.data_dir_lock import DataDirLock, machine_error_from_os_error
 from coordinator.store.sqlite_kept import KeptRows, Unwritten
 from coordinator.store.sqlite_ledger import SqliteLedger
@@ -31,6 +33,32 @@ _CHECKPOINT_PAGES = 4_000
 """Of 4 KiB. With the driver's 2 MiB cache and 1,000 pages, leases cost 12 % more CPU
 (ops/bench/coordinator.md).
 """
+
+
+class _HopefulScope:
+    """See base.Transaction.hopeful_scope. A class, because a generator costs as much as a statement."""
+
+    __slots__ = ("_connection", "_kept", "_mark", "_num_changes")
+
+    def __init__(self, connection: sqlite3.Connection, kept: KeptRows) -> None:
+        self._connection = connection
+        self._kept = kept
+
+    def __enter__(self) -> None:
+        self._num_changes = self._connection.total_changes
+        self._mark = self._kept.unwritten.mark()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        is_changed = self._connection.total_changes != self._num_changes
+        if is_changed or self._kept.unwritten.mark() != self._mark:
+            raise UndoNeededError from error
 
 
 class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
@@ -58,6 +86,10 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
         self.write_books()
         self.write_journal()
         self.write_requests()
+
+    def hopeful_scope(self) -> _HopefulScope:
+        """See base.Transaction.hopeful_scope."""
+        return _HopefulScope(self._connection, self._kept)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:

@@ -9,8 +9,9 @@ nothing kept is trusted.
 
 from dataclasses import dataclass, field
 
-from coordinator.store.rows import BookRow, JournalRow, RequestRow, RunRow
+from coordinator.store.rows import BookRow, JournalRow, LeaseRow, RequestRow, RunRow
 from coordinator.store.rows_membership import PeerRow
+from protos.contract.telemetry import LeaseState
 
 MAX_KEPT = 16_384
 """Peers, and last lease numbers; beyond that all of them are dropped and read again."""
@@ -75,6 +76,10 @@ class KeptRows:
     """All peers of a run, for runs whose peers were listed: every tick lists them."""
     lease_number_by_key: dict[tuple[str, int, str], int] = field(default_factory=dict)
     """Highest number used, by run, incarnation and peer."""
+    active_by_peer: dict[tuple[str, str], dict[tuple[int, int], LeaseRow]] = field(
+        default_factory=dict
+    )
+    """Active leases by run and peer, then by incarnation and number."""
     meta_by_name: dict[str, str] = field(default_factory=dict)
     unwritten: Unwritten = field(default_factory=Unwritten)
 
@@ -86,6 +91,7 @@ class KeptRows:
             self.peer_by_key,
             self.peers_by_run,
             self.lease_number_by_key,
+            self.active_by_peer,
             self.meta_by_name,
         ):
             kept.clear()
@@ -110,3 +116,22 @@ class KeptRows:
         if len(self.lease_number_by_key) >= MAX_KEPT:
             self.lease_number_by_key.clear()
         self.lease_number_by_key[key] = lease_number
+
+    def keep_active(
+        self, key: tuple[str, str], rows: list[LeaseRow]
+    ) -> dict[tuple[int, int], LeaseRow]:
+        """Remember a peer's active leases."""
+        if len(self.active_by_peer) >= MAX_KEPT:
+            self.active_by_peer.clear()
+        kept = self.active_by_peer[key] = {(row.incarnation, row.lease_number): row for row in rows}
+        return kept
+
+    def change_lease(self, row: LeaseRow) -> None:
+        """A lease was written."""
+        kept = self.active_by_peer.get((row.run_id, row.peer_id))
+        if kept is None:
+            return
+        if row.state == LeaseState.ACTIVE:
+            kept[row.incarnation, row.lease_number] = row
+        else:
+            kept.pop((row.incarnation, row.lease_number), None)

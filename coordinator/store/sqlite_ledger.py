@@ -4,6 +4,8 @@ base_ledger.py).
 
 import sqlite3
 from collections.abc import Iterable
+from dataclasses import replace
+from operator import attrgetter
 
 from coordinator.store.rows import (
     AcceptorRow,
@@ -34,6 +36,9 @@ CREDITS = Table(
 )
 UNCREDITED = Table("uncredited", UncreditedRow, key=("uncredited_id",), has_rowid=True)
 ACCEPTOR = Table("acceptor", AcceptorRow, key=("run_id", "incarnation", "outer_step"))
+
+
+_LEASE_NUMBER = attrgetter("lease_number")
 
 
 class SqliteLedger:
@@ -82,6 +87,7 @@ class SqliteLedger:
     def insert_leases(self, rows: Iterable[LeaseRow]) -> None:
         for row in rows:
             LEASES.insert(self._connection, row)
+            self._kept.change_lease(row)
             key = (row.run_id, row.incarnation, row.peer_id)
             newest = self._kept.lease_number_by_key.get(key)
             if newest is not None:
@@ -95,6 +101,7 @@ class SqliteLedger:
         values = (row.state, row.credited_windows, row.expire_unix_ms, row.end_reason)
         key = (row.run_id, row.incarnation, row.peer_id, row.lease_number)
         run_sql(self._connection, sql, values + key)
+        self._kept.change_lease(row)
 
     def lease(
         self, run_id: str, incarnation: int, peer_id: str, lease_number: int
@@ -114,10 +121,14 @@ class SqliteLedger:
         return newest
 
     def active_leases(self, run_id: str, peer_id: str) -> list[LeaseRow]:
-        condition = "run_id = ? AND peer_id = ? AND state = 'ACTIVE' ORDER BY lease_number"
-        return LEASES.where(
-            self._connection, condition, run_id, peer_id, index="leases_active_by_peer"
-        )
+        kept = self._kept.active_by_peer.get((run_id, peer_id))
+        if kept is None:
+            condition = "run_id = ? AND peer_id = ? AND state = 'ACTIVE'"
+            rows = LEASES.where(
+                self._connection, condition, run_id, peer_id, index="leases_active_by_peer"
+            )
+            kept = self._kept.keep_active((run_id, peer_id), rows)
+        return sorted(kept.values(), key=_LEASE_NUMBER)
 
     def all_active_leases(self, run_id: str) -> list[LeaseRow]:
         condition = "run_id = ? AND state = 'ACTIVE' ORDER BY peer_id, lease_number"
@@ -156,8 +167,12 @@ class SqliteLedger:
             "WHERE run_id = ? AND incarnation = ? AND peer_id = ? AND lease_number = ? AND state "
             "= 'ACTIVE'"
         )
+        kept = self._kept.active_by_peer.get((run_id, peer_id), {})
         for number in lease_numbers:
             run_sql(self._connection, sql, (expire_unix_ms, run_id, incarnation, peer_id, number))
+            row = kept.get((incarnation, number))
+            if row is not None:
+                kept[incarnation, number] = replace(row, expire_unix_ms=expire_unix_ms)
 
     def num_leases_by_state(self, run_id: str, incarnation: int) -> dict[str, int]:
         sql = (

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.store.base import Store, Transaction
+from coordinator.store.base import Store, Transaction, UndoNeededError
 from coordinator.store.rows import (
     AcceptorRow,
     BookRow,
@@ -106,6 +106,43 @@ class StoreConformance:
             assert (tx.book("r"), tx.peer("r", "a"), tx.meta("name")) == (busy, PEER, "")
         with store.read() as tx:
             assert tx.book("r") == busy
+
+    def test_a_hopeful_scope_says_when_it_cannot_undo(self, store: Store) -> None:
+        with store.write() as tx:
+            fill(tx)
+            with pytest.raises(KeyError), tx.hopeful_scope():
+                raise KeyError
+            with tx.hopeful_scope():
+                tx.set_meta("name", "kept")
+        for change in (
+            lambda tx: tx.set_meta("name", "changed"),
+            lambda tx: tx.update_book(replace(BOOK, credited_tokens=8)),
+            lambda tx: tx.insert_request(RequestRow("a", "1", "m", b"d", b"r", 1)),
+        ):
+            with pytest.raises(UndoNeededError), store.write() as tx, tx.hopeful_scope():
+                change(tx)
+                raise KeyError
+        with store.read() as tx:
+            assert (tx.meta("name"), tx.book("r"), tx.request("a", "1")) == ("kept", BOOK, None)
+
+    def test_active_leases_follow_every_change(self, store: Store) -> None:
+        second = replace(LEASE, lease_number=2, begin_window=4, end_window=6)
+        with store.write() as tx:
+            fill(tx)
+            assert tx.active_leases("r", "a") == []
+            tx.insert_leases([second, LEASE])
+            assert tx.active_leases("r", "a") == [LEASE, second]
+            tx.renew_leases("r", 1, "a", [2, 3], expire_unix_ms=900)
+            tx.update_lease(replace(LEASE, credited_windows=1))
+            expected = [replace(LEASE, credited_windows=1), replace(second, expire_unix_ms=900)]
+            assert tx.active_leases("r", "a") == expected
+            with pytest.raises(KeyError), tx.savepoint():
+                tx.update_lease(replace(second, state="RELEASED", end_reason="why"))
+                assert tx.active_leases("r", "a") == expected[:1]
+                raise KeyError
+            assert tx.active_leases("r", "a") == expected
+        with store.read() as tx:
+            assert tx.active_leases("r", "a") == expected
 
     def test_lines_and_answers_follow_savepoints(self, store: Store) -> None:
         """A store may write these with the commit; the order is kept and nothing undone comes back."""
