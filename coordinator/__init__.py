@@ -1,1 +1,3 @@
-"""The operator's side: leases, ledger, directives and certificates; imports neither torch nor hivemind."""
+"""The operator's side: leases, ledger, directives and certificates; imports neither torch nor
+hivemind.
+"""

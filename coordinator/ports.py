@@ -2,7 +2,8 @@
 the flag.
 
 Nothing is shared: neither the probe nor the real listeners set SO_REUSEPORT. Between the probe of
-another process' port and its start the port could be lost; that process then fails in its own words.
+another process' port and its start the port could be lost; that process then fails in its own
+words.
 """
 
 import errno

@@ -34,7 +34,9 @@ class Rendezvous:
     """Starts the child, keeps it alive and knows its addresses."""
 
     def __init__(self, *, home: Path, host: str, port: int, announced_address: str = "") -> None:
-        """`announced_address` is a multiaddress that others reach it at, if it cannot know itself."""
+        """`announced_address` is a multiaddress that others reach it at, if it cannot know
+        itself.
+        """
         self._announced_address = announced_address
         self._home = home
         self._host = host

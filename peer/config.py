@@ -1,8 +1,9 @@
-"""PeerConfig: what this machine is and what its owner allows; nothing of the run (RunSpec) lives here.
+"""PeerConfig: what this machine is and what its owner allows; nothing of the run (RunSpec) lives
+here.
 
-Sources, later ones win: defaults < TOML file (`--config`, MUSTER_PEER_CONFIG or HOME/peer.toml) < environment
-variables MUSTER_PEER_<KEY> < flags. Keys are the same everywhere; an unknown one is refused with the nearest match.
-This is the only module of the peer that reads the environment.
+Sources, later ones win: defaults < TOML file (`--config`, MUSTER_PEER_CONFIG or HOME/peer.toml) <
+environment variables MUSTER_PEER_<KEY> < flags. Keys are the same everywhere; an unknown one is
+refused with the nearest match. This is the only module of the peer that reads the environment.
 """
 
 import difflib
@@ -91,7 +92,9 @@ class PeerConfig:
     threads: int = field(default_factory=lambda: max(1, len(os.sched_getaffinity(0))))
     """CPU threads that training may use."""
     memory_limit_bytes: int | None = None
-    """Memory of all processes together above which the peer stops training; None: no limit of its own."""
+    """Memory of all processes together above which the peer stops training; None: no limit of its
+    own.
+    """
     disk_limit_bytes: int | None = 10 * 2**30
     """Space for cached chunks and local checkpoints; None: no limit of its own."""
     upload_limit_mbit: float = 0.0
@@ -101,7 +104,9 @@ class PeerConfig:
     listen_port: int = 0
     """TCP port for other peers; 0 lets the system choose."""
     announce: tuple[str, ...] = ()
-    """libp2p multiaddresses at which others reach this peer, when they differ from what it listens on."""
+    """libp2p multiaddresses at which others reach this peer, when they differ from what it listens
+    on.
+    """
     metrics_port: int | None = None
     """Loopback port of /metrics; 0 lets the system choose; None: no server."""
     device: str = "auto"
@@ -114,7 +119,8 @@ class PeerConfig:
         if not is_valid_name(self.name):
             raise UsageError(
                 f"name {self.name!r} is not a valid name",
-                allowed="1 to 40 letters, digits, spaces, dots, hyphens, underscores; first a letter or digit",
+                allowed="1 to 40 letters, digits, spaces, dots, hyphens, underscores; first a "
+                "letter or digit",
                 remedy="choose another with --name",
             )
         _check_range("threads", self.threads, 1, 4096)
@@ -241,7 +247,9 @@ def load_config(
     config_path: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> PeerConfig:
-    """Merge defaults, file, environment and flags (flags that are None were not given). Raises UsageError."""
+    """Merge defaults, file, environment and flags (flags that are None were not given). Raises
+    UsageError.
+    """
     environment = os.environ if environment is None else environment
     from_flags = _parse_source(
         {key: value for key, value in flags.items() if value is not None}, source="the flags"
@@ -264,7 +272,9 @@ _PASSIVE_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def child_environment(*, threads: int, log_level: str) -> dict[str, str]:
-    """Environment of the swarm and trainer processes: ours, with thread counts that libraries read at import."""
+    """Environment of the swarm and trainer processes: ours, with thread counts that libraries read
+    at import.
+    """
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)
     }

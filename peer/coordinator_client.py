@@ -1,11 +1,14 @@
-"""The daemon's side of every call to the coordinator: pinned TLS, session key, deadlines, retries, plain errors.
+"""The daemon's side of every call to the coordinator: pinned TLS, session key, deadlines, retries,
+plain errors.
 
-A call either returns the response or raises a MusterError, decoded from the coordinator's trailing metadata. What may be tried
-again (UNAVAILABLE, DEADLINE_EXCEEDED) is, with jittered backoff, until `retry_seconds` have passed; requests carry a `request_id`
-that stays the same, so an answer that was lost on the way is given again and nothing happens twice. Every attempt tells the
-`observe` callback how it went: that is how the session learns whether the coordinator can be reached.
+A call either returns the response or raises a MusterError, decoded from the coordinator's trailing
+metadata. What may be tried again (UNAVAILABLE, DEADLINE_EXCEEDED) is, with jittered backoff, until
+`retry_seconds` have passed; requests carry a `request_id` that stays the same, so an answer that
+was lost on the way is given again and nothing happens twice. Every attempt tells the `observe`
+callback how it went: that is how the session learns whether the coordinator can be reached.
 
-The only user of gRPC stubs in the peer. Clock offsets are measured as NTP does: half the round trip lies before the answer.
+The only user of gRPC stubs in the peer. Clock offsets are measured as NTP does: half the round trip
+lies before the answer.
 """
 
 import asyncio
@@ -45,7 +48,8 @@ from protos.muster.v1 import (
 
 CLOCK_WARN_SECONDS = 0.5
 CLOCK_REFUSE_SECONDS = 1.5
-"""The DHT drops records of peers whose clock is 3 s off; two peers may err in opposite directions."""
+"""The DHT drops records of peers whose clock is 3 s off; two peers may err in opposite directions.
+"""
 _FIRST_BACKOFF_SECONDS = 0.2
 _MAX_BACKOFF_SECONDS = 5.0
 _CLOCK_SAMPLES = 3
@@ -132,9 +136,11 @@ class CoordinatorClient:
         certificate_pem: bytes = b"",
         observe: Observer = _observe_nothing,
     ) -> Self:
-        """Open the channel with the certificate that the join string pins, fetching it unless it is given.
+        """Open the channel with the certificate that the join string pins, fetching it unless it is
+        given.
 
-        Raises UnavailableError, RefusedError CA_MISMATCH. With a certificate from an earlier session nobody has to answer yet.
+        Raises UnavailableError, RefusedError CA_MISMATCH. With a certificate from an earlier
+        session nobody has to answer yet.
         """
         host, port = channel.split_address(join_string.address)
         is_known = certificate_pem and (
@@ -323,7 +329,10 @@ class CoordinatorClient:
 
     async def fetch_file(self, file: int, *, chunk_index: int = 0) -> AsyncIterator[bytes]:
         """Stream a file of the dataset (a corpus_pb2.DatasetFile)."""
-        request = corpus_pb2.FetchFileRequest(file=file, chunk_index=chunk_index)  # type: ignore[arg-type]
+        request = corpus_pb2.FetchFileRequest(
+            file=file,  # type: ignore[arg-type]
+            chunk_index=chunk_index,
+        )
         async for message in self._stream(
             self._corpus.FetchFile, "/muster.v1.Corpus/FetchFile", request
         ):
@@ -383,7 +392,9 @@ class CoordinatorClient:
         deadline_seconds: float = channel.UNARY_DEADLINE_SECONDS,
         retry_seconds: float = 0.0,
     ) -> Any:
-        """Call until it succeeds, is refused, or `retry_seconds` have passed. Raises MusterError."""
+        """Call until it succeeds, is refused, or `retry_seconds` have passed. Raises
+        MusterError.
+        """
         give_up_seconds = time.monotonic() + retry_seconds
         backoff_seconds = _FIRST_BACKOFF_SECONDS
         while True:

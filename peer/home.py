@@ -1,9 +1,10 @@
-"""The home directory of a peer: one peer at a time, nothing left over from dead ones, every write whole.
+"""The home directory of a peer: one peer at a time, nothing left over from dead ones, every write
+whole.
 
 identity.key, p2p.key   who the peer is (identity.py)
-membership.json         last JoinResponse, so that a restart needs neither token nor a running coordinator
+membership.json         last JoinResponse: a restart needs neither token nor running coordinator
 lock                    flock held by the daemon; holds its pid
-run/                    status.json, children.json and whatever is of no use after the daemon's death
+run/                    status.json, children.json: of no use after the daemon's death
 state/                  local checkpoints and durable votes (swarm process)
 cache/                  datasets by id, digest-checked
 logs/                   output of the children
@@ -58,7 +59,9 @@ def write_atomically(path: Path, data: bytes, *, is_durable: bool = True) -> Non
 
 
 def start_ticks_of(pid: int) -> int | None:
-    """Start time of a living process in clock ticks since boot; with the pid it names a process for ever."""
+    """Start time of a living process in clock ticks since boot; with the pid it names a process for
+    ever.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
@@ -91,7 +94,9 @@ class Home:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Make the directories and take the lock. Raises MachineError HOME_LOCKED naming the holder."""
+        """Make the directories and take the lock. Raises MachineError HOME_LOCKED naming the
+        holder.
+        """
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in _DIRECTORIES:
@@ -119,7 +124,9 @@ class Home:
         return cls(path, fd)
 
     def close(self) -> None:
-        """Remove what is of no use afterwards (status.json stays: how it ended) and release the lock."""
+        """Remove what is of no use afterwards (status.json stays: how it ended) and release the
+        lock.
+        """
         (self.run / "children.json").unlink(missing_ok=True)
         for leftover in find_leftover_files(self.path):
             leftover.unlink(missing_ok=True)
@@ -154,7 +161,9 @@ class Home:
         write_atomically(self.run / "children.json", json.dumps(plain).encode(), is_durable=False)
 
     def clean_leftovers(self, *, wait_seconds: float = 2.0) -> list[str]:
-        """End orphans of dead daemons, remove stale sockets and temporary files; return what was done."""
+        """End orphans of dead daemons, remove stale sockets and temporary files; return what was
+        done.
+        """
         done = []
         for record in load_child_records(self.path):
             if record.is_alive:
@@ -177,7 +186,9 @@ def load_child_records(home: Path) -> list[ChildRecord]:
 
 
 def find_leftover_files(home: Path) -> list[Path]:
-    """Files that only a dead process can have left: everything in tmp, sockets in run, half-written files."""
+    """Files that only a dead process can have left: everything in tmp, sockets in run, half-written
+    files.
+    """
     found = [path for path in (home / "tmp").glob("*") if path.is_file()]
     if (home / "run").is_dir():
         found += [path for path in (home / "run").iterdir() if path.is_socket()]

@@ -1,8 +1,10 @@
-"""Who this peer is: an Ed25519 key for everything signed and an RSA key for libp2p, both under the home directory.
+"""Who this peer is: an Ed25519 key for everything signed and an RSA key for libp2p, both under the
+home directory.
 
-`identity.key` is the raw Ed25519 private key. `p2p.key` is libp2p's private key protobuf (08 00 12 length DER-PKCS1),
-the form that hivemind's `identity_path` wants; it is RSA because p2pd's transport checks that kind. Both files are
-made once, mode 0600, and never replaced: a damaged key is refused, since a new one would be a new peer.
+`identity.key` is the raw Ed25519 private key. `p2p.key` is libp2p's private key protobuf (08 00 12
+length DER-PKCS1), the form that hivemind's `identity_path` wants; it is RSA because p2pd's
+transport checks that kind. Both files are made once, mode 0600, and never replaced: a damaged key
+is refused, since a new one would be a new peer.
 """
 
 import os

@@ -1,8 +1,10 @@
-"""Messages between the daemon and its children over inherited socket pairs: small, local, never bulk.
+"""Messages between the daemon and its children over inherited socket pairs: small, local, never
+bulk.
 
-Bulk data lives in shared memory (shared_vectors.py). A message is a JSON object with a "kind"; bytes travel as
-{"$bytes": base64}. Frames are a 4-byte big-endian length and the JSON. A socket pair has no name, so nothing is
-left behind when a process is killed, and a closed end tells the other that its partner is gone.
+Bulk data lives in shared memory (shared_vectors.py). A message is a JSON object with a "kind";
+bytes travel as {"$bytes": base64}. Frames are a 4-byte big-endian length and the JSON. A socket
+pair has no name, so nothing is left behind when a process is killed, and a closed end tells the
+other that its partner is gone.
 """
 
 import asyncio
@@ -44,7 +46,9 @@ def decode(body: bytes) -> Message:
 
 
 class Channel:
-    """Blocking end, for the trainer. `send` may be called from several threads, `receive` from one."""
+    """Blocking end, for the trainer. `send` may be called from several threads, `receive` from
+    one.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock

@@ -1,8 +1,9 @@
 """The leases that a peer holds and how far it has used them; plain bookkeeping for session.py.
 
-A lease passes through: granted -> fetched (its chunk lies in the cache) -> sent to the trainer -> (partly) in a contribution ->
-spent. Spent leases are still renewed until the coordinator has acknowledged the certificate that credits them; a lease that is
-returned, lost or of another incarnation is forgotten at once.
+A lease passes through: granted -> fetched (its chunk lies in the cache) -> sent to the trainer ->
+(partly) in a contribution -> spent. Spent leases are still renewed until the coordinator has
+acknowledged the certificate that credits them; a lease that is returned, lost or of another
+incarnation is forgotten at once.
 
 Pure: no clock, no I/O.
 """
@@ -86,9 +87,11 @@ class LeaseHoldings:
             self._held[lease_number].is_fetched = True
 
     def take_sendable(self) -> tuple[UsedRange, ...]:
-        """Leases to send to the trainer now, in order, as what is left of them; afterwards they count as sent.
+        """Leases to send to the trainer now, in order, as what is left of them; afterwards they
+        count as sent.
 
-        The trainer takes leases in rising order, so one whose chunk is still missing holds back those after it.
+        The trainer takes leases in rising order, so one whose chunk is still missing holds back
+        those after it.
         """
         sendable = []
         for number in sorted(self._held):
@@ -124,7 +127,9 @@ class LeaseHoldings:
         self._contributed.clear()
 
     def discard_contribution(self) -> tuple[int, ...]:
-        """The contribution under way came to nothing; returns its leases, which are still to be released."""
+        """The contribution under way came to nothing; returns its leases, which are still to be
+        released.
+        """
         numbers = tuple(sorted(self._contributed))
         self._contributed.clear()
         return numbers
@@ -153,10 +158,12 @@ class LeaseHoldings:
         return numbers
 
     def take_begun(self, progress_tokens: int) -> tuple[int, ...]:
-        """The trainer died `progress_tokens` after its last contribution: forget and return the leases it may have begun.
+        """The trainer died `progress_tokens` after its last contribution: forget and return the
+        leases it may have begun.
 
-        It works in rising order and may be one micro-batch ahead of its last report, so the lease after the covered ones
-        counts as begun. The others are to be sent again. Leases of the contribution under way are not returned.
+        It works in rising order and may be one micro-batch ahead of its last report, so the lease
+        after the covered ones counts as begun. The others are to be sent again. Leases of the
+        contribution under way are not returned.
         """
         begun = []
         covered_tokens = 0

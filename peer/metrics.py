@@ -1,7 +1,8 @@
 """What a peer exposes: one registry per daemon, built from the contract's list and nothing else.
 
-Trainer and swarm process report to the daemon over their channels; it alone has metrics. The server is loopback only and runs
-in a thread of its own, so that a slow scrape cannot delay a heartbeat; rendering 15 metrics takes about a millisecond.
+Trainer and swarm process report to the daemon over their channels; it alone has metrics. The server
+is loopback only and runs in a thread of its own, so that a slow scrape cannot delay a heartbeat;
+rendering 15 metrics takes about a millisecond.
 """
 
 import errno
@@ -53,7 +54,9 @@ class PeerMetrics:
             self.set(PEER_STATE, float(member is state), {"state": member.value})
 
     def serve(self, *, port: int) -> int:
-        """Serve /metrics on loopback; returns the port, chosen by the system for 0. Raises MachineError."""
+        """Serve /metrics on loopback; returns the port, chosen by the system for 0. Raises
+        MachineError.
+        """
         try:
             self._server, _ = start_http_server(port, addr=_HOST, registry=self.registry)
         except OSError as error:

@@ -1,6 +1,7 @@
 """Die with the parent: the kernel signals this process when the thread that started it ends.
 
-A child asks for itself, right after it starts; one whose parent was gone before that finds its channel closed.
+A child asks for itself, right after it starts; one whose parent was gone before that finds its
+channel closed.
 """
 
 import ctypes

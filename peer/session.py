@@ -1,14 +1,18 @@
-"""The session machine: what this peer does, why, and what happens next. Pure: events and time in, state and actions out.
+"""The session machine: what this peer does, why, and what happens next. Pure: events and time in,
+state and actions out.
 
-The state is not stored but derived, after every event, from a few facts (session_state.py), so it can never contradict them; each
-state comes with a sentence. Three kinds of decisions live here:
+The state is not stored but derived, after every event, from a few facts (session_state.py), so it
+can never contradict them; each state comes with a sentence. Three kinds of decisions live here:
 
-- leases: hold about two rounds of work; when nothing is granted, back off and tell the trainer to make do with what it has;
-- time: when to send the next heartbeat, when 30 minutes without the coordinator end training (not membership);
-- faults: what a dead trainer or swarm process, a lost lease, a new incarnation or a discarded round means for the others.
+- leases: hold about two rounds of work; when nothing is granted, back off and tell the trainer to
+  make do with what it has;
+- time: when to send the next heartbeat, when 30 minutes without the coordinator end training (not
+  membership);
+- faults: what a dead trainer or swarm process, a lost lease, a new incarnation or a discarded round
+  means for the others.
 
-The trainer is told of a new state only when it matches an outcome it waits for: a round's outcome is held back until the
-swarm process has announced the state that belongs to it.
+The trainer is told of a new state only when it matches an outcome it waits for: a round's outcome
+is held back until the swarm process has announced the state that belongs to it.
 """
 
 from dataclasses import dataclass
@@ -174,7 +178,10 @@ class SessionMachine:
         deaths.append(self._now_seconds)
         if len(deaths) > MAX_DEATHS:
             minutes = DEATH_WINDOW_SECONDS / 60
-            reason = f"the {event.child} process died {len(deaths)} times in {minutes:.0f} minutes: {event.reason}"
+            reason = (
+                f"the {event.child} process died {len(deaths)} times in {minutes:.0f} minutes: "
+                f"{event.reason}"
+            )
             self._begin_drain(reason, exit_code=7)
         else:
             self._do(ev.Respawn(child=event.child, reason=event.reason))
@@ -195,7 +202,7 @@ class SessionMachine:
     def _on_round_ended(self, event: ev.RoundEnded) -> None:
         facts = self._facts
         if not facts.is_contributing:
-            return  # a round without this peer's work: the new state alone matters, _tell_trainer sees it
+            return  # a round without this peer's work: the new state alone matters (_tell_trainer)
         if event.outcome is RoundOutcome.COMMITTED:
             facts.is_contributing = False
             self.leases.commit(event.outer_step)
@@ -204,7 +211,9 @@ class SessionMachine:
             self._discard_contribution(event.reason, event)
 
     def _discard_contribution(self, reason: str, event: ev.RoundEnded | None = None) -> None:
-        """The contribution under way came to nothing: its leases go back, the trainer drops its work."""
+        """The contribution under way came to nothing: its leases go back, the trainer drops its
+        work.
+        """
         facts = self._facts
         facts.is_contributing = False
         numbers = self.leases.discard_contribution()

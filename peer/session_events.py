@@ -1,6 +1,7 @@
 """What the session machine is told (events) and what it asks for (actions); plain frozen data.
 
-Events carry only what decisions need; the daemon keeps the bytes (signed leases, records, contributions) that belong to them.
+Events carry only what decisions need; the daemon keeps the bytes (signed leases, records,
+contributions) that belong to them.
 """
 
 from dataclasses import dataclass
@@ -244,10 +245,13 @@ class Tick:
 
 
 Event = (
-    JoinBegun | Joined | CoordinatorReachable | DatasetReady | ChildReady | ChildDied | StateReached | PhaseChanged
+    JoinBegun | Joined | CoordinatorReachable | DatasetReady | ChildReady | ChildDied
+    | StateReached | PhaseChanged
     | RoundEnded | LeasesNeeded | LeasesGranted | LeasesNotGranted | LeaseFetched | LeaseUnusable
-    | LeasesReleasedByTrainer | TrainingProgressed | TrainerIdle | ContributionReady | CertificatesAcknowledged
-    | HeartbeatAnswered | HeartbeatFailed | SessionRefused | DutyOffered | DutyEnded | StopRequested | Left | Tick
+    | LeasesReleasedByTrainer | TrainingProgressed | TrainerIdle | ContributionReady
+    | CertificatesAcknowledged
+    | HeartbeatAnswered | HeartbeatFailed | SessionRefused | DutyOffered | DutyEnded
+    | StopRequested | Left | Tick
 )  # fmt: skip
 
 
@@ -385,7 +389,9 @@ class BeginDrain:
 
 
 Action = (
-    SendHeartbeat | AcquireLeases | ReleaseLeases | FetchChunks | SendLeases | TellLostLeases | TellNoMoreLeases
-    | TellStateReady | TellRoundOutcome | TellPause | PassContribution | TellSwarmIdle | TellSwarmCoordinator | Respawn
+    SendHeartbeat | AcquireLeases | ReleaseLeases | FetchChunks | SendLeases | TellLostLeases
+    | TellNoMoreLeases
+    | TellStateReady | TellRoundOutcome | TellPause | PassContribution | TellSwarmIdle
+    | TellSwarmCoordinator | Respawn
     | Rejoin | PerformDuty | BeginDrain
 )  # fmt: skip

@@ -1,9 +1,11 @@
-"""When to ask the coordinator for what: heartbeats, leases, and what its absence means. Pure, a part of session.py.
+"""When to ask the coordinator for what: heartbeats, leases, and what its absence means. Pure, a
+part of session.py.
 
-Hold about two rounds of work, ask for more below one and a half. When nothing is granted, back off (1 s doubling to 8 s; 2 s
-while the budget is all leased, since somebody's lease may come back) and let the trainer make do with what it has. Heartbeats
-are jittered by a quarter and come faster while something is being waited for. Without the coordinator a peer trains on for half
-an hour on the leases that it holds.
+Hold about two rounds of work, ask for more below one and a half. When nothing is granted, back off
+(1 s doubling to 8 s; 2 s while the budget is all leased, since somebody's lease may come back) and
+let the trainer make do with what it has. Heartbeats are jittered by a quarter and come faster while
+something is being waited for. Without the coordinator a peer trains on for half an hour on the
+leases that it holds.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ HASTE_SECONDS = 2.0
 
 @dataclass(slots=True)
 class CoordinatorLink:
-    """What is known of the coordinator, and the times of the next calls (on the clock of the machine's events)."""
+    """What is known of the coordinator, and the times of the next calls (on the clock of the
+    machine's events).
+    """
 
     is_reachable: bool = True
     lost_reason: str = ""
@@ -94,7 +98,9 @@ class CoordinatorLink:
     def plan_leases(
         self, leases: LeaseHoldings, *, incarnation: int, round_tokens: int, now_seconds: float
     ) -> AcquireLeases | None:
-        """What to ask for now, if anything. `round_tokens` is above 0 and the coordinator is reachable."""
+        """What to ask for now, if anything. `round_tokens` is above 0 and the coordinator is
+        reachable.
+        """
         held_tokens = leases.left_tokens
         is_low = held_tokens < REFILL_BELOW_ROUNDS * round_tokens
         if not is_low or self.is_acquiring or now_seconds < self.next_acquire_seconds:

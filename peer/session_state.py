@@ -1,6 +1,7 @@
 """What the session machine remembers, and which state that amounts to. Pure, a part of session.py.
 
-The state of a session is derived from facts by precedence: the first claim that holds wins, and its sentence is the reason.
+The state of a session is derived from facts by precedence: the first claim that holds wins, and its
+sentence is the reason.
 """
 
 from collections.abc import Iterator

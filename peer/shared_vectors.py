@@ -1,12 +1,14 @@
-"""The replicated state and the contribution in anonymous shared memory, seen by daemon, swarm process and trainer.
+"""The replicated state and the contribution in anonymous shared memory, seen by daemon, swarm
+process and trainer.
 
-The memory is a memfd: it has no name, is inherited as a file descriptor and disappears with its last holder, however
-that dies. Layout: a header of eight little-endian uint64, then the fp32 vectors `params`, `exp_avg`, `exp_avg_sq`,
-`contribution`, each `num_values` long.
+The memory is a memfd: it has no name, is inherited as a file descriptor and disappears with its
+last holder, however that dies. Layout: a header of eight little-endian uint64, then the fp32
+vectors `params`, `exp_avg`, `exp_avg_sq`, `contribution`, each `num_values` long.
 
-Only the swarm process writes the state. Readers are kept from a half-written one by a sequence lock: the header's
-counter is odd while the state is being written, and `read_state` repeats its copy until the counter was even and
-unchanged. The trainer writes `contribution`, the swarm process reads it only between `contribution_ready` and the outcome.
+Only the swarm process writes the state. Readers are kept from a half-written one by a sequence
+lock: the header's counter is odd while the state is being written, and `read_state` repeats its
+copy until the counter was even and unchanged. The trainer writes `contribution`, the swarm process
+reads it only between `contribution_ready` and the outcome.
 """
 
 import mmap
@@ -37,7 +39,9 @@ class StatePosition:
 
 
 class SharedVectors:
-    """A mapping of the shared memory; create it in the daemon, attach elsewhere by file descriptor."""
+    """A mapping of the shared memory; create it in the daemon, attach elsewhere by file
+    descriptor.
+    """
 
     def __init__(self, fd: int, num_values: int) -> None:
         self.fd = fd

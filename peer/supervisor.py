@@ -1,11 +1,14 @@
-"""Child processes of the daemon: started by exec, joined by inherited descriptors, in one process group that dies as one.
+"""Child processes of the daemon: started by exec, joined by inherited descriptors, in one process
+group that dies as one.
 
-Each child gets one end of a socket pair (ipc.py) and the memfd of the shared vectors. All children share a process group that
-is not the daemon's, so Ctrl+C reaches only the daemon, which then stops them in order. Nothing survives the daemon: in good
-order by `close` (SIGKILL to the group); after SIGKILL of the daemon by PR_SET_PDEATHSIG, which each child sets itself, and by
-their channels, which close; whatever slips through is ended at the next start by children.json (home.py).
+Each child gets one end of a socket pair (ipc.py) and the memfd of the shared vectors. All children
+share a process group that is not the daemon's, so Ctrl+C reaches only the daemon, which then stops
+them in order. Nothing survives the daemon: in good order by `close` (SIGKILL to the group); after
+SIGKILL of the daemon by PR_SET_PDEATHSIG, which each child sets itself, and by their channels,
+which close; whatever slips through is ended at the next start by children.json (home.py).
 
-Output of a child goes straight to a file under logs/ (no pipe that could fill up), rotated at start and cut when too long.
+Output of a child goes straight to a file under logs/ (no pipe that could fill up), rotated at start
+and cut when too long.
 """
 
 import asyncio
@@ -111,10 +114,12 @@ class Supervisor:
     async def spawn(
         self, name: str, command: Sequence[str], *, channel_flag: str = "", fds: Sequence[int] = ()
     ) -> Child:
-        """Start `command`; with `channel_flag` its end of the channel is appended as that flag's value.
+        """Start `command`; with `channel_flag` its end of the channel is appended as that flag's
+        value.
 
-        `fds` are inherited under their own numbers. Call it from the main thread only: PR_SET_PDEATHSIG of a child fires when
-        the *thread* that started it ends. Raises MachineError.
+        `fds` are inherited under their own numbers. Call it from the main thread only:
+        PR_SET_PDEATHSIG of a child fires when the *thread* that started it ends. Raises
+        MachineError.
         """
         ours, theirs = socket.socketpair()
         log_path = self._logs / f"{name}.log"
@@ -178,7 +183,9 @@ class Supervisor:
         return child.describe_end()
 
     async def stop(self, child: Child, *, grace_seconds: float) -> None:
-        """Give a child that was asked to end `grace_seconds`, then SIGTERM, then SIGKILL; close its channel."""
+        """Give a child that was asked to end `grace_seconds`, then SIGTERM, then SIGKILL; close its
+        channel.
+        """
         child.is_expected_to_end = True
         waits = (
             (None, grace_seconds),
@@ -215,7 +222,9 @@ class Supervisor:
         self._record()
 
     def memory_bytes(self) -> int:
-        """Memory of the daemon and of everything in the children's groups; shared pages are divided by their users."""
+        """Memory of the daemon and of everything in the children's groups; shared pages are divided
+        by their users.
+        """
         groups = {child.group_id for child in self.children}
         return sum(_memory_of(pid) for pid in (os.getpid(), *_pids_in_groups(groups)))
 
@@ -253,7 +262,9 @@ def _pids_in_groups(group_ids: set[int]) -> list[int]:
 
 
 def _memory_of(pid: int) -> int:
-    """Proportional set size; resident size where the kernel does not tell the former; 0 if it has ended."""
+    """Proportional set size; resident size where the kernel does not tell the former; 0 if it has
+    ended.
+    """
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

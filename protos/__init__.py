@@ -1,1 +1,3 @@
-"""What two processes of different versions must agree on: messages (muster/v1) and arithmetic (contract)."""
+"""What two processes of different versions must agree on: messages (muster/v1) and arithmetic
+(contract).
+"""

@@ -1,9 +1,9 @@
 """The base install: a coordinator on a machine that has neither torch nor hivemind nor scipy.
 
 A fresh virtual environment without system packages gets `pip install -c ops/constraints.txt .` and
-nothing else, from a copy of the files that a release would hold. It is made once per Python: the one
-that runs these tests, and 3.12 where a machine has one (MUSTER_PYTHON312 names it, else `python3.12`
-on PATH). pip's cache is used, so a second run is quick.
+nothing else, from a copy of the files that a release would hold. It is made once per Python: the
+one that runs these tests, and 3.12 where a machine has one (MUSTER_PYTHON312 names it, else
+`python3.12` on PATH). pip's cache is used, so a second run is quick.
 """
 
 import json
@@ -74,7 +74,9 @@ def environment() -> dict[str, str]:
 
 
 def make_install(python: str, directory: Path) -> BaseInstall:
-    """Copy the sources (pip builds in place and would leave files in the repository) and install."""
+    """Copy the sources (pip builds in place and would leave files in the repository) and
+    install.
+    """
     source = directory / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

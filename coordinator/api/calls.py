@@ -27,7 +27,8 @@ def caller() -> Caller:
 
 
 class _Landing:
-    """Where the writer thread's results reach the event loop: one wake-up for all that a group commit resolves.
+    """Where the writer thread's results reach the event loop: one wake-up for all that a group
+    commit resolves.
 
     `asyncio.wrap_future` wakes the loop once per future, which costs a system call each.
     """
@@ -50,7 +51,9 @@ class _Landing:
     def _land(
         self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[Any], future: Future[Any]
     ) -> None:
-        """In the writer thread. `_deliver` lowers the flag before it looks, so nothing is left behind."""
+        """In the writer thread. `_deliver` lowers the flag before it looks, so nothing is left
+        behind.
+        """
         self._landed.append((waiter, future))
         if not self._is_woken and not loop.is_closed():
             self._is_woken = True

@@ -50,8 +50,8 @@ def find_file(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> FoundFile:
-    """Path and digest of the file if the peer may have it. Raises RefusedError (NOT_LEASED), UsageError. Only
-    reads.
+    """Path and digest of the file if the peer may have it. Raises RefusedError (NOT_LEASED),
+    UsageError. Only reads.
     """
     dataset_dir = context.data_dir / load_run(tx, request.run_id).dataset_dir
     manifest = load_run_data(tx, context, request.run_id).manifest

@@ -1,8 +1,10 @@
-"""`muster-coordinator up`: corpus, coordinator, rendezvous and peers on this machine, to a finished run and its summary.
+"""`muster-coordinator up`: corpus, coordinator, rendezvous and peers on this machine, to a finished
+run and its summary.
 
-Order: dataset -> coordinator in this process -> run (new or resumed) -> peers as child processes -> watch until the
-run is FINISHED -> evaluate, compare, export and sample through `muster-peer` -> summary.json. Peers are ordinary peers that
-joined with a token; one that dies is not started again (the others go on with its work), unless nobody is left.
+Order: dataset -> coordinator in this process -> run (new or resumed) -> peers as child processes ->
+watch until the run is FINISHED -> evaluate, compare, export and sample through `muster-peer` ->
+summary.json. Peers are ordinary peers that joined with a token; one that dies is not started again
+(the others go on with its work), unless nobody is left.
 """
 
 import asyncio
@@ -94,7 +96,9 @@ class UpOptions:
 
 
 def run_up(options: UpOptions) -> int:
-    """Run to the end and return the exit code. Raises MusterError; an interrupt leaves a run that `up` resumes."""
+    """Run to the end and return the exit code. Raises MusterError; an interrupt leaves a run that
+    `up` resumes.
+    """
     check_peer_is_installed()
     return asyncio.run(_Up(options).run())
 
@@ -184,7 +188,8 @@ class _Up:
         path.write_text(summary.to_json() + "\n")
         self._view.say(summary_table(summary))
         self._view.say(
-            f"summary: {path}\ncheckpoint: {summary.checkpoint_path}\nsample:\n{summary.sample_text}"
+            f"summary: {path}\ncheckpoint: "
+            f"{summary.checkpoint_path}\nsample:\n{summary.sample_text}"
         )
         if options.is_json:
             sys.stdout.write(summary.to_json() + "\n")
@@ -268,7 +273,8 @@ class _Up:
             )
         self._num_restarts += 1
         self._view.say(
-            f"no peer is left; starting all again ({self._num_restarts} of at most {MAX_RESTARTS} times)"
+            f"no peer is left; starting all again ({self._num_restarts} of at most {MAX_RESTARTS} "
+            "times)"
         )
         self._peers = [await self._start_peer(peer.name) for peer in self._peers]
 
@@ -313,7 +319,8 @@ class _Up:
         say(f"training one process on the same {status.credited_tokens:,} tokens for comparison")
         reference = await run_peer_json(
             "reference", "--spec", str(spec_path), "--dataset", str(dataset_dir),
-            "--num-tokens", str(status.schedule_tokens), "--eval-tokens", "0", "--threads", "2", "--json",
+            "--num-tokens", str(status.schedule_tokens), "--eval-tokens", "0", "--threads", "2",
+            "--json",
         )  # fmt: skip
         baselines = await asyncio.to_thread(compute_baselines, dataset_dir)
         export_dir = (options.data_dir / "export").absolute()

@@ -1,8 +1,8 @@
 """Child processes of `up`: peers that live and die with it, and one-shot `muster-peer` commands.
 
-A peer gets a process group of its own, so Ctrl+C reaches only `up`, which then stops them in order; the kernel sends it
-SIGTERM if `up` itself dies (`--die-with-parent`), so nothing is left behind. The child asks for that itself: a function
-between fork and exec would run gRPC's fork handlers.
+A peer gets a process group of its own, so Ctrl+C reaches only `up`, which then stops them in order;
+the kernel sends it SIGTERM if `up` itself dies (`--die-with-parent`), so nothing is left behind.
+The child asks for that itself: a function between fork and exec would run gRPC's fork handlers.
 """
 
 import asyncio
@@ -88,7 +88,9 @@ class PeerChild:
 
 
 async def run_peer_command(*arguments: str) -> bytes:
-    """Run a one-shot `muster-peer` command and return its standard output. Raises MachineError or RunFailedError."""
+    """Run a one-shot `muster-peer` command and return its standard output. Raises MachineError or
+    RunFailedError.
+    """
     process = await asyncio.create_subprocess_exec(
         *peer_command(*arguments),
         stdin=asyncio.subprocess.DEVNULL,

@@ -1,4 +1,6 @@
-"""Which run `up` works on: a new one, an unfinished one to resume, or a finished one that it refuses to touch."""
+"""Which run `up` works on: a new one, an unfinished one to resume, or a finished one that it
+refuses to touch.
+"""
 
 import json
 import shutil
@@ -40,7 +42,8 @@ SPEC_FILE = "run_spec.json"
 FLAGS_FILE = "up_flags.json"
 SUMMARY_FILE = "summary.json"
 _FRESH_REMOVES = (
-    STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm", "coordinator.json", SUMMARY_FILE, SPEC_FILE,
+    STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm", "coordinator.json", SUMMARY_FILE,
+    SPEC_FILE,
     FLAGS_FILE, "checkpoints", "export", "peers",
 )  # fmt: skip
 """What --fresh removes; datasets and keys stay, so the corpus need not be built again."""
@@ -83,7 +86,9 @@ class PreparedRun:
 
 
 def clear_data_dir(data_dir: Path) -> None:
-    """Remove the run in a data directory that nobody uses. Raises MachineError if it is in use, UsageError if it is none."""
+    """Remove the run in a data directory that nobody uses. Raises MachineError if it is in use,
+    UsageError if it is none.
+    """
     if not data_dir.exists():
         return
     if not has_store(data_dir) and any(data_dir.iterdir()):
@@ -166,7 +171,9 @@ def prepare_run(
     num_peers: int,
     say: Callable[[str], None],
 ) -> PreparedRun:
-    """Build or find the dataset and make the spec. Raises what build_corpus and build_spec raise."""
+    """Build or find the dataset and make the spec. Raises what build_corpus and build_spec
+    raise.
+    """
     if choice.run_id:
         dataset_dir = (data_dir / choice.dataset_dir).absolute()
         verify_dataset(dataset_dir)
@@ -203,7 +210,9 @@ def prepare_run(
 def up_spec(
     manifest: Manifest, *, model: str | None, budget_tokens: int | None, seed: int | None
 ) -> RunSpec:
-    """Spec of `up`'s run: the defaults, with batch and warm-up scaled down for a small budget. Raises UsageError."""
+    """Spec of `up`'s run: the defaults, with batch and warm-up scaled down for a small budget.
+    Raises UsageError.
+    """
     budget = DEFAULT_BUDGET_TOKENS if budget_tokens is None else budget_tokens
     models = () if model is None else (model,)
     settings = [f"data.eval_tokens={EVAL_TOKENS}"]

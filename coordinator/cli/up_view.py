@@ -1,7 +1,8 @@
 """What `up` shows while a run goes on: one live view on a terminal, plain lines anywhere else.
 
-Pure rendering: `up.py` hands over a `RunView` about twice a second and says when a phase begins. A peer's state is
-always shown with its reason. Everything goes to standard error, so standard output stays free for results and `--json`.
+Pure rendering: `up.py` hands over a `RunView` about twice a second and says when a phase begins. A
+peer's state is always shown with its reason. Everything goes to standard error, so standard output
+stays free for results and `--json`.
 """
 
 import math
@@ -59,8 +60,10 @@ class RunView:
             else f", held-out {self.heldout_bits_per_byte:.3f} bits/byte"
         )
         return (
-            f"{self.run_state}: {self.credited_tokens:,} of {self.budget_tokens:,} tokens ({share:.0%}), "
-            f"loss {loss}{heldout}, {self.goodput_tokens_per_second:,.0f} tokens/s, outer step {self.outer_steps}, "
+            f"{self.run_state}: {self.credited_tokens:,} of {self.budget_tokens:,} tokens "
+            f"({share:.0%}), "
+            f"loss {loss}{heldout}, {self.goodput_tokens_per_second:,.0f} tokens/s, outer step "
+            f"{self.outer_steps}, "
             f"ETA {format_duration(self.eta_seconds)}"
         )
 

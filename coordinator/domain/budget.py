@@ -1,14 +1,18 @@
-"""Token budgets: of a run in whole windows, and of each peer in each round so that all finish together.
+"""Token budgets: of a run in whole windows, and of each peer in each round so that all finish
+together.
 
-Shares are proportional to measured speed and never below one window. A lone fast peer does more work, not faster
-rounds: the sum stays global_batch_tokens (rounded down to whole windows) as long as there is a window for everybody.
+Shares are proportional to measured speed and never below one window. A lone fast peer does more
+work, not faster rounds: the sum stays global_batch_tokens (rounded down to whole windows) as long
+as there is a window for everybody.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_ROUND_FACTOR = 4
-"""A contribution may weigh this many times its peer's budget: late members and re-leased windows may add up."""
+"""A contribution may weigh this many times its peer's budget: late members and re-leased windows
+may add up.
+"""
 
 BUDGET_TOLERANCE_RATIO = 0.2
 """Budgets closer than this to what speeds suggest stay as they are."""
@@ -26,9 +30,11 @@ class RunBudget:
 def plan_run_budget(
     wanted_tokens: int, *, seq_len: int, pass_tokens: int, max_tokens: int, max_data_passes: int
 ) -> RunBudget:
-    """Round down to whole windows; refuse less than one window and more than the data's passes give.
+    """Round down to whole windows; refuse less than one window and more than the data's passes
+    give.
 
-    `pass_tokens` is one pass over all training windows, `max_tokens` all that `max_data_passes` passes admit.
+    `pass_tokens` is one pass over all training windows, `max_tokens` all that `max_data_passes`
+    passes admit.
     """
     budget_tokens = wanted_tokens // seq_len * seq_len
     if budget_tokens <= 0:
@@ -54,8 +60,9 @@ def plan_round_tokens(
 ) -> dict[str, int]:
     """Tokens per round of each contributing peer: whole windows, proportional to tokens per second.
 
-    A speed of 0 is unknown and counts as the mean of the known ones. Remainders go to the largest fractions, ties
-    by peer_id, so equal inputs give equal budgets. The sum is the global batch, or one window each if that is more.
+    A speed of 0 is unknown and counts as the mean of the known ones. Remainders go to the largest
+    fractions, ties by peer_id, so equal inputs give equal budgets. The sum is the global batch, or
+    one window each if that is more.
     """
     if not speed_by_peer:
         return {}
@@ -93,12 +100,17 @@ def plan_round_tokens(
 
 
 def are_budgets_off(current: Mapping[str, int], wanted: Mapping[str, int]) -> str:
-    """Sentence naming the peer whose budget is furthest off by more than the tolerance, "" if none is."""
+    """Sentence naming the peer whose budget is furthest off by more than the tolerance, "" if none
+    is.
+    """
     worst_ratio, sentence = BUDGET_TOLERANCE_RATIO, ""
     for peer, wanted_tokens in sorted(wanted.items()):
         current_tokens = current.get(peer, 0)
         ratio = abs(wanted_tokens - current_tokens) / max(current_tokens, 1)
         if ratio > worst_ratio:
             worst_ratio = ratio
-            sentence = f"round budget of {peer[:8]} is {current_tokens} tokens, its speed suggests {wanted_tokens}"
+            sentence = (
+                f"round budget of {peer[:8]} is {current_tokens} tokens, its speed suggests "
+                f"{wanted_tokens}"
+            )
     return sentence

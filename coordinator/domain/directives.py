@@ -1,9 +1,10 @@
 """When the next directive is due, with which roster, and why.
 
-A directive is due when membership, votes, addresses, round budgets (off by more than a fifth), the token budget, the
-cooldown or the pause change. It takes effect through the certificate that names it, so issuing one never breaks a round.
-Not more often than the policy says, unless somebody is gone for sure or the operator asked.
-A roster always has a voter: without one no certificate could ever name the next directive; then an incarnation is due.
+A directive is due when membership, votes, addresses, round budgets (off by more than a fifth), the
+token budget, the cooldown or the pause change. It takes effect through the certificate that names
+it, so issuing one never breaks a round. Not more often than the policy says, unless somebody is
+gone for sure or the operator asked. A roster always has a voter: without one no certificate could
+ever name the next directive; then an incarnation is due.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,8 @@ def build_content(
     terms: RunTerms,
     kept_round_tokens: Mapping[str, int] | None = None,
 ) -> DirectiveContent:
-    """Content with all live members; those in `voters` or SYNCED vote, those that hold the state contribute.
+    """Content with all live members; those in `voters` or SYNCED vote, those that hold the state
+    contribute.
 
     `kept_round_tokens` are used instead of what speeds suggest if given.
     """
@@ -132,7 +134,9 @@ def plan_directive(
     terms: RunTerms,
     policy: SwarmPolicy,
 ) -> DirectivePlan:
-    """Decide on the directive after `newest`, which was issued at `issue_unix_seconds`, within one incarnation."""
+    """Decide on the directive after `newest`, which was issued at `issue_unix_seconds`, within one
+    incarnation.
+    """
     voters = frozenset(m.peer_id for m in members if m.is_live and m.has_vote)
     wanted = build_content(
         members,

@@ -1,9 +1,11 @@
-"""Duties: which evaluations and checkpoints are due, who does them, and what becomes of a silent doer.
+"""Duties: which evaluations and checkpoints are due, who does them, and what becomes of a silent
+doer.
 
-A duty is OPEN, ASSIGNED to one member under a fence, then DONE or FAILED. The fence rises with every hand-over, so a late
-result of an earlier holder is refused. Ids are made of the run and what the duty is for, so none is created twice.
-Evaluations are spaced by credited tokens, checkpoints by time; one of each kind is under way at most. Both end with a final
-one of the last certified state, without which a run is not over.
+A duty is OPEN, ASSIGNED to one member under a fence, then DONE or FAILED. The fence rises with
+every hand-over, so a late result of an earlier holder is refused. Ids are made of the run and what
+the duty is for, so none is created twice. Evaluations are spaced by credited tokens, checkpoints by
+time; one of each kind is under way at most. Both end with a final one of the last certified state,
+without which a run is not over.
 """
 
 from collections.abc import Sequence
@@ -146,7 +148,9 @@ def plan_duties(
 
 
 def forgettable_duties(duties: Sequence[DutyRecord]) -> list[DutyRecord]:
-    """Finished duties of which nobody will ask again: all checkpoints but the newest few and the final ones."""
+    """Finished duties of which nobody will ask again: all checkpoints but the newest few and the
+    final ones.
+    """
     ended = [
         duty
         for duty in duties
@@ -187,7 +191,9 @@ def recover_duties(
     now_unix_seconds: float,
     policy: SwarmPolicy,
 ) -> list[DutyRecord]:
-    """Assigned duties whose holder is gone or has been silent about them for too long, as OPEN again (or given up)."""
+    """Assigned duties whose holder is gone or has been silent about them for too long, as OPEN
+    again (or given up).
+    """
     live = {m.peer_id for m in members if m.is_live}
     changed = []
     for duty in duties:
@@ -213,7 +219,9 @@ def reopen(duty: DutyRecord, reason: str, now_unix_seconds: float) -> DutyRecord
 def assign(
     duties: Sequence[DutyRecord], member: Member, *, incarnation: int, now_unix_seconds: float
 ) -> DutyRecord | None:
-    """The duty for a member that asks: the one it holds, or an open one that its state serves, under a new fence."""
+    """The duty for a member that asks: the one it holds, or an open one that its state serves,
+    under a new fence.
+    """
     for duty in duties:
         if duty.state is DutyState.ASSIGNED and duty.peer_id == member.peer_id:
             return duty

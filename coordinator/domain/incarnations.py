@@ -1,9 +1,10 @@
 """When a new incarnation must begin, from which state, and why: bootstrap and rollback.
 
-An epoch ends by a certificate of its own quorum. If that cannot be had (voters gone), or nobody has the state that the newest
-certificate proves, the run can only go on by a decision of the coordinator: a rollback to the newest outer step that somebody
-still holds. It never guesses: what is not proved by a certificate, by a quorum of attestations or, for the newest step, by a
-live holder, is no base; and a base above the stored certificates waits for them.
+An epoch ends by a certificate of its own quorum. If that cannot be had (voters gone), or nobody has
+the state that the newest certificate proves, the run can only go on by a decision of the
+coordinator: a rollback to the newest outer step that somebody still holds. It never guesses: what
+is not proved by a certificate, by a quorum of attestations or, for the newest step, by a live
+holder, is no base; and a base above the stored certificates waits for them.
 
 Members that were seen to end are certainly gone; silent ones are waited for (grace).
 """
@@ -29,7 +30,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """A state that can be had: a live member's attestation, a stored, proved checkpoint, or the initial state."""
+    """A state that can be had: a live member's attestation, a stored, proved checkpoint, or the
+    initial state.
+    """
 
     peer_id: str
     """Empty for a checkpoint and for the initial state, which every peer can build."""
@@ -68,7 +71,9 @@ class IncarnationPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """Whether a new incarnation is needed now; `is_stalled` says that the run cannot commit meanwhile."""
+    """Whether a new incarnation is needed now; `is_stalled` says that the run cannot commit
+    meanwhile.
+    """
 
     is_needed: bool
     is_stalled: bool
@@ -99,7 +104,9 @@ def is_on_chain(segments: Sequence[Segment], *, incarnation: int, outer_step: in
 
 
 def chain_segments(records: Sequence[tuple[int, int, int]]) -> list[Segment]:
-    """Segments in force, newest first, from (incarnation, to_outer_step, base_incarnation) of all records, oldest first."""
+    """Segments in force, newest first, from (incarnation, to_outer_step, base_incarnation) of all
+    records, oldest first.
+    """
     if not records:
         return []
     by_number = {record[0]: record for record in records}
@@ -122,7 +129,9 @@ def plan_bootstrap(
     now_unix_seconds: float,
     policy: SwarmPolicy,
 ) -> IncarnationPlan:
-    """Incarnation 1 as soon as enough live members attest one initial state; the majority's digest wins."""
+    """Incarnation 1 as soon as enough live members attest one initial state; the majority's digest
+    wins.
+    """
     attested = [
         m for m in members if m.is_live and m.has_attested(0) and m.attested_outer_step == 0
     ]
@@ -136,7 +145,8 @@ def plan_bootstrap(
     )
     digest = max(counts, key=lambda d: (counts[d], d == first.attested_digest, d))
     refused = {
-        m.peer_id: f"its initial state {m.attested_digest.hex()[:12]} differs from {digest.hex()[:12]},"
+        m.peer_id: f"its initial state {m.attested_digest.hex()[:12]} differs from "
+        f"{digest.hex()[:12]},"
         f" which {counts[digest]} of {len(attested)} built; it takes the state from a member"
         for m in attested
         if m.attested_digest != digest
@@ -170,8 +180,8 @@ def check_need(
 ) -> Need:
     """Decide whether the present epoch can still end by itself.
 
-    `certify_unix_seconds` is when the newest certificate (or the incarnation) was stored. A rejoin after that without
-    the newest state means that this member's process has lost it.
+    `certify_unix_seconds` is when the newest certificate (or the incarnation) was stored. A rejoin
+    after that without the newest state means that this member's process has lost it.
     """
     if equivocation_reason:
         return Need(
@@ -195,7 +205,10 @@ def check_need(
         if has_quorum(voters, live):
             continue
         missing = sorted(peer[:8] for peer in voters - live)
-        found = f"{len(voters & live)} of {len(voters)} voters of {which} are live, missing {', '.join(missing)}"
+        found = (
+            f"{len(voters & live)} of {len(voters)} voters of {which} are live, missing "
+            f"{', '.join(missing)}"
+        )
         for only_sure in (True, False):
             present = frozenset(peer for peer in voters if not is_absent(peer, only_sure=only_sure))
             if not has_quorum(voters, present):
@@ -238,7 +251,9 @@ def _may_hold_newest(
     grace_seconds: float,
     settle_seconds: float,
 ) -> bool:
-    """False if every member is known not to hold the newest certified state, or none has said so for the grace."""
+    """False if every member is known not to hold the newest certified state, or none has said so
+    for the grace.
+    """
     is_late = now_unix_seconds - certify_unix_seconds >= grace_seconds
     for member in members:
         if member.is_gone_for_sure:
@@ -275,8 +290,9 @@ def plan_rollback(
 ) -> IncarnationPlan:
     """Choose the newest state on the chain that a live member or a checkpoint holds.
 
-    `digest_proved(incarnation, outer_step)` is the digest that certificates or a quorum of attestations prove, None if
-    there is no proof. Refused, with the reason, while somebody may yet come with a newer state or certificate.
+    `digest_proved(incarnation, outer_step)` is the digest that certificates or a quorum of
+    attestations prove, None if there is no proof. Refused, with the reason, while somebody may yet
+    come with a newer state or certificate.
     """
     live = [m for m in members if m.is_live]
     if not live:
@@ -291,7 +307,8 @@ def plan_rollback(
     ]
     if silent:
         names = ", ".join(m.peer_id[:8] for m in silent)
-        reason = f"{need_reason}; waits up to {policy.settle_seconds:.0f} s for what {names} may still hold"
+        wait = f"waits up to {policy.settle_seconds:.0f} s for what {names} may still hold"
+        reason = f"{need_reason}; {wait}"
         return IncarnationPlan(base=None, reason=reason, refused={})
 
     refused: dict[str, str] = {}
@@ -333,11 +350,16 @@ def plan_rollback(
     lost_steps = certified_outer_step - newest[0]
     stored = "a stored checkpoint" if newest != (0, 0) else "every peer (the initial state)"
     source = f"{len(holders)} live members" if holders else stored
-    reason = f"{need_reason}; goes back {lost_steps} steps to outer step {newest[0]}, which {source} hold(s)"
+    reason = (
+        f"{need_reason}; goes back {lost_steps} steps to outer step {newest[0]}, which {source} "
+        "hold(s)"
+    )
     base = Base(incarnation=newest[1], outer_step=newest[0], state_digest=digest, holders=holders)
     return IncarnationPlan(base=base, reason=reason, refused=refused)
 
 
 def voters_of_base(base: Base, members: Sequence[Member]) -> frozenset[str]:
-    """Voters of an incarnation's first roster: those that hold its base, or all live members if only a checkpoint does."""
+    """Voters of an incarnation's first roster: those that hold its base, or all live members if
+    only a checkpoint does.
+    """
     return base.holders or frozenset(m.peer_id for m in members if m.is_live)

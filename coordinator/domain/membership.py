@@ -1,10 +1,11 @@
 """Members of a run: who is there, who holds the state, who votes, and why.
 
-JOINED (admitted, state unknown) -> SYNCED (attested a state of the current incarnation) -> VOTER (has a vote in the
-newest directive). LOST is silence, LEFT a signed or seen end, EVICTED an order. Silence is a guess: a LOST peer that
-speaks again is JOINED again; a seen exit is certain, and decisions that cannot wait rely on that difference.
-A restart (rejoin) makes a member JOINED but leaves its vote in the newest directive: taking votes from those who are about to
-be back would change rosters for nothing, and a roster without any voter could never be left.
+JOINED (admitted, state unknown) -> SYNCED (attested a state of the current incarnation) -> VOTER
+(has a vote in the newest directive). LOST is silence, LEFT a signed or seen end, EVICTED an order.
+Silence is a guess: a LOST peer that speaks again is JOINED again; a seen exit is certain, and
+decisions that cannot wait rely on that difference. A restart (rejoin) makes a member JOINED but
+leaves its vote in the newest directive: taking votes from those who are about to be back would
+change rosters for nothing, and a roster without any voter could never be left.
 """
 
 import math
@@ -66,7 +67,9 @@ def after_join(member: Member | None, *, peer_id: str, now_unix_seconds: float) 
 
 
 def after_heartbeat(member: Member, *, now_unix_seconds: float) -> Member:
-    """The member after a heartbeat; a LOST one is back, without state and vote until it attests again."""
+    """The member after a heartbeat; a LOST one is back, without state and vote until it attests
+    again.
+    """
     member = replace(member, last_heartbeat_unix_seconds=now_unix_seconds, is_gone_for_sure=False)
     if member.state is not PeerState.LOST:
         return member
@@ -106,7 +109,9 @@ def after_attestation(
 
 
 def after_refused_attestation(member: Member, *, reason: str) -> Member:
-    """A member that holds another state than the proved one must resynchronise; it keeps an old vote until then."""
+    """A member that holds another state than the proved one must resynchronise; it keeps an old
+    vote until then.
+    """
     if not member.is_live:
         return member
     return replace(
@@ -130,7 +135,9 @@ def after_directive(member: Member, *, has_vote: bool, directive_number: int) ->
 
 
 def after_incarnation(member: Member, *, incarnation: int, has_vote: bool) -> Member:
-    """The member after a new incarnation began: whoever has a vote is a voter, the others must attest in it."""
+    """The member after a new incarnation began: whoever has a vote is a voter, the others must
+    attest in it.
+    """
     if not member.is_live:
         return replace(member, has_vote=False)
     if has_vote:

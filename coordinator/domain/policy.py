@@ -1,4 +1,5 @@
-"""Deployment's patience and rhythm: the numbers that decisions about members, directives, incarnations and duties wait for.
+"""Deployment's patience and rhythm: the numbers that decisions about members, directives,
+incarnations and duties wait for.
 
 They come from CoordinatorConfig and never change what is trained, only when the coordinator acts.
 """
@@ -13,7 +14,9 @@ class SwarmPolicy:
     peer_ttl_seconds: float = 60.0
     """A peer without a heartbeat for this long is LOST."""
     quorum_grace_seconds: float = 60.0
-    """Silent voters are waited for this long before a new incarnation leaves them behind; never shorter than the TTL."""
+    """Silent voters are waited for this long before a new incarnation leaves them behind; never
+    shorter than the TTL.
+    """
     start_grace_seconds: float = 60.0
     """A new run waits this long after the first attested peer for its `min_peers`."""
     settle_seconds: float = 15.0
@@ -29,7 +32,9 @@ class SwarmPolicy:
     num_kept_checkpoints: int = 3
     """Newest proved checkpoints that are kept."""
     num_evaluations: int = 8
-    """Evaluations over the budget, evenly by credited tokens, the final one included and step 0 not."""
+    """Evaluations over the budget, evenly by credited tokens, the final one included and step 0
+    not.
+    """
     duty_ttl_seconds: float = 120.0
     """A duty without a result for this long is handed to somebody else."""
     max_peers: int = 4096

@@ -1,4 +1,6 @@
-"""State of a run, with its reason. FINISHED and STOPPED are final; everything else follows from what is the case now."""
+"""State of a run, with its reason. FINISHED and STOPPED are final; everything else follows from
+what is the case now.
+"""
 
 from dataclasses import dataclass
 
@@ -48,7 +50,9 @@ class RunVerdict:
 
 
 def decide_run_state(facts: RunFacts) -> RunVerdict:
-    """The state of the run now. Waiting for final duties is RUNNING: members must not leave before them."""
+    """The state of the run now. Waiting for final duties is RUNNING: members must not leave before
+    them.
+    """
     if facts.previous in FINAL_STATES:
         return RunVerdict(state=facts.previous, reason=facts.previous_reason)
     if facts.credited_tokens >= facts.budget_tokens:

@@ -1,1 +1,3 @@
-"""Operations: plain functions (tx, request, *, now_unix_seconds) run by the writer thread; domain decides, store keeps."""
+"""Operations: plain functions (tx, request, *, now_unix_seconds) run by the writer thread; domain
+decides, store keeps.
+"""

@@ -43,7 +43,9 @@ def create_run(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> CreateRunResponse:
-    """Make a run with its ledger, incarnation 0 and directive 1. Raises UsageError; nothing is left of a refused one."""
+    """Make a run with its ledger, incarnation 0 and directive 1. Raises UsageError; nothing is left
+    of a refused one.
+    """
     spec, order, reason = _planned_spec(request)
     run_id = request.run_id or f"run-{spec.run_digest[:8]}"
     _check_new_run(tx, request, run_id)
@@ -92,7 +94,8 @@ def _planned_spec(request: CreateRunRequest) -> tuple[RunSpec, ScheduleOrder, st
     spec = RunSpec.from_wire(canonical_json(plain))
     if spec.data.dataset_id != manifest.dataset_id:
         raise UsageError(
-            f"the spec names dataset {spec.data.dataset_id[:12]}, {request.dataset_dir} holds {manifest.dataset_id[:12]}",
+            f"the spec names dataset {spec.data.dataset_id[:12]}, {request.dataset_dir} holds "
+            f"{manifest.dataset_id[:12]}",
             allowed="the dataset that the spec names",
             remedy="correct data.dataset_id or --corpus",
             code=ErrorCode.DIGEST_MISMATCH,
@@ -163,7 +166,9 @@ def _store_incarnation_zero(
     *,
     now_unix_seconds: float,
 ) -> None:
-    """Record 0 and directive 1: an empty roster; peers may build and attest the initial state, nothing else."""
+    """Record 0 and directive 1: an empty roster; peers may build and attest the initial state,
+    nothing else.
+    """
     content = DirectiveContent(
         roster=(),
         budget_tokens=spec.budget_tokens,
@@ -197,7 +202,9 @@ def list_runs(
 def pause_run(
     tx: Transaction, request: RunRequest, /, *, context: OperationContext, now_unix_seconds: float
 ) -> RunSummary:
-    """No round is formed once the directive that says so is in force; leases stay valid as long as they are renewed."""
+    """No round is formed once the directive that says so is in force; leases stay valid as long as
+    they are renewed.
+    """
     run = _active_run(tx, request.run_id)
     reason = f"paused: {request.reason}"
     set_pause(tx, run.run_id, reason)
@@ -269,7 +276,8 @@ def evict_peer(
     found = [row for row in tx.peers(run.run_id) if row.peer_id.startswith(request.peer_id)]
     if len(found) != 1 or not request.peer_id:
         raise UsageError(
-            f"{len(found)} peers of run {run.run_id!r} have an id that begins with {request.peer_id!r}",
+            f"{len(found)} peers of run {run.run_id!r} have an id that begins with "
+            f"{request.peer_id!r}",
             allowed="the beginning of exactly one peer's id",
             remedy="see `muster-coordinator peers`",
         )

@@ -1,4 +1,6 @@
-"""Every operation of membership, runs, tokens, duties, tick and status, by name; leases and rounds are the ledger's."""
+"""Every operation of membership, runs, tokens, duties, tick and status, by name; leases and rounds
+are the ledger's.
+"""
 
 from dataclasses import dataclass
 
@@ -51,7 +53,9 @@ from coordinator.operations.requests_admin import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One operation: a function (ctx, request) in a module of coordinator/operations, run on the writer thread."""
+    """One operation: a function (ctx, request) in a module of coordinator/operations, run on the
+    writer thread.
+    """
 
     name: str
     """Also the function's name, and `operation` of Admin.Perform where is_admin."""
@@ -193,4 +197,6 @@ OPERATIONS: tuple[Operation, ...] = (
         is_read_only=True,
     ),
 )
-"""Every operation of membership, admin, tokens, duties, tick and status; leases and rounds are the ledger's."""
+"""Every operation of membership, admin, tokens, duties, tick and status; leases and rounds are the
+ledger's.
+"""

@@ -1,8 +1,10 @@
-"""Results of duties: evaluations and checkpoints, accepted only from the present holder and only for states that can be right.
+"""Results of duties: evaluations and checkpoints, accepted only from the present holder and only
+for states that can be right.
 
-An uploaded checkpoint may be newer than its proof: certificate k+1 or a quorum's attestations arrive a moment after state k
-does. It is stored when nothing contradicts it, and *used* (served, rolled back to, counted as the final one) only once its
-digest is proved (states.proved_checkpoints).
+An uploaded checkpoint may be newer than its proof: certificate k+1 or a quorum's attestations
+arrive a moment after state k does. It is stored when nothing contradicts it, and *used* (served,
+rolled back to, counted as the final one) only once its digest is proved
+(states.proved_checkpoints).
 """
 
 from google.protobuf.message import DecodeError
@@ -132,7 +134,9 @@ def report_duty(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> ReportDutyResponse:
-    """Take a result, or give the duty to somebody else after a failure. The same report again is accepted again."""
+    """Take a result, or give the duty to somebody else after a failure. The same report again is
+    accepted again.
+    """
     run = load_run(tx, request.run_id)
     duty = _duty(tx, request.run_id, request.duty_id)
     if _is_repeated(duty, request.peer_id, request.fence):
@@ -329,7 +333,9 @@ def finish_upload(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> FinishUploadResponse:
-    """Book a received and verified file; names files that are superseded. A stale fence removes the upload itself."""
+    """Book a received and verified file; names files that are superseded. A stale fence removes the
+    upload itself.
+    """
     run = load_run(tx, request.run_id)
     duty = _duty(tx, request.run_id, request.duty_id)
     if _is_repeated(duty, request.peer_id, request.fence):
@@ -370,7 +376,9 @@ def finish_upload(
 
 
 def _rotate(tx: Transaction, context: OperationContext, run: RunRow) -> tuple[str, ...]:
-    """Forget all checkpoints but the newest proved ones and the newest that may yet be proved; returns their paths."""
+    """Forget all checkpoints but the newest proved ones and the newest that may yet be proved;
+    returns their paths.
+    """
     proved = proved_checkpoints(tx, context, run.run_id)
     kept = proved[: context.policy.num_kept_checkpoints]
     segments = load_segments(tx, run.run_id)

@@ -1,4 +1,6 @@
-"""Issuing what the coordinator signs about rosters: directives and incarnation records, each in one transaction."""
+"""Issuing what the coordinator signs about rosters: directives and incarnation records, each in one
+transaction.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +109,9 @@ def issue_directive(
     reason: str,
     now_unix_seconds: float,
 ) -> RunRow:
-    """Sign and store the next directive of the current incarnation; members' votes follow. Returns the run's new row."""
+    """Sign and store the next directive of the current incarnation; members' votes follow. Returns
+    the run's new row.
+    """
     number = run.directive_number + 1
     _store_directive(
         tx,
@@ -139,9 +143,11 @@ def begin_incarnation(
     reason: str,
     now_unix_seconds: float,
 ) -> RunRow:
-    """Sign and store the record of the next incarnation with its first directive; returns the run's new row.
+    """Sign and store the record of the next incarnation with its first directive; returns the run's
+    new row.
 
-    The ledger's part (freeing what was credited after the base) is the caller's, in the same transaction, before this.
+    The ledger's part (freeing what was credited after the base) is the caller's, in the same
+    transaction, before this.
     """
     incarnation, number = run.incarnation + 1, run.directive_number + 1
     voters = voters_of_base(base, swarm.members)
@@ -216,7 +222,8 @@ def store_record(
         tx,
         record.run_id,
         "incarnation",
-        f"incarnation {record.incarnation} begins at outer step {record.to_outer_step}: {record.reason}",
+        f"incarnation {record.incarnation} begins at outer step {record.to_outer_step}: "
+        f"{record.reason}",
         now_unix_seconds=now_unix_seconds,
     )
 

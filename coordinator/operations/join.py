@@ -1,8 +1,10 @@
-"""Join: a token makes a key a member once; after that the key alone is enough, from any address, as often as it likes.
+"""Join: a token makes a key a member once; after that the key alone is enough, from any address, as
+often as it likes.
 
-Both identities are proved by signatures over the coordinator's fresh nonce: the Ed25519 key that signs everything, and the
-libp2p key by which neighbours recognise the peer. They are bound to one another for the life of the membership. What a
-peer cannot honour of the run's spec is refused here, before it costs anybody anything.
+Both identities are proved by signatures over the coordinator's fresh nonce: the Ed25519 key that
+signs everything, and the libp2p key by which neighbours recognise the peer. They are bound to one
+another for the life of the membership. What a peer cannot honour of the run's spec is refused here,
+before it costs anybody anything.
 """
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -53,7 +55,9 @@ _RSA_PROTOBUF_PREFIX = b"\x08\x00\x12"
 def join(
     tx: Transaction, request: JoinRequest, /, *, context: OperationContext, now_unix_seconds: float
 ) -> JoinResponse:
-    """Admit a peer, new or known, and give it a session. Raises RefusedError or UsageError, each with its code."""
+    """Admit a peer, new or known, and give it a session. Raises RefusedError or UsageError, each
+    with its code.
+    """
     run = load_run(tx, request.run_id)
     if run.state in FINAL_STATES:
         raise RefusedError(
@@ -98,7 +102,9 @@ def join(
 
 
 def _check_identity(request: JoinRequest) -> tuple[str, str]:
-    """(peer_id, p2p_peer_id), both proved; refuses other protocol versions first, since they may sign otherwise."""
+    """(peer_id, p2p_peer_id), both proved; refuses other protocol versions first, since they may
+    sign otherwise.
+    """
     if request.protocol_version != PROTOCOL_VERSION:
         raise RefusedError(
             f"the peer speaks protocol version {request.protocol_version}",
@@ -136,7 +142,9 @@ def _bad_proof(what: str) -> RefusedError:
 
 
 def is_signed_by_p2p_key(p2p_public_key: bytes, payload: bytes, signature: bytes) -> bool:
-    """True if the libp2p RSA key (protobuf 08 00 12 length DER) of at least 2048 bits signed this (PKCS#1 v1.5, SHA-256)."""
+    """True if the libp2p RSA key (protobuf 08 00 12 length DER) of at least 2048 bits signed this
+    (PKCS#1 v1.5, SHA-256).
+    """
     if not p2p_public_key.startswith(_RSA_PROTOBUF_PREFIX):
         return False
     der, length, shift = b"", 0, 0
@@ -171,7 +179,8 @@ def _check_binding(
         )
     if known is not None and known.p2p_peer_id != p2p_peer_id:
         raise RefusedError(
-            f"{peer_id} joined before with libp2p identity {known.p2p_peer_id}, now with {p2p_peer_id}",
+            f"{peer_id} joined before with libp2p identity {known.p2p_peer_id}, now with "
+            f"{p2p_peer_id}",
             allowed="one libp2p identity per member",
             remedy="restore p2p.key, or join with a new --home and an unused token",
             code=ErrorCode.IDENTITY_CONFLICT,
@@ -250,7 +259,9 @@ def _end_earlier_process(
     *,
     now_unix_seconds: float,
 ) -> int:
-    """Return leases and duties of an earlier process of this key; its unfinished work is gone. Returns how many leases."""
+    """Return leases and duties of an earlier process of this key; its unfinished work is gone.
+    Returns how many leases.
+    """
     if known is None:
         return 0
     reason = "the peer joined again: its earlier process is gone"

@@ -1,7 +1,7 @@
 """Members between store and decisions: rows become what coordinator/domain decides on, and back.
 
-A row without a session key belongs to a peer that is gone for sure (left, evicted, seen to exit): there is no other column
-for it, because such a peer cannot authenticate any more.
+A row without a session key belongs to a peer that is gone for sure (left, evicted, seen to exit):
+there is no other column for it, because such a peer cannot authenticate any more.
 """
 
 import json
@@ -21,7 +21,9 @@ from protos.contract.telemetry import PeerState
 _CAPABILITY_FIELDS = frozenset(field.name for field in fields(Capabilities))
 _CLAIM_FIELDS = frozenset(field.name for field in fields(Claims))
 _KEPT_TEXTS = 8_192
-"""Parsed texts kept in memory: every tick and lease request looks at them, they change once in ten seconds or never."""
+"""Parsed texts kept in memory: every tick and lease request looks at them, they change once in ten
+seconds or never.
+"""
 
 
 def member_from_row(row: PeerRow) -> Member:
@@ -124,7 +126,9 @@ def contact_from_row(row: PeerRow) -> Contact:
 
 
 def speed_from_row(row: PeerRow) -> float:
-    """Tokens per second that the peer claims: while training, else what it measured before; 0 if unknown."""
+    """Tokens per second that the peer claims: while training, else what it measured before; 0 if
+    unknown.
+    """
     claimed = claims_from_json(row.claims_json).tokens_per_second
     return claimed or capabilities_from_json(row.capabilities_json).tokens_per_second
 
@@ -132,7 +136,9 @@ def speed_from_row(row: PeerRow) -> float:
 def live_addresses(
     rows: Iterable[PeerRow], *, except_peer_id: str, num_addresses: int
 ) -> tuple[str, ...]:
-    """Addresses of live peers that can be reached, for a peer that looks for its first neighbours."""
+    """Addresses of live peers that can be reached, for a peer that looks for its first
+    neighbours.
+    """
     found: list[str] = []
     for row in rows:
         if row.peer_id == except_peer_id or not member_from_row(row).is_live:

@@ -1,7 +1,8 @@
 """Heartbeat, leave, seen exit: what keeps a membership alive and what ends it.
 
-A heartbeat is one row written, its fsync shared by everybody in the same group commit (writer.py). It brings claims and
-attestations up and takes decisions down; it is idempotent by itself, so it needs no request memory.
+A heartbeat is one row written, its fsync shared by everybody in the same group commit (writer.py).
+It brings claims and attestations up and takes decisions down; it is idempotent by itself, so it
+needs no request memory.
 """
 
 from dataclasses import fields, replace
@@ -69,7 +70,9 @@ def find_session(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> FindSessionResponse:
-    """The newest live session of an identity. Raises RefusedError (SESSION_INVALID or PEER_EVICTED)."""
+    """The newest live session of an identity. Raises RefusedError (SESSION_INVALID or
+    PEER_EVICTED).
+    """
     rows = tx.peer_runs(request.peer_id)
     live = [
         row
@@ -127,7 +130,9 @@ def heartbeat(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> HeartbeatResponse:
-    """Keep a membership and its leases alive; answer with everything that the peer does not know yet."""
+    """Keep a membership and its leases alive; answer with everything that the peer does not know
+    yet.
+    """
     run = load_run(tx, request.run_id)
     before = load_session_row(tx, request.run_id, request.peer_id)
     row = _take_report(tx, context, run, before, request, now_unix_seconds=now_unix_seconds)
@@ -193,7 +198,9 @@ def _take_report(
 
 
 def _checked_claims(claims: Claims) -> Claims:
-    """The claims, or only their state if a number cannot be true: a bad number must not cost a peer its leases."""
+    """The claims, or only their state if a number cannot be true: a bad number must not cost a peer
+    its leases.
+    """
     values = ((field.name, getattr(claims, field.name)) for field in fields(claims))
     numbers = {name: value for name, value in values if isinstance(value, int | float)}
     problem = claim_problem(numbers)
@@ -250,7 +257,9 @@ def _lacking_certificates(
 def _duty_for(
     tx: Transaction, run: RunRow, row: PeerRow, *, now_unix_seconds: float
 ) -> DutyOrder | None:
-    """The duty that the peer holds or gets now; told again with every heartbeat until its result is here."""
+    """The duty that the peer holds or gets now; told again with every heartbeat until its result is
+    here.
+    """
     duties = load_pending_duties(tx, run.run_id)
     duty = assign(
         duties,
@@ -285,7 +294,9 @@ def _neighbours(
 def leave(
     tx: Transaction, request: LeaveRequest, /, *, context: OperationContext, now_unix_seconds: float
 ) -> LeaveResponse:
-    """End a membership in good order: last attestations, leases and duties returned. Leaving twice is no error."""
+    """End a membership in good order: last attestations, leases and duties returned. Leaving twice
+    is no error.
+    """
     run = load_run(tx, request.run_id)
     row = tx.peer(request.run_id, request.peer_id)
     if row is None:
@@ -347,7 +358,9 @@ def end_membership(
     reason: str,
     now_unix_seconds: float,
 ) -> LeaveResponse:
-    """A certain end: the session is over, leases and duties are free at once; its vote goes with the next directive."""
+    """A certain end: the session is over, leases and duties are free at once; its vote goes with
+    the next directive.
+    """
     row = tx.peer(run_id, peer_id)
     assert row is not None, "the caller has found the member"
     member = after_end(member_from_row(row), state=state, reason=reason)

@@ -1,8 +1,10 @@
-"""What peers and the ticker ask and what they are told: plain frozen dataclasses, free of protobuf services and of SQL.
+"""What peers and the ticker ask and what they are told: plain frozen dataclasses, free of protobuf
+services and of SQL.
 
-Servicers, the command line, the page and the ticker speak in these; `requests_admin.py` has the operator's and the readers',
-`catalogue.py` lists every operation. Two conventions: bytes that were signed travel as protobuf `Signed` (the exact bytes), and
-certificates travel serialised. Instants are unix seconds.
+Servicers, the command line, the page and the ticker speak in these; `requests_admin.py` has the
+operator's and the readers', `catalogue.py` lists every operation. Two conventions: bytes that were
+signed travel as protobuf `Signed` (the exact bytes), and certificates travel serialised. Instants
+are unix seconds.
 """
 
 from dataclasses import dataclass
@@ -49,7 +51,9 @@ class Claims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinRequest:
-    """The caller has issued `nonce` itself less than a minute ago and has taken it off its list: one Join per nonce."""
+    """The caller has issued `nonce` itself less than a minute ago and has taken it off its list:
+    one Join per nonce.
+    """
 
     run_id: str
     token_secret: bytes
@@ -91,7 +95,9 @@ class JoinResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindSessionRequest:
-    """The interceptor asks once per peer and keeps the answer until a Join of that peer or its end."""
+    """The interceptor asks once per peer and keeps the answer until a Join of that peer or its
+    end.
+    """
 
     peer_id: str
 
@@ -169,7 +175,9 @@ class LeaveResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerExitedRequest:
-    """Sent by `up` when a child process of its own has ended: the peer is LOST at once, without waiting for the TTL."""
+    """Sent by `up` when a child process of its own has ended: the peer is LOST at once, without
+    waiting for the TTL.
+    """
 
     peer_id: str
     reason: str
@@ -206,7 +214,9 @@ class ReportDutyRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportDutyResponse:
-    """is_accepted False is an answer, not an error: the reason says what would have been accepted."""
+    """is_accepted False is an answer, not an error: the reason says what would have been
+    accepted.
+    """
 
     is_accepted: bool
     reason: str
@@ -226,7 +236,9 @@ class BeginUploadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeginUploadResponse:
-    """If accepted: receive into a temporary file, verify the digest with safetensors, rename to `path`, FinishUpload."""
+    """If accepted: receive into a temporary file, verify the digest with safetensors, rename to
+    `path`, FinishUpload.
+    """
 
     is_accepted: bool
     reason: str
@@ -255,7 +267,9 @@ class FinishUploadRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishUploadResponse:
-    """Files that the caller removes after the commit: superseded checkpoints, or the upload itself if refused."""
+    """Files that the caller removes after the commit: superseded checkpoints, or the upload itself
+    if refused.
+    """
 
     is_accepted: bool
     reason: str

@@ -1,6 +1,7 @@
 """What the operator and the readers (command line, page, metrics) ask: runs, tokens, status.
 
-`run_id` "" means the only run there is, or the newest one. Instants are unix seconds; digests for people are hex.
+`run_id` "" means the only run there is, or the newest one. Instants are unix seconds; digests for
+people are hex.
 """
 
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ class CreateTokenRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateTokenResponse:
-    """The secret is shown once; the store keeps its digest. The join string carries `secret.hex()`."""
+    """The secret is shown once; the store keeps its digest. The join string carries
+    `secret.hex()`.
+    """
 
     run_id: str
     token_id: str
@@ -227,11 +230,16 @@ class StatusResponse:
     mean_goodput_tokens_per_second: float
     """Credited tokens over the time from the first step to the last."""
     train_seconds: float
-    """From the start of the first incarnation with a roster until now or the last certified step."""
+    """From the start of the first incarnation with a roster until now or the last certified step.
+    """
     eta_seconds: float
-    """Until the budget is credited at the present goodput; 0 if over, negative if it cannot be told."""
+    """Until the budget is credited at the present goodput; 0 if over, negative if it cannot be
+    told.
+    """
     state_digests_equal: bool
-    """No two attestations, nor an attestation and a certificate, name different digests for one (incarnation, outer_step)."""
+    """No two attestations, nor an attestation and a certificate, name different digests for one
+    (incarnation, outer_step).
+    """
     num_attestations: int
     num_open_duties: int
     num_checkpoints: int
@@ -256,7 +264,9 @@ class PeersRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerStatus:
-    """One line of `peers`. `claims` is what the peer says, everything else is what the coordinator knows."""
+    """One line of `peers`. `claims` is what the peer says, everything else is what the coordinator
+    knows.
+    """
 
     peer_id: str
     p2p_peer_id: str
@@ -292,7 +302,9 @@ class PeersResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventsRequest:
-    """Events after an id, oldest first; with after_event_id = -1 the newest `max_events`, oldest first."""
+    """Events after an id, oldest first; with after_event_id = -1 the newest `max_events`, oldest
+    first.
+    """
 
     run_id: str = ""
     after_event_id: int = -1

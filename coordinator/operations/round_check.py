@@ -1,8 +1,8 @@
 """What the coordinator checks before it gives its half to a value.
 
-The rules are the members' own (peer/swarm/contribution_check.py), as far as the coordinator can know
-them. A certificate that members alone proved needs none of this: it is proof, and crediting decides
-range by range what counts.
+The rules are the members' own (peer/swarm/contribution_check.py), as far as the coordinator can
+know them. A certificate that members alone proved needs none of this: it is proof, and crediting
+decides range by range what counts.
 """
 
 from collections import defaultdict
@@ -96,8 +96,8 @@ def _reason_against_previous_state(
 ) -> str:
     """A quorum's attestations or the chain may name another state than the value does.
 
-    The record of the value's own incarnation is no help: a digest covers the incarnation's number, so
-    the base's digest is never that of the same state inside the new incarnation.
+    The record of the value's own incarnation is no help: a digest covers the incarnation's number,
+    so the base's digest is never that of the same state inside the new incarnation.
     """
     outer_step = value.outer_step - 1
     proved = proved_digest(

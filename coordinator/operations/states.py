@@ -1,8 +1,9 @@
 """Which state digests are proved, and what becomes of members' attestations.
 
-State k is proved by certificate k+1 (its votes name it as previous state), by the record of an incarnation that begins from
-it, or by attestations of more than half of the votes of the roster in force. One difference between two members, or between a
-member and a proof, is remembered for ever: `state_digests_equal` is then false, with the place.
+State k is proved by certificate k+1 (its votes name it as previous state), by the record of an
+incarnation that begins from it, or by attestations of more than half of the votes of the roster in
+force. One difference between two members, or between a member and a proof, is remembered for ever:
+`state_digests_equal` is then false, with the place.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,9 @@ from protos.contract.signing import has_valid_signature
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 MAX_STEPS_AHEAD = 4096
-"""How far beyond the newest certified step an attestation may be: members go on without a coordinator."""
+"""How far beyond the newest certified step an attestation may be: members go on without a
+coordinator.
+"""
 MAX_ATTESTATIONS_AHEAD = 64
 """Attestations of one peer kept beyond that step; the newest ones."""
 
@@ -53,7 +56,9 @@ def voters_of_directive(
 def directive_number_after(
     tx: Transaction, run_id: str, *, incarnation: int, outer_step: int
 ) -> int:
-    """Directive in force once `outer_step` is committed in the incarnation, 0 if that is not known."""
+    """Directive in force once `outer_step` is committed in the incarnation, 0 if that is not
+    known.
+    """
     certificate = tx.certificate(run_id, incarnation, outer_step)
     if certificate is not None:
         return certificate.next_directive_number
@@ -91,7 +96,9 @@ def load_segments(tx: Transaction, run_id: str) -> list[Segment]:
 def certified_digest(
     tx: Transaction, run_id: str, *, incarnation: int, outer_step: int
 ) -> bytes | None:
-    """Digest that a certificate or an incarnation's record names for the state, None if none does."""
+    """Digest that a certificate or an incarnation's record names for the state, None if none
+    does.
+    """
     certificate = tx.certificate(run_id, incarnation, outer_step + 1)
     if certificate is not None:
         value = rounds_pb2.RoundValue.FromString(certificate.value)
@@ -148,7 +155,9 @@ def take_attestations(
     *,
     now_unix_seconds: float,
 ) -> Member:
-    """Verify, store and compare attestations; returns the member after them. Those that cannot be used are left out."""
+    """Verify, store and compare attestations; returns the member after them. Those that cannot be
+    used are left out.
+    """
     newest = load_book(tx, run.run_id).certified_outer_step if attestations else 0
     for signed in attestations:
         try:

@@ -1,4 +1,5 @@
-"""What readers see of a run: status, peers, events, curves. Reads only; `Writer.read` runs them on the newest committed state.
+"""What readers see of a run: status, peers, events, curves. Reads only; `Writer.read` runs them on
+the newest committed state.
 
 Claimed and counted stay apart: `Claims` is a peer's word, everything else the coordinator's books.
 """
@@ -137,7 +138,9 @@ def _recovering_reason(tx: Transaction, now_unix_seconds: float) -> str:
 
 
 def _all_evaluations(tx: Transaction, run: RunRow) -> list[EvaluationPoint]:
-    """Accepted evaluations in the order of their arrival; those of states rolled back since are included."""
+    """Accepted evaluations in the order of their arrival; those of states rolled back since are
+    included.
+    """
     rows = sorted(tx.evaluations(run.run_id), key=lambda row: row.receive_unix_ms)
     return [_evaluation_point(row) for row in rows]
 
@@ -156,7 +159,9 @@ def _evaluation_point(row: EvaluationRow) -> EvaluationPoint:
 
 
 def _goodput(tx: Transaction, run: RunRow, *, now_unix_seconds: float) -> float:
-    """Credited tokens per second over the last minute, or since the start if that is shorter; 0 when over."""
+    """Credited tokens per second over the last minute, or since the start if that is shorter; 0
+    when over.
+    """
     if not run.start_unix_ms or run.state in FINAL_STATES:
         return 0.0
     begin_unix_seconds = max(run.start_unix_ms / 1000, now_unix_seconds - GOODPUT_SECONDS)
@@ -166,7 +171,9 @@ def _goodput(tx: Transaction, run: RunRow, *, now_unix_seconds: float) -> float:
 
 
 def _train_seconds(tx: Transaction, run: RunRow, *, now_unix_seconds: float) -> float:
-    """From the first roster until now, or until the newest certificate of a run that is over or complete."""
+    """From the first roster until now, or until the newest certificate of a run that is over or
+    complete.
+    """
     if not run.start_unix_ms:
         return 0.0
     book = load_book(tx, run.run_id)

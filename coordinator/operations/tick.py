@@ -1,8 +1,10 @@
-"""The ticker's operation: everything that happens because time passes, for all runs, in one transaction about once a second.
+"""The ticker's operation: everything that happens because time passes, for all runs, in one
+transaction about once a second.
 
-In this order: silence makes members LOST; leases expire; a new incarnation begins if the epoch cannot end by itself; else the
-next directive, if one is due; duties; the state of the run. While RECOVERING after a start nobody is lost, nothing expires and
-nothing is rolled back: peers are still coming back.
+In this order: silence makes members LOST; leases expire; a new incarnation begins if the epoch
+cannot end by itself; else the next directive, if one is due; duties; the state of the run. While
+RECOVERING after a start nobody is lost, nothing expires and nothing is rolled back: peers are still
+coming back.
 """
 
 from dataclasses import replace
@@ -83,7 +85,9 @@ def tick(
 
 
 class _RunTick:
-    """One run in one tick: the pieces share the transaction, the instant and the list of changes."""
+    """One run in one tick: the pieces share the transaction, the instant and the list of
+    changes.
+    """
 
     def __init__(
         self,
@@ -138,7 +142,9 @@ class _RunTick:
                 self.changes.append(f"{member.peer_id[:8]} is LOST: {after.state_reason}")
 
     def _bootstrap(self) -> str:
-        """Start incarnation 1 if enough peers attest the initial state; returns what is waited for."""
+        """Start incarnation 1 if enough peers attest the initial state; returns what is waited
+        for.
+        """
         attested = self._tx.attestations(self._run.run_id, 0, 0)
         plan = plan_bootstrap(
             load_members(self._tx, self._run.run_id),
@@ -154,7 +160,9 @@ class _RunTick:
         return plan.reason
 
     def _check_epoch(self) -> str:
-        """Begin a new incarnation if the present epoch cannot end by itself; returns why the run is stalled, if it is."""
+        """Begin a new incarnation if the present epoch cannot end by itself; returns why the run is
+        stalled, if it is.
+        """
         run_id, policy = self._run.run_id, self._context.policy
         epoch = load_epoch(self._tx, self._run)
         members = load_members(self._tx, run_id)
@@ -193,7 +201,9 @@ class _RunTick:
         return voters_of_directive(self._tx, self._context, self._run.run_id, directive_number)
 
     def _holdings(self, members: list[Member], epoch: Epoch) -> list[Holding]:
-        """What live members attest, what is stored, and the initial state, which every peer can build from the spec."""
+        """What live members attest, what is stored, and the initial state, which every peer can
+        build from the spec.
+        """
         found = [
             Holding(
                 peer_id="",
@@ -384,7 +394,9 @@ class _RunTick:
             )
 
     def _final_duties(self) -> tuple[FinalDuty, ...]:
-        """Where the last evaluation and the last checkpoint stand; empty before the budget is credited."""
+        """Where the last evaluation and the last checkpoint stand; empty before the budget is
+        credited.
+        """
         if not self._is_complete():
             return ()
         run_id, incarnation = self._run.run_id, self._run.incarnation
@@ -400,7 +412,9 @@ class _RunTick:
 
 
 def _final_duty(kind: DutyKind, duty: DutyRecord | None, *, has_checkpoint: bool) -> FinalDuty:
-    """Done means for a checkpoint that it is proved as well: members must not leave before they have attested it."""
+    """Done means for a checkpoint that it is proved as well: members must not leave before they
+    have attested it.
+    """
     name = f"final {'evaluation' if kind is DutyKind.EVALUATE else 'checkpoint'}"
     if duty is None:
         return FinalDuty(

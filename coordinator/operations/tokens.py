@@ -1,7 +1,7 @@
 """Join tokens: a secret lets new keys into one run, so often and so long; only its hash is kept.
 
-A use is a new key; the same key may always come back without one. Revoking or expiry ends what is left of a token, not the
-memberships that came by it (that is what eviction is for).
+A use is a new key; the same key may always come back without one. Revoking or expiry ends what is
+left of a token, not the memberships that came by it (that is what eviction is for).
 """
 
 import hashlib
@@ -34,7 +34,9 @@ def secret_digest(secret: bytes) -> bytes:
 def use_token(
     tx: Transaction, *, run_id: str, secret: bytes, peer_id: str, now_unix_seconds: float
 ) -> None:
-    """Count one new key against the token. Raises RefusedError: unknown, revoked, expired or exhausted."""
+    """Count one new key against the token. Raises RefusedError: unknown, revoked, expired or
+    exhausted.
+    """
     row = tx.token_by_secret_digest(secret_digest(secret)) if secret else None
     if row is None or row.run_id != run_id:
         found = "a token that is not known here" if secret else "no token"
@@ -86,7 +88,9 @@ def create_token(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> CreateTokenResponse:
-    """Make a token; its secret is in the answer and nowhere else. Raises UsageError for numbers below 0."""
+    """Make a token; its secret is in the answer and nowhere else. Raises UsageError for numbers
+    below 0.
+    """
     run = find_run(tx, request.run_id)
     if request.max_uses < 0 or not 0 <= request.expire_after_seconds < 1e10:
         raise UsageError(

@@ -225,7 +225,9 @@ class Writer:
             job.resolve()
 
     def _run_jobs(self, jobs: list[_Job], now_unix_seconds: float, *, has_savepoints: bool) -> None:
-        """One transaction. Without savepoints it raises UndoNeededError if one is needed after all."""
+        """One transaction. Without savepoints it raises UndoNeededError if one is needed after
+        all.
+        """
         with self._store.write() as tx:
             for job in jobs:
                 job.error = None

@@ -27,7 +27,9 @@ from coordinator.store.base_runs import RunsTransaction
 
 
 class UndoNeededError(Exception):
-    """Something was changed and must be undone: give the transaction up and use savepoints in another."""
+    """Something was changed and must be undone: give the transaction up and use savepoints in
+    another.
+    """
 
 
 class Transaction(RunsTransaction, LedgerTransaction, MembershipTransaction, Protocol):
@@ -38,7 +40,8 @@ class Transaction(RunsTransaction, LedgerTransaction, MembershipTransaction, Pro
 
     def hopeful_scope(self) -> AbstractContextManager[None]:
         """Scope that cannot undo anything and costs next to nothing: if it is left by an exception
-        after a change, it raises UndoNeededError instead, and the transaction must not be committed.
+        after a change, it raises UndoNeededError instead, and the transaction must not be
+        committed.
         """
 
 

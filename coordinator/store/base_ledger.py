@@ -50,7 +50,9 @@ class LedgerTransaction(Protocol):
         """Add leases; (run, incarnation, peer, number) must be new."""
 
     def update_lease(self, row: LeaseRow) -> None:
-        """Change state, credited windows, expiry and reason of a lease; the rest of it never changes."""
+        """Change state, credited windows, expiry and reason of a lease; the rest of it never
+        changes.
+        """
 
     def lease(
         self, run_id: str, incarnation: int, peer_id: str, lease_number: int

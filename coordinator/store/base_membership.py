@@ -97,7 +97,9 @@ class MembershipTransaction(Protocol):
         """Attestations of a run."""
 
     def steps(self, run_id: str, *, since_unix_ms: int = 0) -> list[StepRow]:
-        """Certificates in force that were stored at or after an instant, without their bytes, by outer_step."""
+        """Certificates in force that were stored at or after an instant, without their bytes, by
+        outer_step.
+        """
 
     def num_certificates(self, run_id: str) -> tuple[int, int]:
         """How many certificates of a run are in force, and how many are rolled back."""

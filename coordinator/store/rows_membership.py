@@ -1,4 +1,6 @@
-"""Rows of membership and duties: one frozen dataclass per table, one field per column, in the schema's order."""
+"""Rows of membership and duties: one frozen dataclass per table, one field per column, in the
+schema's order.
+"""
 
 from dataclasses import dataclass
 

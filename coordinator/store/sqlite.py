@@ -36,7 +36,9 @@ _CHECKPOINT_PAGES = 4_000
 
 
 class _HopefulScope:
-    """See base.Transaction.hopeful_scope. A class, because a generator costs as much as a statement."""
+    """See base.Transaction.hopeful_scope. A class, because a generator costs as much as a
+    statement.
+    """
 
     __slots__ = ("_connection", "_kept", "_mark", "_num_changes")
 
@@ -141,7 +143,9 @@ def migrate(connection: sqlite3.Connection) -> None:
 
 
 def _tune(connection: sqlite3.Connection) -> None:
-    """Settings of the writing connection beside the log's: durable commits, and memory instead of system calls."""
+    """Settings of the writing connection beside the log's: durable commits, and memory instead of
+    system calls.
+    """
     run_sql(connection, "PRAGMA synchronous = FULL")
     run_sql(connection, "PRAGMA temp_store = MEMORY")  # savepoints' undo pages: 22 writes a lease
     run_sql(connection, f"PRAGMA cache_size = -{_WRITER_CACHE_KIB}")

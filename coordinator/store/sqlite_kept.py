@@ -1,10 +1,11 @@
-"""What the only writer keeps in memory: rows that it need not read again, and rows to be written with the commit.
+"""What the only writer keeps in memory: rows that it need not read again, and rows to be written
+with the commit.
 
-Each statement costs more than its microseconds: the driver lets go of the interpreter's lock, which the event loop then
-takes, and inside a savepoint the first change of a page copies it. So rows that nearly every operation reads (run,
-book, peers) are kept from one transaction to the next, and what changes with every operation is written once per
-transaction by `SqliteTransaction.flush`: the books, the journal's lines, the answers to request ids. After any rollback
-nothing kept is trusted.
+Each statement costs more than its microseconds: the driver lets go of the interpreter's lock, which
+the event loop then takes, and inside a savepoint the first change of a page copies it. So rows that
+nearly every operation reads (run, book, peers) are kept from one transaction to the next, and what
+changes with every operation is written once per transaction by `SqliteTransaction.flush`: the
+books, the journal's lines, the answers to request ids. After any rollback nothing kept is trusted.
 """
 
 from dataclasses import dataclass, field
@@ -30,8 +31,8 @@ class Mark:
 
 @dataclass(slots=True)
 class Unwritten:
-    """Changes of this transaction that wait for its commit. What had to be written earlier stays listed, because
-    undoing a savepoint takes it out of the database again.
+    """Changes of this transaction that wait for its commit. What had to be written earlier stays
+    listed, because undoing a savepoint takes it out of the database again.
     """
 
     book_by_run: dict[str, BookRow] = field(default_factory=dict)
@@ -66,7 +67,9 @@ class Unwritten:
 
 @dataclass(slots=True)
 class KeptRows:
-    """Newest rows, this transaction's changes included. A reader's transaction begins with an empty one."""
+    """Newest rows, this transaction's changes included. A reader's transaction begins with an empty
+    one.
+    """
 
     run_by_id: dict[str, RunRow] = field(default_factory=dict)
     book_by_run: dict[str, BookRow] = field(default_factory=dict)
@@ -84,7 +87,9 @@ class KeptRows:
     unwritten: Unwritten = field(default_factory=Unwritten)
 
     def forget(self) -> None:
-        """Drop everything that was read or written; the unwritten changes are the caller's business."""
+        """Drop everything that was read or written; the unwritten changes are the caller's
+        business.
+        """
         for kept in (
             self.run_by_id,
             self.book_by_run,

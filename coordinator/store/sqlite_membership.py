@@ -1,4 +1,6 @@
-"""SQLite: peers, tokens, attestations, duties, evaluations, checkpoints (guarantees: base_membership.py)."""
+"""SQLite: peers, tokens, attestations, duties, evaluations, checkpoints (guarantees:
+base_membership.py).
+"""
 
 import sqlite3
 
@@ -155,6 +157,9 @@ class SqliteMembership:
         return STEPS.where(self._connection, condition, run_id, since_unix_ms)
 
     def num_certificates(self, run_id: str) -> tuple[int, int]:
-        sql = "SELECT COUNT(*), COALESCE(SUM(rolled_back_by = 0), 0) FROM certificates WHERE run_id = ?"
+        sql = (
+            "SELECT COUNT(*), COALESCE(SUM(rolled_back_by = 0), 0) FROM certificates WHERE run_id "
+            "= ?"
+        )
         total, live = run_sql(self._connection, sql, (run_id,)).fetchone()
         return int(live), int(total) - int(live)

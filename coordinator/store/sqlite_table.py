@@ -156,7 +156,9 @@ class Table(Generic[Row]):
             run_sql(connection, sql, [value for row in part for value in self._parameters(row)])
 
     def update(self, connection: sqlite3.Connection, row: Row) -> None:
-        """Replace every other column of the row with this key, which must exist; cheaper than `upsert`."""
+        """Replace every other column of the row with this key, which must exist; cheaper than
+        `upsert`.
+        """
         run_sql(connection, self._update_sql, self._update_values(row))
 
     def upsert(self, connection: sqlite3.Connection, row: Row) -> None:

@@ -1,8 +1,8 @@
 """The bare training step in a plain loop: what ops/bench/overhead compares a peer with.
 
 Reads windows of the dataset in the run's order into memory first, then repeats `MicroStep.run` over
-micro-batches of the size and precision given (or probed, as the trainer does), and adds the gradient to a
-sum as any trainer must. No leases, no rounds, no update. Answers one JSON line.
+micro-batches of the size and precision given (or probed, as the trainer does), and adds the
+gradient to a sum as any trainer must. No leases, no rounds, no update. Answers one JSON line.
 """
 
 import argparse

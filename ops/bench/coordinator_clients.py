@@ -1,17 +1,19 @@
 """Simulated peers for ops/bench/coordinator: real keys, sessions and TLS connections, no training.
 
 Started as a process of its own, so that its CPU time is not the coordinator's. It reads one JSON
-command per line and answers each with one JSON line: `join`, `attest`, `wait_begun`, then loads that
-every client runs in a closed loop from a common instant on: the next call follows the last answer.
+command per line and answers each with one JSON line: `join`, `attest`, `wait_begun`, then loads
+that every client runs in a closed loop from a common instant on: the next call follows the last
+answer.
 
 - lease: AcquireLeases for one round, then ReleaseLeases.
-- report: AcquireLeases, then ReportCertificates with a new certificate that credits these leases. The
-  client is the only voter of its run, so its own vote is a quorum.
-- empty: ReleaseLeases at a server that does nothing (empty_server.py), over as many connections of its own.
+- report: AcquireLeases, then ReportCertificates with a new certificate that credits these leases.
+  The client is the only voter of its run, so its own vote is a quorum.
+- empty: ReleaseLeases at a server that does nothing (empty_server.py), over as many connections of
+  its own.
 - heartbeat: a heartbeat with claims and the directive that the client knows.
 
-Making a thousand RSA keys costs minutes, so keys are made from pairs out of few primes: good enough to
-be told apart, and only here.
+Making a thousand RSA keys costs minutes, so keys are made from pairs out of few primes: good enough
+to be told apart, and only here.
 """
 
 import asyncio
@@ -207,7 +209,9 @@ class SimulatedPeer:
         await self.heartbeat([signed])
 
     async def acquire(self) -> list[common_pb2.Signed]:
-        """Leases for one round. Raises RuntimeError when there are none, with the coordinator's reason."""
+        """Leases for one round. Raises RuntimeError when there are none, with the coordinator's
+        reason.
+        """
         request = leases_pb2.AcquireLeasesRequest(
             request_id=f"a{self.num_calls}",
             incarnation=self.incarnation,

@@ -1,4 +1,5 @@
-"""A grpc.aio server over TLS whose one method does nothing: what every RPC costs before the coordinator does anything.
+"""A grpc.aio server over TLS whose one method does nothing: what every RPC costs before the
+coordinator does anything.
 
 Started by ops/bench/coordinator; prints its port, then serves until it is ended.
 """

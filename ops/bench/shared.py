@@ -1,4 +1,5 @@
-"""What all benchmarks share: which Python runs them, what they ran on, how figures are shown and kept.
+"""What all benchmarks share: which Python runs them, what they ran on, how figures are shown and
+kept.
 
 A benchmark is an executable of its own beside this file. It collects `Figure`s and calls `report`,
 which prints a table and, with --json, one object as the last line; with --record it appends a dated

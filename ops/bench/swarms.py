@@ -1,8 +1,9 @@
-"""A coordinator and peers as a user would start them, for benchmarks: the end-to-end tests' harness with default settings.
+"""A coordinator and peers as a user would start them, for benchmarks: the end-to-end tests' harness
+with default settings.
 
-Differs from the tests in three ways: the default model instead of a tiny one, intervals as deployed, and
-checkpoints and evaluations only at the end, so that a figure is about training alone. Import after
-`shared.use_project_python`.
+Differs from the tests in three ways: the default model instead of a tiny one, intervals as
+deployed, and checkpoints and evaluations only at the end, so that a figure is about training alone.
+Import after `shared.use_project_python`.
 """
 
 import json
@@ -23,7 +24,9 @@ EVAL_TOKENS = 2048
 
 
 class BenchSwarm(Swarm):
-    """See the module. Use inside `tests.e2e.harness.running_swarm`'s kind of try/finally: `stop` at the end."""
+    """See the module. Use inside `tests.e2e.harness.running_swarm`'s kind of try/finally: `stop` at
+    the end.
+    """
 
     def start_coordinator(self, *, port: int = 0) -> None:
         """Start `muster-coordinator serve` with deployed intervals and wait until it answers."""
@@ -80,7 +83,9 @@ def build_default_dataset(directory: Path) -> Path:
 
 
 def write_default_spec(dataset: Path, path: Path, *, batch_tokens: int) -> None:
-    """The RunSpec of `create_default_run` in wire form, for processes that train without a swarm."""
+    """The RunSpec of `create_default_run` in wire form, for processes that train without a
+    swarm.
+    """
     from coordinator.cli.spec_options import build_spec
     from coordinator.corpus.build import load_manifest
 

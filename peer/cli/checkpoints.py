@@ -1,9 +1,10 @@
 """A checkpoint on the command line: the model in it, and where its run spec and tokenizer lie.
 
-CHECKPOINT is either a folder that `export` wrote, which is complete, or a state file of a coordinator or peer, which names its run
-only by digest. The spec is then looked for in --spec, and above the file (run_spec.json of a coordinator's data directory,
-membership.json of a peer's home); a spec with another digest is not taken. The tokenizer comes from --dataset, or from
-where the spec's dataset lies in that directory.
+CHECKPOINT is either a folder that `export` wrote, which is complete, or a state file of a
+coordinator or peer, which names its run only by digest. The spec is then looked for in --spec, and
+above the file (run_spec.json of a coordinator's data directory, membership.json of a peer's home);
+a spec with another digest is not taken. The tokenizer comes from --dataset, or from where the
+spec's dataset lies in that directory.
 """
 
 import hashlib
@@ -198,7 +199,9 @@ def _specs_near(path: Path) -> Iterator[RunSpec]:
 def _find_tokenizer(
     path: Path, dataset: Path | None, spec: RunSpec
 ) -> tuple[Path | None, Path, int]:
-    """Dataset directory, if there is one, tokenizer.json and the EOS id. The manifest must be the run's."""
+    """Dataset directory, if there is one, tokenizer.json and the EOS id. The manifest must be the
+    run's.
+    """
     from protos.contract.chunk_format import Manifest
 
     dataset_id = spec.data.dataset_id

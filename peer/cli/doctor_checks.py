@@ -1,7 +1,8 @@
-"""What `muster-peer doctor` looks at; every check says what it found, what is needed and what to do.
+"""What `muster-peer doctor` looks at; every check says what it found, what is needed and what to
+do.
 
-Nothing is changed: leftovers are only named (the next `join` on the same home clears them). What a machine cannot know of itself
-(whether others reach its port) is said to be unknown, not assumed.
+Nothing is changed: leftovers are only named (the next `join` on the same home clears them). What a
+machine cannot know of itself (whether others reach its port) is said to be unknown, not assumed.
 """
 
 import asyncio
@@ -235,7 +236,8 @@ def check_coordinator(config: PeerConfig, join_string: JoinString | None) -> lis
         Check(
             name="clock",
             is_ok=is_close,
-            found=f"{offset_seconds:+.3f} s (+- {uncertainty_seconds:.3f} s) against the coordinator",
+            found=f"{offset_seconds:+.3f} s (+- {uncertainty_seconds:.3f} s) against the "
+            "coordinator",
             allowed=f"below {CLOCK_WARN_SECONDS} s; refused above {CLOCK_REFUSE_SECONDS} s",
             remedy="synchronise the clock: timedatectl set-ntp true",
         ),
@@ -252,7 +254,9 @@ async def _measure_clock(join_string: JoinString) -> tuple[float, float]:
 
 
 def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
-    """Device and measured training FLOP/s; measured once per torch version, device and number of threads."""
+    """Device and measured training FLOP/s; measured once per torch version, device and number of
+    threads.
+    """
     if importlib.util.find_spec("torch") is None:
         return Check(
             name="device",
@@ -287,8 +291,10 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
         name="device",
         is_ok=speed > 0,
         found=(
-            f"{probe['device']} ({probe['device_name']}, {probe['threads']} threads, {probe['precision']}): "
-            f"{speed / 1e9:.1f} GFLOP/s in training, {float(str(probe['tokens_per_second'])):,.0f} tokens/s of the tiny "
+            f"{probe['device']} ({probe['device_name']}, {probe['threads']} threads, "
+            f"{probe['precision']}): "
+            f"{speed / 1e9:.1f} GFLOP/s in training, "
+            f"{float(str(probe['tokens_per_second'])):,.0f} tokens/s of the tiny "
             f"preset{' (measured before)' if is_cached else ''}"
         ),
         allowed="a device that torch can use",

@@ -18,7 +18,8 @@ def join(
         str,
         typer.Argument(
             metavar="[STRING]",
-            help="Line that `muster-coordinator token create` printed; not needed to rejoin the last run.",
+            help="Line that `muster-coordinator token create` printed; not needed to rejoin the "
+            "last run.",
         ),
     ] = "",
     name: Annotated[str | None, typer.Option(help="Name for people. [default: host name]")] = None,

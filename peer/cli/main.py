@@ -1,7 +1,7 @@
 """`muster-peer`: registers every command and turns errors into messages and exit codes.
 
-This is the command line's broad-exception border: a MusterError becomes its three parts on standard error and its exit code,
-anything else a traceback and exit code 1.
+This is the command line's broad-exception border: a MusterError becomes its three parts on standard
+error and its exit code, anything else a traceback and exit code 1.
 """
 
 import logging
@@ -16,8 +16,10 @@ from peer.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
 _EPILOG = (
-    "Exit codes: 0 done; 1 internal error; 2 wrong flags, files or join strings; 3 refused (token, version, clock, CA); "
-    "4 this machine (port, disk, permissions, lock, memory, missing package); 5 corrupt data; 6 cannot be reached or not "
+    "Exit codes: 0 done; 1 internal error; 2 wrong flags, files or join strings; 3 refused "
+    "(token, version, clock, CA); "
+    "4 this machine (port, disk, permissions, lock, memory, missing package); 5 corrupt data; 6 "
+    "cannot be reached or not "
     "ready; 7 the run cannot go on; 130 interrupted twice."
 )
 

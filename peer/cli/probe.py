@@ -1,7 +1,9 @@
-"""Measured training speed of this machine, in a process of its own: `python -m peer.cli.probe --threads N --device D`.
+"""Measured training speed of this machine, in a process of its own: `python -m peer.cli.probe
+--threads N --device D`.
 
-Prints one JSON object. The figure is what the trainer itself reaches on the tiny preset (its own choice of precision and
-micro-batch, forward and backward), so it includes everything that training includes but the optimizer.
+Prints one JSON object. The figure is what the trainer itself reaches on the tiny preset (its own
+choice of precision and micro-batch, forward and backward), so it includes everything that training
+includes but the optimizer.
 """
 
 import argparse

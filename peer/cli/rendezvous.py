@@ -1,4 +1,6 @@
-"""`muster-peer rendezvous`: the first address of a swarm's DHT and a circuit relay; it trains nothing."""
+"""`muster-peer rendezvous`: the first address of a swarm's DHT and a circuit relay; it trains
+nothing.
+"""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,9 @@
-"""The swarm process and the trainer as the daemon sees them: how they are started, configured, listened to and stopped.
+"""The swarm process and the trainer as the daemon sees them: how they are started, configured,
+listened to and stopped.
 
-Both are started as soon as the number of parameters is known, because their imports take seconds; `configure` waits in the
-socket. A child whose channel closes is given a moment to end; then its end is told with the last lines of its output.
+Both are started as soon as the number of parameters is known, because their imports take seconds;
+`configure` waits in the socket. A child whose channel closes is given a moment to end; then its end
+is told with the last lines of its output.
 """
 
 import asyncio
@@ -74,7 +76,9 @@ class Children:
         self.send(name, "configure", **fields)
 
     def send(self, name: ChildName, kind: str, **fields: Any) -> None:
-        """Send a message; a child that is gone or not configured hears nothing, and is told anew after its return."""
+        """Send a message; a child that is gone or not configured hears nothing, and is told anew
+        after its return.
+        """
         child = self._child_by_name.get(name)
         if child is None or not self._is_configured.get(name):
             return

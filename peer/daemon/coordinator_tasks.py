@@ -1,7 +1,8 @@
 """The daemon's calls to the coordinator, each a task that ends in an event for the session machine.
 
-Nothing here decides when to call; the machine does. What comes back is split: the machine gets what decisions need, the swarm
-process gets the signed bytes. Errors become events too: unreachable is normal, a refusal may mean a new Join or the end.
+Nothing here decides when to call; the machine does. What comes back is split: the machine gets what
+decisions need, the swarm process gets the signed bytes. Errors become events too: unreachable is
+normal, a refusal may mean a new Join or the end.
 """
 
 import asyncio
@@ -288,13 +289,16 @@ class CoordinatorTasks:
         if is_far_off and not self._has_warned_of_clock:
             self._hooks.note(
                 f"this clock differs from the coordinator's by {clock.offset_seconds:+.2f} s; "
-                f"synchronise it (timedatectl set-ntp true): other peers ignore a clock that is 2 s off"
+                "synchronise it (timedatectl set-ntp true): other peers ignore a clock that is 2 "
+                "s off"
             )
         self._has_warned_of_clock = is_far_off
 
 
 class CallObserver:
-    """Turns the outcomes of calls into metrics and into one fact: can the coordinator be reached."""
+    """Turns the outcomes of calls into metrics and into one fact: can the coordinator be
+    reached.
+    """
 
     def __init__(self, metrics: PeerMetrics, feed: Callable[[ev.Event], None]) -> None:
         self._metrics = metrics
@@ -302,7 +306,9 @@ class CallObserver:
         self._num_deadlines_missed = 0
 
     def __call__(self, result: CallResult) -> None:
-        """Take in one attempt. One missed deadline alone is no proof of absence on a busy machine."""
+        """Take in one attempt. One missed deadline alone is no proof of absence on a busy
+        machine.
+        """
         labels = {"method": result.method, "status": result.status}
         self._metrics.observe(PEER_RPC_SECONDS, result.seconds, labels)
         if result.is_answered:

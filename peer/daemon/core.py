@@ -1,4 +1,6 @@
-"""What every part of the daemon shares: the session machine with its clock, the numbers, the metrics, the reporter."""
+"""What every part of the daemon shares: the session machine with its clock, the numbers, the
+metrics, the reporter.
+"""
 
 import logging
 import time
@@ -15,7 +17,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Core:
-    """Feeds events to the machine and hands its actions on, in order, also when an action causes an event."""
+    """Feeds events to the machine and hands its actions on, in order, also when an action causes an
+    event.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,9 @@ class Core:
         self._shown_reason = ""
 
     def feed(self, event: ev.Event) -> None:
-        """Let the machine decide about an event, carry out what it decides, then take the events that caused."""
+        """Let the machine decide about an event, carry out what it decides, then take the events
+        that caused.
+        """
         self._events.append(event)
         if self._is_feeding:
             return
@@ -80,7 +86,9 @@ class Core:
         self._waiting.append(action)
 
     def _show(self, decision: Decision) -> None:
-        """Tell the owner of a new state, and of a new reason to wait; other reasons change with every step."""
+        """Tell the owner of a new state, and of a new reason to wait; other reasons change with
+        every step.
+        """
         state, reason = decision.state, decision.reason
         numbers = self.numbers
         numbers.state, numbers.state_reason = state.value, reason

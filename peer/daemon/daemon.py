@@ -1,8 +1,10 @@
-"""The daemon: joins, then lets the session machine decide about everything that happens, until it is time to leave.
+"""The daemon: joins, then lets the session machine decide about everything that happens, until it
+is time to leave.
 
-Order: home and identity are there -> Challenge, clock check, Join (or the membership of the last session, if the coordinator is
-away) -> running.py: children, dataset, events -> drain. The first SIGINT or SIGTERM drains: the micro-batch is finished, leases
-and membership are returned, children stopped, all within five seconds. The second ends everything at once.
+Order: home and identity are there -> Challenge, clock check, Join (or the membership of the last
+session, if the coordinator is away) -> running.py: children, dataset, events -> drain. The first
+SIGINT or SIGTERM drains: the micro-batch is finished, leases and membership are returned, children
+stopped, all within five seconds. The second ends everything at once.
 """
 
 import asyncio

@@ -1,7 +1,9 @@
-"""The run's dataset on this machine: manifest, tokenizer, held-out chunks and leased chunks, each checked by digest.
+"""The run's dataset on this machine: manifest, tokenizer, held-out chunks and leased chunks, each
+checked by digest.
 
-Everything lies in one content-addressed cache under home/cache, so a second run on the same corpus downloads nothing. The
-dataset id is the manifest's digest, the manifest names the digests of the rest; nothing is taken on the coordinator's word.
+Everything lies in one content-addressed cache under home/cache, so a second run on the same corpus
+downloads nothing. The dataset id is the manifest's digest, the manifest names the digests of the
+rest; nothing is taken on the coordinator's word.
 """
 
 import asyncio
@@ -49,7 +51,9 @@ class Dataset:
         return self._cache.stats.fetched_bytes
 
     async def prepare(self) -> None:
-        """Fetch everything but training chunks. Raises CorruptDataError, MachineError, UnavailableError."""
+        """Fetch everything but training chunks. Raises CorruptDataError, MachineError,
+        UnavailableError.
+        """
         dataset_id = bytes.fromhex(self._spec.data.dataset_id)
         manifest_file = WantedFile(
             name="manifest.json", digest=dataset_id, max_bytes=_MAX_MANIFEST_BYTES
@@ -81,7 +85,9 @@ class Dataset:
         self.heldout_paths = tuple(paths)
 
     async def fetch_chunk(self, chunk_index: int, *, digest: bytes) -> Path:
-        """Fetch a leased training chunk; `digest` is what the lease names, which must be the manifest's."""
+        """Fetch a leased training chunk; `digest` is what the lease names, which must be the
+        manifest's.
+        """
         chunks = self.manifest.training_chunks
         if chunk_index >= len(chunks) or bytes.fromhex(chunks[chunk_index].digest) != digest:
             raise CorruptDataError(

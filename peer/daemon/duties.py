@@ -1,6 +1,8 @@
-"""Duties beside training: evaluate through the trainer, write and upload checkpoints, fetch one when no member has the state.
+"""Duties beside training: evaluate through the trainer, write and upload checkpoints, fetch one
+when no member has the state.
 
-A duty ends in a report, whatever happens; its fence lets the coordinator refuse one that it has given to somebody else since.
+A duty ends in a report, whatever happens; its fence lets the coordinator refuse one that it has
+given to somebody else since.
 """
 
 import asyncio
@@ -164,7 +166,9 @@ class Duties:
             self._answer_by_id.pop(request_id, None)
 
     async def fetch_checkpoint(self, *, max_outer_step: int) -> None:
-        """Bring the coordinator's newest checkpoint here and tell the swarm process; it asks again if none comes."""
+        """Bring the coordinator's newest checkpoint here and tell the swarm process; it asks again
+        if none comes.
+        """
         for older in self._tmp.glob("download-*.safetensors"):
             older.unlink(missing_ok=True)
         path = self._tmp / f"download-{uuid.uuid4().hex}.safetensors"
@@ -188,7 +192,9 @@ class Duties:
 async def _save_checkpoint(
     stream: AsyncIterator[duties_pb2.FetchCheckpointResponse], path: Path
 ) -> duties_pb2.FetchCheckpointResponse:
-    """Write the streamed file; returns the header. The reader checks the state's digest. Raises CorruptDataError."""
+    """Write the streamed file; returns the header. The reader checks the state's digest. Raises
+    CorruptDataError.
+    """
     header: duties_pb2.FetchCheckpointResponse | None = None
     num_bytes = 0
     with path.open("wb") as file:

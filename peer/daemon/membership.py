@@ -1,7 +1,9 @@
-"""Joining a run, and remembering it: a restarted peer needs neither its token nor a running coordinator.
+"""Joining a run, and remembering it: a restarted peer needs neither its token nor a running
+coordinator.
 
-`membership.json` holds what the last Join returned, with the newest incarnation record, directive and addresses since. With it a
-peer whose coordinator is away finds the swarm, resynchronises and votes; its leases died with its old process.
+`membership.json` holds what the last Join returned, with the newest incarnation record, directive
+and addresses since. With it a peer whose coordinator is away finds the swarm, resynchronises and
+votes; its leases died with its old process.
 """
 
 import base64
@@ -33,9 +35,13 @@ from protos.muster.v1 import common_pb2, membership_pb2
 
 _FILE_NAME = "membership.json"
 _BASE_MEMORY_BYTES = 600 * 2**20
-"""Libraries of the three processes, measured with torch 2.13 CPU: 250 to 350 MiB in the trainer, as much in the swarm process."""
+"""Libraries of the three processes, measured with torch 2.13 CPU: 250 to 350 MiB in the trainer, as
+much in the swarm process.
+"""
 _VECTORS_PER_PARAMETER = 8
-"""State (3), contribution, the trainer's parameters and gradients, the swarm process's average and next state."""
+"""State (3), contribution, the trainer's parameters and gradients, the swarm process's average and
+next state.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,9 @@ class Membership:
         return int(directive.directive_number)
 
     def updated(self, heartbeat: membership_pb2.HeartbeatResponse) -> "Membership":
-        """With what a heartbeat brought. Raises CorruptDataError if the coordinator did not sign it."""
+        """With what a heartbeat brought. Raises CorruptDataError if the coordinator did not sign
+        it.
+        """
         response = membership_pb2.JoinResponse()
         response.CopyFrom(self.response)
         if heartbeat.HasField("incarnation_record"):
@@ -160,7 +168,9 @@ def describe_capabilities(
 async def join_run(
     client: CoordinatorClient, *, join_string: JoinString, identity: Identity, config: PeerConfig
 ) -> tuple[Membership, ClockOffset]:
-    """Challenge, clock check, Join, spec check. Raises RefusedError, UnavailableError, MachineError."""
+    """Challenge, clock check, Join, spec check. Raises RefusedError, UnavailableError,
+    MachineError.
+    """
     nonce, clock = await client.challenge()
     check_clock(clock)
     response = await client.join(
@@ -174,7 +184,8 @@ async def join_run(
     )
     if response.peer_id != identity.peer_id:
         raise RefusedError(
-            f"the coordinator knows this peer as {response.peer_id}, its key says {identity.peer_id}",
+            f"the coordinator knows this peer as {response.peer_id}, its key says "
+            f"{identity.peer_id}",
             allowed="the identity that follows from the key",
             remedy="update both sides to the same version",
             code=ErrorCode.PROTOCOL_MISMATCH,
@@ -213,7 +224,8 @@ def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
     limit_bytes = config.memory_limit_bytes
     if limit_bytes is not None and needed_bytes > limit_bytes:
         raise MachineError(
-            f"training a model of {shape.num_parameters:,} parameters needs about {format_bytes(needed_bytes)}",
+            f"training a model of {shape.num_parameters:,} parameters needs about "
+            f"{format_bytes(needed_bytes)}",
             allowed=f"--memory-limit is {format_bytes(limit_bytes)}",
             remedy="raise --memory-limit, or join a run with a smaller model",
             code=ErrorCode.CAPABILITY_MISSING,

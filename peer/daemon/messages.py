@@ -1,7 +1,9 @@
-"""Messages of the children: numbers are noted, bytes are passed on, what decisions need becomes an event.
+"""Messages of the children: numbers are noted, bytes are passed on, what decisions need becomes an
+event.
 
-The daemon is the hub, so swarm process and trainer know nothing of each other. A message that lacks a field or names a kind
-that there is not is a bug of ours and ends the daemon with a traceback; children are no strangers.
+The daemon is the hub, so swarm process and trainer know nothing of each other. A message that lacks
+a field or names a kind that there is not is a bug of ours and ends the daemon with a traceback;
+children are no strangers.
 """
 
 import logging

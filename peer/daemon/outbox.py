@@ -1,7 +1,8 @@
-"""What the coordinator has not acknowledged yet: attestations for heartbeats, certificates to report.
+"""What the coordinator has not acknowledged yet: attestations for heartbeats, certificates to
+report.
 
-Both are kept in memory until acknowledged. Certificates also lie in the swarm process's local checkpoint until then, so a killed
-daemon loses none. Nothing here calls anybody.
+Both are kept in memory until acknowledged. Certificates also lie in the swarm process's local
+checkpoint until then, so a killed daemon loses none. Nothing here calls anybody.
 """
 
 from collections import OrderedDict

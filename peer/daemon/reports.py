@@ -1,7 +1,7 @@
 """Numbers and sentences about a session, for its owner, for heartbeats and for /metrics.
 
-A Report is what the daemon tells its reporter (the command line prints it); SessionNumbers are the running sums, filled from
-the children's messages. Nothing here decides anything.
+A Report is what the daemon tells its reporter (the command line prints it); SessionNumbers are the
+running sums, filled from the children's messages. Nothing here decides anything.
 """
 
 import json

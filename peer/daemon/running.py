@@ -1,7 +1,9 @@
-"""A session after Join: children, dataset and calls at work, carrying out what the session machine decides.
+"""A session after Join: children, dataset and calls at work, carrying out what the session machine
+decides.
 
-Every action is either a message to a child or a task whose end is an event again, so nothing here waits and nothing decides. What
-has been signed travels as it came; chunks are fetched in the order of their leases.
+Every action is either a message to a child or a task whose end is an event again, so nothing here
+waits and nothing decides. What has been signed travels as it came; chunks are fetched in the order
+of their leases.
 """
 
 import asyncio
@@ -154,7 +156,9 @@ class RunningSession:
             self._supervisor.trim_logs()
 
     async def drain(self, reason: str) -> None:
-        """End in good order: micro-batch, certificates, membership, children. About a second, five at most."""
+        """End in good order: micro-batch, certificates, membership, children. About a second, five
+        at most.
+        """
         began_seconds = time.monotonic()
         await self._children.stop(ChildName.TRAINER, grace_seconds=_TRAINER_STOP_SECONDS)
         try:
@@ -394,7 +398,9 @@ class RunningSession:
         self._tell_swarm("certificates", certificates=certificates)
 
     def _acknowledge(self, keys: list[CertificateKey]) -> None:
-        """The swarm process may forget certificates up to the oldest that is still to be reported."""
+        """The swarm process may forget certificates up to the oldest that is still to be
+        reported.
+        """
         incarnation = self._core.numbers.incarnation
         steps = [step for number, step in keys if number == incarnation]
         if not steps:

@@ -1,1 +1,3 @@
-"""The swarm process: rounds, exact update, state transfer; the only package that imports hivemind."""
+"""The swarm process: rounds, exact update, state transfer; the only package that imports
+hivemind.
+"""

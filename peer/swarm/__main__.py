@@ -1,4 +1,6 @@
-"""`python -m peer.swarm --channel-fd N --vectors-fd M --num-values K`: the swarm process, started by the daemon."""
+"""`python -m peer.swarm --channel-fd N --vectors-fd M --num-values K`: the swarm process, started
+by the daemon.
+"""
 
 import argparse
 import asyncio
@@ -100,7 +102,9 @@ async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
 async def _run_while_alive(
     work: Coroutine[Any, Any, None], death: Coroutine[Any, Any, str]
 ) -> None:
-    """Run until the work ends; raises MusterError as soon as p2pd has ended, for the daemon to start both anew."""
+    """Run until the work ends; raises MusterError as soon as p2pd has ended, for the daemon to
+    start both anew.
+    """
     working, dying = asyncio.ensure_future(work), asyncio.ensure_future(death)
     try:
         await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,11 +1,14 @@
-"""Averaging of one attempt: a plain butterfly over p2p streams, every byte checked, the result encoded once.
+"""Averaging of one attempt: a plain butterfly over p2p streams, every byte checked, the result
+encoded once.
 
-The vector is cut into the pieces of digest.py; each member that can be dialled reduces a run of pieces. A member opens one
-stream to each other reducer, sends PartHeader and its pieces of that run, and receives ReducedHeader and the reduced
-pieces on the same stream, which it acknowledges. The reducer holds every piece against the digest that its sender committed
-to when it joined, so nobody chooses after seeing others; it sums float32(w_i / W) * x_i in member order, each operation
-rounded on its own, and everybody including the reducer uses the same result bytes. Any failure ends the attempt
-whole, with a reason that names the peer. A member without work sends a header and no piece.
+The vector is cut into the pieces of digest.py; each member that can be dialled reduces a run of
+pieces. A member opens one stream to each other reducer, sends PartHeader and its pieces of that
+run, and receives ReducedHeader and the reduced pieces on the same stream, which it acknowledges.
+The reducer holds every piece against the digest that its sender committed to when it joined, so
+nobody chooses after seeing others; it sums float32(w_i / W) * x_i in member order, each operation
+rounded on its own, and everybody including the reducer uses the same result bytes. Any failure ends
+the attempt whole, with a reason that names the peer. A member without work sends a header and no
+piece.
 """
 
 import asyncio
@@ -29,7 +32,9 @@ _EARLY_SECONDS = 15.0
 
 
 class ReduceError(Exception):
-    """The attempt cannot be averaged; `peer_id` is whose fault it looks like, `is_down` if it looks dead."""
+    """The attempt cannot be averaged; `peer_id` is whose fault it looks like, `is_down` if it looks
+    dead.
+    """
 
     def __init__(self, reason: str, *, peer_id: str = "", is_down: bool = False) -> None:
         super().__init__(reason)
@@ -67,7 +72,9 @@ class Reduction:
         own_peer_id: str,
         own_vector: Float32Vector,
     ) -> None:
-        """`place` = (incarnation, outer step, attempt); `own_vector` is read while the reduction runs."""
+        """`place` = (incarnation, outer step, attempt); `own_vector` is read while the reduction
+        runs.
+        """
         self.place = place
         self._transport = transport
         self._own_peer_id = own_peer_id
@@ -194,7 +201,9 @@ class Reduction:
             self._all_parts.set()
 
     async def _reduce_own(self) -> None:
-        """Sum the own run once every working member's pieces are here; `serve` then hands it out."""
+        """Sum the own run once every working member's pieces are here; `serve` then hands it
+        out.
+        """
         begin, end = self._own_run
         self._check_all_parts()
         await self._all_parts.wait()
@@ -277,7 +286,9 @@ class Reduction:
 
 
 class ReductionDesk:
-    """Hands streams of other members to the reduction that they belong to, which may begin a little later."""
+    """Hands streams of other members to the reduction that they belong to, which may begin a little
+    later.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

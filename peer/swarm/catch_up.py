@@ -1,7 +1,9 @@
-"""How a member gets to the newest state: certificates with averaged bytes, a proven snapshot, a checkpoint, or the start.
+"""How a member gets to the newest state: certificates with averaged bytes, a proven snapshot, a
+checkpoint, or the start.
 
-Sources are tried from the cheapest to the dearest. The base of a new incarnation is looked for in the own state, the
-own checkpoints, the initial state, the members, and last in what the daemon fetched from the coordinator.
+Sources are tried from the cheapest to the dearest. The base of a new incarnation is looked for in
+the own state, the own checkpoints, the initial state, the members, and last in what the daemon
+fetched from the coordinator.
 """
 
 import asyncio
@@ -78,7 +80,9 @@ class CatchUp:
         return await self._load_proven(infos) or changed
 
     async def apply_next(self, certificate: rounds_pb2.Certificate, holders: Iterable[str]) -> bool:
-        """Apply the next certificate with bytes from a holder, if it is the next and all is proven."""
+        """Apply the next certificate with bytes from a holder, if it is the next and all is
+        proven.
+        """
         replica, meta = self._replica, self._replica.meta
         value = rounds_pb2.RoundValue.FromString(certificate.value)
         if meta is None or not replica.is_current or value.outer_step != meta.outer_step + 1:
@@ -203,7 +207,9 @@ class CatchUp:
         return await self._load_proven(await self.infos()) and replica.is_current
 
     async def take_checkpoint(self, path: str) -> bool:
-        """Use a checkpoint that the daemon fetched from the coordinator, which verified and signed for it."""
+        """Use a checkpoint that the daemon fetched from the coordinator, which verified and signed
+        for it.
+        """
         replica = self._replica
         is_loaded = await asyncio.to_thread(
             replica.load_checkpoint_file, Path(path), is_wanted=self._is_of_use
@@ -211,7 +217,9 @@ class CatchUp:
         return is_loaded and (replica.is_current or replica.rebase())
 
     def _is_of_use(self, meta: StateMeta) -> bool:
-        """True for the base of an incarnation still without state, or a state ahead of ours in it."""
+        """True for the base of an incarnation still without state, or a state ahead of ours in
+        it.
+        """
         replica, record = self._replica, self._replica.record_content
         place = (meta.incarnation, meta.outer_step)
         if replica.is_current:

@@ -1,8 +1,10 @@
-"""Is a contribution backed by leases? The same answer on every member, from replicated state and signatures alone.
+"""Is a contribution backed by leases? The same answer on every member, from replicated state and
+signatures alone.
 
-A contribution's weight is the tokens of its ranges, so nothing is taken from a sender's word: every range lies inside a lease
-that the coordinator signed for this peer in this incarnation, ranges rise strictly in (lease number, window), the first lies
-above the peer's cursor in the replicated state, and the sum stays within the roster's limit.
+A contribution's weight is the tokens of its ranges, so nothing is taken from a sender's word: every
+range lies inside a lease that the coordinator signed for this peer in this incarnation, ranges rise
+strictly in (lease number, window), the first lies above the peer's cursor in the replicated state,
+and the sum stays within the roster's limit.
 """
 
 from dataclasses import dataclass
@@ -116,7 +118,9 @@ def total_tokens(contributions: rounds_pb2.Contributions, *, seq_len: int) -> in
 
 
 class SignedChecks:
-    """RoundChecks with real keys, for one outer step; verdicts are remembered, messages repeat a lot."""
+    """RoundChecks with real keys, for one outer step; verdicts are remembered, messages repeat a
+    lot.
+    """
 
     def __init__(self, *, key: SigningKey, rules: LeaseRules) -> None:
         self._key, self._rules = key, rules
@@ -172,7 +176,9 @@ class SignedChecks:
 def open_directive(
     signed: common_pb2.Signed, *, run_id: str, incarnation: int, coordinator_public_key: bytes
 ) -> common_pb2.Directive | None:
-    """Content of a signed directive, or None if it is not the coordinator's for this run and incarnation."""
+    """Content of a signed directive, or None if it is not the coordinator's for this run and
+    incarnation.
+    """
     if not has_valid_signature(
         coordinator_public_key, Tag.DIRECTIVE, signed.payload, signed.signature
     ):

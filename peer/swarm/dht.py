@@ -1,7 +1,7 @@
 """The run's DHT: a hivemind DHTNode on the transport's p2pd, in-process.
 
-It survives the loss of any address it started from; new ones can be added at any time. Nothing here is trusted
-(records.py). Storing or finding a record took 30-40 ms with 16 nodes on one machine.
+It survives the loss of any address it started from; new ones can be added at any time. Nothing here
+is trusted (records.py). Storing or finding a record took 30-40 ms with 16 nodes on one machine.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """The swarm process: one task owns replica, round and record; everything else posts to its queue.
 
-It settles first (newest incarnation, its base, the newest state), then runs the round of the next step, and reports
-what happens to the daemon. Order of reports after a step: `state`, `certificates`, `round_outcome`.
+It settles first (newest incarnation, its base, the newest state), then runs the round of the next
+step, and reports what happens to the daemon. Order of reports after a step: `state`,
+`certificates`, `round_outcome`.
 """
 
 import asyncio
@@ -309,7 +310,9 @@ class SwarmNode:
                 self._next_settle_seconds = 0.0
 
     def _update_members(self) -> None:
-        """Whom the transport answers: rosters of the newest directive, the one in force, the last step's."""
+        """Whom the transport answers: rosters of the newest directive, the one in force, the last
+        step's.
+        """
         replica = self._replica
         directives = [replica.newest_directive(), *replica.recent_directives]
         p2p_by_peer: dict[str, str] = {}
@@ -323,7 +326,9 @@ class SwarmNode:
     # Settling ---------------------------------------------------------------------------------
 
     async def _settle(self) -> None:
-        """Get to the newest incarnation and state, then begin the next round; cheap when all is well."""
+        """Get to the newest incarnation and state, then begin the next round; cheap when all is
+        well.
+        """
         now = time.monotonic()
         if self._catch_up.newer_record is not None:
             self._on_record(self._catch_up.newer_record)
@@ -395,7 +400,7 @@ class SwarmNode:
         elif self._shell.machine is None and not is_short:
             self._reporter.phase("IDLE", "not in the roster in force yet")
             if not self._reporter.has_state:
-                self._tell_state()  # loaded from disk and still the newest: nothing else would tell it
+                self._tell_state()  # loaded from disk, still the newest: nothing else tells it
 
     async def _use_certificates(self) -> None:
         replica = self._replica

@@ -17,7 +17,9 @@ class Pace:
         self._reduce_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
 
     def add(self, *, form_seconds: float, reduce_seconds: float) -> None:
-        """Remember a committed round: from the own contribution to the group, and from there to the bytes."""
+        """Remember a committed round: from the own contribution to the group, and from there to the
+        bytes.
+        """
         self._form_seconds.append(form_seconds)
         self._reduce_seconds.append(reduce_seconds)
 

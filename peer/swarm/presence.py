@@ -1,4 +1,6 @@
-"""Keeps the own presence record fresh in the DHT, and learns the other members' addresses from theirs."""
+"""Keeps the own presence record fresh in the DHT, and learns the other members' addresses from
+theirs.
+"""
 
 import asyncio
 

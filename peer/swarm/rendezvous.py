@@ -1,6 +1,8 @@
-"""A rendezvous: a DHT node with a stable address and a circuit relay; it trains nothing and knows no run.
+"""A rendezvous: a DHT node with a stable address and a circuit relay; it trains nothing and knows
+no run.
 
-Peers meet here first and find one another through the DHT; a running swarm does not need it any more.
+Peers meet here first and find one another through the DHT; a running swarm does not need it any
+more.
 """
 
 import asyncio
@@ -23,7 +25,8 @@ async def run_rendezvous(
     dht_prefix: str = "rendezvous",
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Run until `stop` is set or the task is cancelled; `on_addresses` is told the multiaddresses once.
+    """Run until `stop` is set or the task is cancelled; `on_addresses` is told the multiaddresses
+    once.
 
     The identity under `home` (p2p.key, made at first use) keeps the address the same over restarts.
     """

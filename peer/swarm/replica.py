@@ -1,8 +1,10 @@
-"""This member's copy of the replicated state: vectors in shared memory, their bookkeeping, and the proofs around them.
+"""This member's copy of the replicated state: vectors in shared memory, their bookkeeping, and the
+proofs around them.
 
-Only this object writes the state, always through `SharedVectors.writing_state`. It changes in three ways: the exact update
-of a certified step, a whole state loaded after its digest was checked, and a new incarnation of the state it holds
-(same vectors, new bookkeeping, digest recomputed). No network and no clock here.
+Only this object writes the state, always through `SharedVectors.writing_state`. It changes in three
+ways: the exact update of a certified step, a whole state loaded after its digest was checked, and a
+new incarnation of the state it holds (same vectors, new bookkeeping, digest recomputed). No network
+and no clock here.
 """
 
 import logging
@@ -85,7 +87,9 @@ class Replica:
         self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
         self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
         self.recent_directives: list[common_pb2.Signed] = []
-        """In force now, and for the last step made here: its members may still fetch that step's bytes."""
+        """In force now, and for the last step made here: its members may still fetch that step's
+        bytes.
+        """
         self._base_meta: StateMeta | None = None
         self._base_digest = b""
         self._attestations: list[common_pb2.Signed] = []
@@ -134,7 +138,9 @@ class Replica:
         return directive
 
     def enter_incarnation(self, signed: common_pb2.Signed) -> None:
-        """Take a newer record: what belonged to older incarnations is dropped, the state is not trusted yet."""
+        """Take a newer record: what belonged to older incarnations is dropped, the state is not
+        trusted yet.
+        """
         record = self.open_record(signed)
         assert record is not None and (self.record is None or record.incarnation > self.incarnation)
         self.record, self.record_content = signed, record
@@ -146,7 +152,9 @@ class Replica:
     # State ------------------------------------------------------------------------------------
 
     def rebase(self) -> bool:
-        """Make the held state the base of the current incarnation, if it is that base; True if so."""
+        """Make the held state the base of the current incarnation, if it is that base; True if
+        so.
+        """
         record, meta = self.record_content, self.meta
         if meta is None or meta.outer_step != record.to_outer_step:
             return False
@@ -196,7 +204,9 @@ class Replica:
         averaged: AveragedVector,
         next_directive: common_pb2.Signed,
     ) -> None:
-        """Make a certified step: exact update, bookkeeping, digest. The caller has checked the certificate."""
+        """Make a certified step: exact update, bookkeeping, digest. The caller has checked the
+        certificate.
+        """
         meta = self.meta
         value = rounds_pb2.RoundValue.FromString(certificate.value)
         assert meta is not None and value.outer_step == meta.outer_step + 1
@@ -297,7 +307,9 @@ class Replica:
 
     @property
     def is_current(self) -> bool:
-        """True if a state of the current incarnation is held; only then may it be attested or served."""
+        """True if a state of the current incarnation is held; only then may it be attested or
+        served.
+        """
         return self.meta is not None and self.meta.incarnation == self.incarnation
 
     # Proofs and bytes -------------------------------------------------------------------------
@@ -358,7 +370,9 @@ class Replica:
     def state_info(
         self, *, from_outer_step: int
     ) -> tuple[list[common_pb2.Signed], list[rounds_pb2.Certificate], list[common_pb2.Signed]]:
-        """Attestations, and certificates with directives from a step on whose averaged bytes are held."""
+        """Attestations, and certificates with directives from a step on whose averaged bytes are
+        held.
+        """
         certificates: list[rounds_pb2.Certificate] = []
         directives: list[common_pb2.Signed] = []
         step = from_outer_step
@@ -374,7 +388,9 @@ class Replica:
         return attestations, certificates, directives
 
     def snapshot(self, *, incarnation: int, outer_step: int) -> Snapshot | None:
-        """Copy of the state at a position: the current one, the base it was made from, or a checkpoint of it."""
+        """Copy of the state at a position: the current one, the base it was made from, or a
+        checkpoint of it.
+        """
         meta, directive = self.meta, self.directive
         if meta is not None and directive is not None and meta.outer_step == outer_step:
             base = self._base_meta
@@ -428,7 +444,9 @@ class Replica:
     def load_checkpoint_file(
         self, path: Path, *, is_wanted: Callable[[StateMeta], bool] | None = None
     ) -> bool:
-        """Become the state of a checkpoint of this run; False, with nothing changed, if it cannot be used."""
+        """Become the state of a checkpoint of this run; False, with nothing changed, if it cannot
+        be used.
+        """
         try:
             header, vectors = open_checkpoint(path)
         except (CorruptDataError, OSError) as error:

@@ -1,6 +1,7 @@
 """The agreeing side of a round: proposals, votes, the coordinator's half, the certificate.
 
-Votes of every attempt are kept, and any certificate ends the step. The rules of casting a vote are in round_core.py.
+Votes of every attempt are kept, and any certificate ends the step. The rules of casting a vote are
+in round_core.py.
 """
 
 from typing import Protocol

@@ -1,7 +1,9 @@
-"""What leader and member of a round share: the durable record, votes, known directives, and the rules of voting.
+"""What leader and member of a round share: the durable record, votes, known directives, and the
+rules of voting.
 
-The rules (architecture section 5, Agree) live here once: a vote is cast only for a value that passes every check, only
-in an attempt not below the promise, at most once per attempt, and the record is persisted before the vote leaves.
+The rules (architecture section 5, Agree) live here once: a vote is cast only for a value that
+passes every check, only in an attempt not below the promise, at most once per attempt, and the
+record is persisted before the vote leaves.
 """
 
 from dataclasses import replace
@@ -69,7 +71,9 @@ class RoundCore:
         self.learn_directive(newest_directive)
         self._effects: list[Effect] = []
         self.refused_proposal = ""
-        """Why the last proposal got no vote; said along with what happens next, until a vote is cast."""
+        """Why the last proposal got no vote; said along with what happens next, until a vote is
+        cast.
+        """
         self._shown = (RoundPhase.FORM, "")
 
     # Effects ----------------------------------------------------------------------------------
@@ -229,7 +233,9 @@ class RoundCore:
         )
 
     def cast_vote(self, proposal: Proposal) -> bool:
-        """Vote for a checked proposal whose bytes are held, durably first; False if the rule forbids."""
+        """Vote for a checked proposal whose bytes are held, durably first; False if the rule
+        forbids.
+        """
         if not self.may_vote(proposal.attempt):
             return False
         vote = self.checks.sign_vote(proposal.value, proposal.attempt)
@@ -261,7 +267,9 @@ class RoundCore:
         )
 
     def is_from_later(self, peer_id: str, incarnation: int, outer_step: int) -> bool:
-        """True, and `Behind` emitted, if somebody has gone past this step (`outer_step` = its next)."""
+        """True, and `Behind` emitted, if somebody has gone past this step (`outer_step` = its
+        next).
+        """
         ahead = (incarnation, outer_step) > (self.setup.incarnation, self.setup.outer_step)
         if ahead:
             reason = (

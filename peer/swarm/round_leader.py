@@ -1,7 +1,7 @@
 """The leader's side of an attempt: exchange, form, propose again.
 
-Before the first message of an attempt that only its leader may send, `led_attempt` is persisted, so that a leader that
-crashed never leads the same attempt twice with other content.
+Before the first message of an attempt that only its leader may send, `led_attempt` is persisted, so
+that a leader that crashed never leads the same attempt twice with other content.
 """
 
 from collections.abc import Mapping
@@ -275,7 +275,9 @@ class LeaderSide:
             core.show(RoundPhase.NO_QUORUM, reason + core.votes.explain(proposer.answers))
 
     def repropose_to(self, sender: str) -> None:
-        """A member could not finish the reduction that we finished: let it fetch the bytes and vote."""
+        """A member could not finish the reduction that we finished: let it fetch the bytes and
+        vote.
+        """
         record, core = self._core.record, self._core
         vote = record.highest_vote
         if vote is not None and record.next_directive is not None and vote.attempt == core.attempt:
@@ -316,7 +318,9 @@ def _content(
     known: Mapping[int, common_pb2.Signed],
     value: rounds_pb2.RoundValue,
 ) -> common_pb2.Signed:
-    """Content of the directive that a voted value names: from the answer, else what is known of it."""
+    """Content of the directive that a voted value names: from the answer, else what is known of
+    it.
+    """
     if answer.HasField("next_directive"):
         return answer.next_directive
     return known.get(value.next_directive_number, answer.newest_directive)

@@ -1,7 +1,9 @@
-"""What the leader of one attempt knows and decides: whom to wait for, whom to average with, what to propose.
+"""What the leader of one attempt knows and decides: whom to wait for, whom to average with, what to
+propose.
 
-Attempt 0 begins with forming. A later attempt begins with an exchange among a quorum; if anybody there has voted, the
-value of the highest attempt is proposed again unchanged, otherwise a group is formed. Pure; the machine sends.
+Attempt 0 begins with forming. A later attempt begins with an exchange among a quorum; if anybody
+there has voted, the value of the highest attempt is proposed again unchanged, otherwise a group is
+formed. Pure; the machine sends.
 """
 
 import hashlib
@@ -24,7 +26,9 @@ class Stage(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class Proposer:
-    """The leader's memory of one attempt; lost in a crash, which the durable led_attempt makes harmless."""
+    """The leader's memory of one attempt; lost in a crash, which the durable led_attempt makes
+    harmless.
+    """
 
     attempt: int
     begin_seconds: float
@@ -83,9 +87,11 @@ def decide_form(
     now_seconds: float,
     deadline_seconds: float,
 ) -> FormDecision:
-    """Form when every awaited member is there with at least half of the planned tokens, or at the deadline.
+    """Form when every awaited member is there with at least half of the planned tokens, or at the
+    deadline.
 
-    Awaited are reachable voters, and members without a vote that are known to hold the state (`at_step`).
+    Awaited are reachable voters, and members without a vote that are known to hold the state
+    (`at_step`).
     """
     joined = set(proposer.joins)
     tokens = sum(proposer.tokens_by_peer.get(peer, 0) for peer in joined)
@@ -116,7 +122,9 @@ def build_group(
     num_pieces: int,
     next_directive: common_pb2.Signed,
 ) -> rounds_pb2.FormGroup:
-    """Group of everybody that joined, ordered by peer_id; pieces split evenly over members that can be dialled."""
+    """Group of everybody that joined, ordered by peer_id; pieces split evenly over members that can
+    be dialled.
+    """
     members = [proposer.joins[peer] for peer in sorted(proposer.joins)]
     able = [entry_by_peer[join.contribution.peer_id].can_accept_connections for join in members]
     if not any(able):

@@ -1,8 +1,9 @@
 """The shell of the round machine: carries out its effects, in order, and feeds it what comes back.
 
-One task handles one event at a time, so the machine, the replica and the durable record are never raced for. `Persist` is
-on disk before the effect after it. What takes long (averaging, fetching, calling) runs in tasks of its own and comes
-back as an event, marked with its place so that news for a finished step is dropped.
+One task handles one event at a time, so the machine, the replica and the durable record are never
+raced for. `Persist` is on disk before the effect after it. What takes long (averaging, fetching,
+calling) runs in tasks of its own and comes back as an event, marked with its place so that news for
+a finished step is dropped.
 """
 
 import asyncio
@@ -136,7 +137,9 @@ class RoundShell:
         self._abort_reduction("the step has ended")
 
     async def finish_reduction(self) -> None:
-        """The step is decided while we still average: a moment of patience saves fetching the bytes."""
+        """The step is decided while we still average: a moment of patience saves fetching the
+        bytes.
+        """
         if self._reduction is not None:
             await asyncio.wait({self._reduction}, timeout=_FINISH_SECONDS)
 
@@ -231,7 +234,9 @@ class RoundShell:
     # Messages ---------------------------------------------------------------------------------
 
     async def _deliver(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
-        """Call a member once; twice in a row without success, a second apart or by deadline, it is unreachable."""
+        """Call a member once; twice in a row without success, a second apart or by deadline, it is
+        unreachable.
+        """
         place = (message.incarnation, message.outer_step)
         try:
             ack = await self._transport.call(

@@ -1,9 +1,10 @@
 """The round machine of one member for one (incarnation, outer step): a pure consensus on one value.
 
-Attempts are ballots. Phases of an attempt: FORM (join the leader's group), REDUCE (average), AGREE (vote until a quorum
-of equal votes is a certificate). An attempt that fails changes nothing; the next one begins with an exchange, and a
-value that may have been decided is proposed again unchanged. Events and the time come in, effects go out in order;
-`peer/swarm/replica.py` is the shell. `tests/peer/swarm/test_round_safety.py` is the model that checks the rules.
+Attempts are ballots. Phases of an attempt: FORM (join the leader's group), REDUCE (average), AGREE
+(vote until a quorum of equal votes is a certificate). An attempt that fails changes nothing; the
+next one begins with an exchange, and a value that may have been decided is proposed again
+unchanged. Events and the time come in, effects go out in order; `peer/swarm/replica.py` is the
+shell. `tests/peer/swarm/test_round_safety.py` is the model that checks the rules.
 """
 
 from google.protobuf.message import DecodeError
@@ -225,7 +226,9 @@ class RoundMachine:
     # Attempts ---------------------------------------------------------------------------------
 
     def supersede(self, attempt: int, reason: str) -> None:
-        """Give the current attempt up and go on to a later one; skips leaders that cannot be reached."""
+        """Give the current attempt up and go on to a later one; skips leaders that cannot be
+        reached.
+        """
         core = self._core
         if attempt <= core.attempt or core.phase is RoundPhase.DONE:
             return
@@ -270,7 +273,8 @@ class RoundMachine:
         if message.attempt > core.max_attempt and message.WhichOneof("body") != "certificate":
             core.show(
                 core.phase,
-                f"message of {sender} refused: attempt {message.attempt}; at most {core.max_attempt}",
+                f"message of {sender} refused: attempt {message.attempt}; at most "
+                f"{core.max_attempt}",
             )
             return
         try:
@@ -361,7 +365,9 @@ class RoundMachine:
     # Reduce -----------------------------------------------------------------------------------
 
     def accept_group(self, attempt: int, group: rounds_pb2.FormGroup) -> None:
-        """Average with the leader's group, if it is the first one of this attempt and keeps the rules."""
+        """Average with the leader's group, if it is the first one of this attempt and keeps the
+        rules.
+        """
         core = self._core
         if attempt < core.attempt or attempt < core.record.promised_attempt:
             return

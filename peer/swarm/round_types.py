@@ -1,7 +1,8 @@
 """Words of the round machine: what it is told, what it asks for, what must survive a crash.
 
-Effects of one event are carried out in order, and `Persist` is on disk before the effect after it begins; a crash
-between two effects is therefore always safe. Times are monotonic seconds of the machine's own clock.
+Effects of one event are carried out in order, and `Persist` is on disk before the effect after it
+begins; a crash between two effects is therefore always safe. Times are monotonic seconds of the
+machine's own clock.
 """
 
 from collections.abc import Sequence

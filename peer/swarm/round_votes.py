@@ -1,7 +1,8 @@
 """Votes of one outer step, and when they are a certificate.
 
-Weights are counted in halves (protos/contract/certificate.py): a member two, the coordinator one; a quorum is more than
-half of all. Votes are kept for every attempt, because any certificate ends the step, also one of an attempt given up.
+Weights are counted in halves (protos/contract/certificate.py): a member two, the coordinator one; a
+quorum is more than half of all. Votes are kept for every attempt, because any certificate ends the
+step, also one of an attempt given up.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,8 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 _MAX_BALLOTS_PER_VOTER = 16
 """Ballots remembered of each voter, its highest attempts; honest members make one per attempt."""
 _MAX_VALUES_PER_ATTEMPT = 2
-"""Values of one voter in one attempt: one is a vote, two prove a double vote, more say nothing new."""
+"""Values of one voter in one attempt: one is a vote, two prove a double vote, more say nothing new.
+"""
 
 
 class VoteBox:
@@ -27,8 +29,8 @@ class VoteBox:
     def add(self, vote: rounds_pb2.Vote, *, current_attempt: int) -> tuple[int, bytes]:
         """Keep a checked vote; returns its ballot.
 
-        Room is bounded per voter, so that nobody pushes out another's votes; the lowest attempts go first, those of
-        the current attempt never.
+        Room is bounded per voter, so that nobody pushes out another's votes; the lowest attempts go
+        first, those of the current attempt never.
         """
         ballot = (vote.attempt, vote.value)
         own = self._ballots_by_voter.setdefault(vote.voter, set())
@@ -69,7 +71,10 @@ class VoteBox:
     def explain(self, voters: Iterable[str]) -> str:
         """Sentence with the numbers behind a quorum that is missing."""
         have = sum(self.half_votes.get(voter, 0) for voter in set(voters))
-        return f"{have / 2:g} of {sum(self.half_votes.values()) / 2:g} votes; more than half are needed"
+        return (
+            f"{have / 2:g} of {sum(self.half_votes.values()) / 2:g} votes; more than half are "
+            "needed"
+        )
 
     def certificate(
         self, ballot: tuple[int, bytes], contributions: bytes

@@ -1,9 +1,10 @@
 """State between members: who holds what, averaged bytes by digest, whole snapshots piece by piece.
 
-A laggard catches up by certificates and averaged bytes while members still hold them, else by a snapshot of a state that
-a quorum of signed attestations proves. Header digests are checked against the proven digest before a byte of the state is
-taken, and every piece on arrival; an interrupted download goes on with another donor at the first missing piece.
-Only members are answered (transport.py), and a snapshot is an immutable copy, so it is never torn.
+A laggard catches up by certificates and averaged bytes while members still hold them, else by a
+snapshot of a state that a quorum of signed attestations proves. Header digests are checked against
+the proven digest before a byte of the state is taken, and every piece on arrival; an interrupted
+download goes on with another donor at the first missing piece. Only members are answered
+(transport.py), and a snapshot is an immutable copy, so it is never torn.
 """
 
 import asyncio
@@ -179,8 +180,9 @@ def newest_proven_state(
 ) -> ProvenState | None:
     """Highest state whose equal signed attestations are more than half of the members' votes.
 
-    With at most two voters the own vote counts along with the other's when nobody contradicts it: taking a state is
-    agreeing to it. So one of two voters can bring the other back; among more, the others alone must be enough.
+    With at most two voters the own vote counts along with the other's when nobody contradicts it:
+    taking a state is agreeing to it. So one of two voters can bring the other back; among more, the
+    others alone must be enough.
     """
     half_votes = half_votes_by_voter(directive.roster)
     key_by_peer = {entry.peer_id: entry.public_key for entry in directive.roster}

@@ -1,9 +1,11 @@
-"""libp2p through hivemind's p2pd: small messages as unary calls, bulk bytes on streams, strangers kept out.
+"""libp2p through hivemind's p2pd: small messages as unary calls, bulk bytes on streams, strangers
+kept out.
 
-One p2pd per process, in-process on asyncio (no fork). Measured on loopback: unary call 0.9 ms, opening a stream 1.4 ms, one
-stream 265 MB/s. A dead peer's address refuses at once, a stopped one is only found by deadline. Whoever calls is known by
-its libp2p identity, proven in the handshake; a caller that is not in the table of members gets an error and no byte.
-p2pd's unix sockets lie in a private folder that is emptied at start, and it ends within seconds of its parent.
+One p2pd per process, in-process on asyncio (no fork). Measured on loopback: unary call 0.9 ms,
+opening a stream 1.4 ms, one stream 265 MB/s. A dead peer's address refuses at once, a stopped one
+is only found by deadline. Whoever calls is known by its libp2p identity, proven in the handshake; a
+caller that is not in the table of members gets an error and no byte. p2pd's unix sockets lie in a
+private folder that is emptied at start, and it ends within seconds of its parent.
 """
 
 import asyncio
@@ -112,7 +114,9 @@ StreamHandler = Callable[[str, Stream], Awaitable[None]]
 
 
 class Transport:
-    """Calls members and answers members; everything is by peer_id, addresses are its own business."""
+    """Calls members and answers members; everything is by peer_id, addresses are its own
+    business.
+    """
 
     def __init__(self, p2p: P2P, *, prefix: str, upload_limit_mbit: float | None) -> None:
         self.p2p = p2p
@@ -340,9 +344,11 @@ class Transport:
 
 
 def socket_folder(home: Path) -> Path:
-    """Private folder for p2pd's unix sockets, emptied: `home` is locked, so what is there belongs to the dead.
+    """Private folder for p2pd's unix sockets, emptied: `home` is locked, so what is there belongs
+    to the dead.
 
-    A unix socket's path is limited to about 100 bytes; a longer home gets a folder of its own in the temp folder.
+    A unix socket's path is limited to about 100 bytes; a longer home gets a folder of its own in
+    the temp folder.
     """
     folder = home.resolve() / "run"
     if len(os.fsencode(folder)) + _SOCKET_NAME_BYTES > _MAX_SOCKET_PATH_BYTES:

@@ -1,9 +1,11 @@
-"""Durable memory of votes and promises: an append-only file per incarnation, fsynced before anything is sent.
+"""Durable memory of votes and promises: an append-only file per incarnation, fsynced before
+anything is sent.
 
-The folder is that of one run: numbers of incarnations say nothing across runs.
-Each line is a record of one outer step with its checksum; the last line of a step counts. A torn last line, from
-a crash while writing, is cut off at start: nothing that it says was ever sent. Files of older incarnations are removed
-when a newer incarnation begins, and the file is rewritten when it has grown, keeping the newest steps.
+The folder is that of one run: numbers of incarnations say nothing across runs. Each line is a
+record of one outer step with its checksum; the last line of a step counts. A torn last line, from a
+crash while writing, is cut off at start: nothing that it says was ever sent. Files of older
+incarnations are removed when a newer incarnation begins, and the file is rewritten when it has
+grown, keeping the newest steps.
 """
 
 import hashlib

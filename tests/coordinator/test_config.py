@@ -11,7 +11,8 @@ from protos.contract.errors import ErrorCode, MachineError, UsageError
 def test_later_sources_win(tmp_path: Path) -> None:
     path = tmp_path / "coordinator.toml"
     path.write_text(
-        'port = 1\nhttp_port = 2\nrendezvous = ["/ip4/10.0.0.1/tcp/1/p2p/Qm1"]\nlease_ttl_seconds = 90\n'
+        'port = 1\nhttp_port = 2\nrendezvous = ["/ip4/10.0.0.1/tcp/1/p2p/Qm1"]\nlease_ttl_seconds '
+        "= 90\n"
     )
     environment = {
         "MUSTER_COORDINATOR_HTTP_PORT": "3",

@@ -1,7 +1,9 @@
-"""Starts and breaks real coordinators and peers: what a user would run, with a small model and short intervals.
+"""Starts and breaks real coordinators and peers: what a user would run, with a small model and
+short intervals.
 
-Everything runs on loopback in a temporary directory. Only processes started here are signalled, by their id; `leftovers`
-says what outlived its owner. Waiting is polling with a deadline, and a failure shows the last status and the logs.
+Everything runs on loopback in a temporary directory. Only processes started here are signalled, by
+their id; `leftovers` says what outlived its owner. Waiting is polling with a deadline, and a
+failure shows the last status and the logs.
 """
 
 import contextlib
@@ -35,7 +37,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def wait_until(condition: Callable[[], Any], *, what: str, deadline_seconds: float) -> Any:
-    """Poll until `condition` is true and return its value. Raises AssertionError that names `what`."""
+    """Poll until `condition` is true and return its value. Raises AssertionError that names
+    `what`.
+    """
     end = time.monotonic() + deadline_seconds
     pause = threading.Event()
     while True:
@@ -106,7 +110,9 @@ class Swarm:
     def run_cli(
         self, *arguments: str, module: str = "coordinator.cli.main", timeout_seconds: float = 60
     ) -> str:
-        """Run a command to its end and return its standard output. Raises AssertionError with its errors."""
+        """Run a command to its end and return its standard output. Raises AssertionError with its
+        errors.
+        """
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             env=environment(),
@@ -137,7 +143,8 @@ class Swarm:
         info = self.data_dir / "coordinator.json"
         info.unlink(missing_ok=True)
         self.coordinator = self.start(
-            "coordinator", "serve", "--data-dir", str(self.data_dir), "--host", "127.0.0.1", "--port", str(port),
+            "coordinator", "serve", "--data-dir", str(self.data_dir), "--host", "127.0.0.1",
+            "--port", str(port),
             "--http-port", "0", module="coordinator.cli.main",
             MUSTER_COORDINATOR_RENDEZVOUS_PORT="0", **FAST_COORDINATOR,
         )  # fmt: skip
@@ -153,7 +160,9 @@ class Swarm:
         return str(json.loads((self.data_dir / "coordinator.json").read_text())["address"])
 
     def read(self, path: str) -> Any:
-        """Read from the page's server: JSON for /api, text otherwise; None while it cannot be reached."""
+        """Read from the page's server: JSON for /api, text otherwise; None while it cannot be
+        reached.
+        """
         try:
             base = json.loads((self.data_dir / "coordinator.json").read_text())["http_address"]
             url = base if base.startswith("http") else f"http://{base}"
@@ -168,8 +177,10 @@ class Swarm:
     ) -> None:
         """Create the run and a join string for everybody."""
         self.run_cli(
-            "run", "create", "--data-dir", str(self.data_dir), "--dataset", str(corpus), "--model", TINY_MODEL,
-            "--set", f"strategy.global_batch_tokens={batch_tokens}", "--set", "schedule.lr_warmup_tokens=4096",
+            "run", "create", "--data-dir", str(self.data_dir), "--dataset", str(corpus), "--model",
+            TINY_MODEL,
+            "--set", f"strategy.global_batch_tokens={batch_tokens}", "--set",
+            "schedule.lr_warmup_tokens=4096",
             "--set", "data.eval_tokens=2048", "--budget-tokens", str(budget_tokens),
             "--min-peers", str(num_peers), "--json",
         )  # fmt: skip

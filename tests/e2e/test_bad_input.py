@@ -1,7 +1,8 @@
-"""What goes wrong at a stranger's hands: each mistake gives one message in three parts, its documented
-exit code, no traceback, and changes nothing.
+"""What goes wrong at a stranger's hands: each mistake gives one message in three parts, its
+documented exit code, no traceback, and changes nothing.
 
-Every command is a process of its own, as a person starts it. Joining peers end before they start children.
+Every command is a process of its own, as a person starts it. Joining peers end before they start
+children.
 """
 
 import contextlib

@@ -1,4 +1,6 @@
-"""Faults of a real swarm on loopback: kills, stops, restarts; the books must balance after every one."""
+"""Faults of a real swarm on loopback: kills, stops, restarts; the books must balance after every
+one.
+"""
 
 import json
 import signal
@@ -80,7 +82,8 @@ def test_peer_killed_newcomer_joins_coordinator_killed(swarm: Swarm, corpus: Pat
     launched = time.monotonic()
     swarm.start_peer("peer-3")
     swarm.wait(
-        lambda: swarm.status().get("credited_tokens_by_peer", {}).get(_peer_id(swarm, "peer-3"), 0) > 0,
+        lambda: swarm.status().get("credited_tokens_by_peer", {}).get(_peer_id(swarm, "peer-3"),
+        0) > 0,
         "the newcomer contributes", 30,
     )  # fmt: skip
     assert time.monotonic() - launched <= 30
@@ -107,7 +110,9 @@ def test_peer_killed_newcomer_joins_coordinator_killed(swarm: Swarm, corpus: Pat
 
 
 def test_all_peers_killed_between_checkpoints_rolls_back(swarm: Swarm, corpus: Path) -> None:
-    """Nobody is left who has the newest state: the run goes back to a checkpoint, says so, and finishes."""
+    """Nobody is left who has the newest state: the run goes back to a checkpoint, says so, and
+    finishes.
+    """
     start(swarm, corpus, num_peers=2, budget_tokens=90_000)
     swarm.wait(lambda: swarm.status().get("num_checkpoints", 0) > 0, "a checkpoint is stored", 40)
     step = swarm.status()["outer_step"]
@@ -146,7 +151,9 @@ def test_stopped_past_its_lease_then_continued(swarm: Swarm, corpus: Path) -> No
 
 
 def test_asked_to_leave(swarm: Swarm, corpus: Path) -> None:
-    """One signal: leases returned, left within 5 s, exit code 0; the last peer ends the run alone."""
+    """One signal: leases returned, left within 5 s, exit code 0; the last peer ends the run
+    alone.
+    """
     start(swarm, corpus, num_peers=3, budget_tokens=60_000)
     for name, sent_signal in (("peer-0", signal.SIGTERM), ("peer-1", signal.SIGINT)):
         leaving = swarm.peers[name]

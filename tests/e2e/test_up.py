@@ -1,4 +1,6 @@
-"""`muster-coordinator up` in small: the command a stranger runs, its summary, its resume and its refusals."""
+"""`muster-coordinator up` in small: the command a stranger runs, its summary, its resume and its
+refusals.
+"""
 
 import json
 import subprocess
@@ -41,8 +43,10 @@ def up(
     """Run `up` with the small model on Muster's own sources."""
     return subprocess.run(
         [
-            sys.executable, "-m", "coordinator.cli.main", "up", "--data-dir", str(directory / "data"), "--port", "0",
-            "--peers", "2", "--model", TINY_MODEL, "--corpus", str(ROOT / "protos"), str(ROOT / "coordinator"),
+            sys.executable, "-m", "coordinator.cli.main", "up", "--data-dir",
+            str(directory / "data"), "--port", "0",
+            "--peers", "2", "--model", TINY_MODEL, "--corpus", str(ROOT / "protos"),
+            str(ROOT / "coordinator"),
             *arguments,
         ],
         env=environment(),

@@ -1,4 +1,6 @@
-"""The client against a real TLS server whose faults are scripted: authentication, retries, errors, clocks, streams."""
+"""The client against a real TLS server whose faults are scripted: authentication, retries, errors,
+clocks, streams.
+"""
 
 import asyncio
 import hashlib

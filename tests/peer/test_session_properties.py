@@ -1,4 +1,6 @@
-"""Any order of events keeps what the session machine promises: no crash, no double renewal, no stale order to a child."""
+"""Any order of events keeps what the session machine promises: no crash, no double renewal, no
+stale order to a child.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +98,8 @@ events = st.one_of(
 )
 timelines = st.lists(st.tuples(events, st.floats(0.0, 5.0)), max_size=60)
 TO_TRAINER = (
-    ev.SendLeases, ev.TellLostLeases, ev.TellNoMoreLeases, ev.TellStateReady, ev.TellRoundOutcome, ev.TellPause,
+    ev.SendLeases, ev.TellLostLeases, ev.TellNoMoreLeases, ev.TellStateReady, ev.TellRoundOutcome,
+    ev.TellPause,
 )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Children as real processes: channel and shared memory, one group, escalation, and nothing that survives."""
+"""Children as real processes: channel and shared memory, one group, escalation, and nothing that
+survives.
+"""
 
 import asyncio
 import os
@@ -54,9 +56,12 @@ channel.receive()
 '''
 async def main():
     home = Home.open(Path(sys.argv[1]))
-    supervisor = Supervisor(logs=home.logs, environment=dict(os.environ), record_children=home.record_children)
+    supervisor = Supervisor(
+        logs=home.logs, environment=dict(os.environ), record_children=home.record_children
+    )
     for name in ("swarm", "trainer"):
-        child = await supervisor.spawn(name, [sys.executable, "-c", CHILD], channel_flag="--channel-fd")
+        command = [sys.executable, "-c", CHILD]
+        child = await supervisor.spawn(name, command, channel_flag="--channel-fd")
         await child.channel.receive()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -1,4 +1,6 @@
-"""The bridge from the writer thread to the event loop: every result arrives, errors and cancellations included."""
+"""The bridge from the writer thread to the event loop: every result arrives, errors and
+cancellations included.
+"""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""Round budgets: whole windows, right sums, proportional to speed; run budgets: rounded and refused with numbers."""
+"""Round budgets: whole windows, right sums, proportional to speed; run budgets: rounded and refused
+with numbers.
+"""
 
 import pytest
 from hypothesis import given, settings

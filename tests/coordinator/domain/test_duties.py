@@ -164,7 +164,9 @@ def test_a_duty_is_given_up_after_some_hand_outs() -> None:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(events=st.lists(st.tuples(st.sampled_from("gtlf"), st.sampled_from("ab")), max_size=30))
 def test_at_most_one_hand_out_ever_counts(events: list[tuple[str, str]]) -> None:
-    """g: the peer asks; t: time passes beyond the TTL; l: the peer is gone; f: it reports under each fence it was given."""
+    """g: the peer asks; t: time passes beyond the TTL; l: the peer is gone; f: it reports under
+    each fence it was given.
+    """
     duty, now = open_duty(), 0.0
     fences: dict[str, list[int]] = {"a": [], "b": []}
     accepted = 0

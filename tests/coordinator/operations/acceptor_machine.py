@@ -107,7 +107,9 @@ class AcceptorMachine(RuleBasedStateMachine):
 
     @rule(first=MEMBERS, asks_coordinator=st.booleans())
     def split(self, first: int, asks_coordinator: bool) -> None:
-        """Half of the members vote and are not heard; the others go on; then those votes come in."""
+        """Half of the members vote and are not heard; the others go on; then those votes come
+        in.
+        """
         count = len(self.members)
         slow = {first % count, (first + count // 2 - 1) % count}
         self.propose_first()

@@ -1,7 +1,9 @@
-"""A small swarm for membership tests: one run made by create_run, peers with real keys, a store in memory, virtual time.
+"""A small swarm for membership tests: one run made by create_run, peers with real keys, a store in
+memory, virtual time.
 
-Peers are scripted: `commit` makes the next outer step with every live synced member, leases and certificate included. The
-digest of a state is a hash of (incarnation, outer_step), so equal histories have equal states.
+Peers are scripted: `commit` makes the next outer step with every live synced member, leases and
+certificate included. The digest of a state is a hash of (incarnation, outer_step), so equal
+histories have equal states.
 """
 
 import hashlib

@@ -1,4 +1,6 @@
-"""Duties over the store: evaluation, checkpoints, fences, and the end of a run that waits for both."""
+"""Duties over the store: evaluation, checkpoints, fences, and the end of a run that waits for
+both.
+"""
 
 from dataclasses import replace
 from typing import Any

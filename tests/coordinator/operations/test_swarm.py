@@ -1,4 +1,6 @@
-"""The life of a run told as short stories with virtual time: start, joiners, losses, rollbacks, recovery, pause, end."""
+"""The life of a run told as short stories with virtual time: start, joiners, losses, rollbacks,
+recovery, pause, end.
+"""
 
 from dataclasses import replace
 

@@ -1,7 +1,9 @@
-"""Random lives of a swarm, for Hypothesis: joins, restarts, exits, silence, rounds, coordinator restarts, in any order.
+"""Random lives of a swarm, for Hypothesis: joins, restarts, exits, silence, rounds, coordinator
+restarts, in any order.
 
-Whatever happens: every roster after the start has a voter, votes are of live members or of members about to be missed, numbers
-only rise, and the ledger's verifier finds the books right. At the end, with two peers back for good, the run goes on.
+Whatever happens: every roster after the start has a voter, votes are of live members or of members
+about to be missed, numbers only rise, and the ledger's verifier finds the books right. At the end,
+with two peers back for good, the run goes on.
 """
 
 from hypothesis import HealthCheck, Phase, settings
@@ -66,7 +68,9 @@ class SwarmMachine(RuleBasedStateMachine):
 
     @rule(index=PEERS)
     def beat(self, index: int) -> None:
-        """What a daemon does: hear the news, fetch the newest state from a running member, attest it."""
+        """What a daemon does: hear the news, fetch the newest state from a running member, attest
+        it.
+        """
         if not self.running(index):
             return
         self.world.beat(index)
@@ -104,7 +108,9 @@ class SwarmMachine(RuleBasedStateMachine):
 
     @rule()
     def round(self) -> None:
-        """A round of everybody that holds the newest state, if it is a quorum of the roster in force."""
+        """A round of everybody that holds the newest state, if it is a quorum of the roster in
+        force.
+        """
         with self.world.store.read() as tx:
             run, book = tx.run(RUN_ID), tx.book(RUN_ID)
         voters = voters_in_force(self.world)

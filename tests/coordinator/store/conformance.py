@@ -145,7 +145,9 @@ class StoreConformance:
             assert tx.active_leases("r", "a") == expected
 
     def test_lines_and_answers_follow_savepoints(self, store: Store) -> None:
-        """A store may write these with the commit; the order is kept and nothing undone comes back."""
+        """A store may write these with the commit; the order is kept and nothing undone comes
+        back.
+        """
         first, second = (
             RequestRow("a", "1", "m", b"d", b"r", 1),
             RequestRow("a", "2", "m", b"", b"", 2),

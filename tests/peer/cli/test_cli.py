@@ -1,4 +1,6 @@
-"""`muster-peer` as a stranger meets it: quick help, frozen flags, one clear message and exit code for each mistake."""
+"""`muster-peer` as a stranger meets it: quick help, frozen flags, one clear message and exit code
+for each mistake.
+"""
 
 import json
 import os
@@ -14,8 +16,10 @@ from protos.contract.channel import JoinString
 
 HELP_CPU_SECONDS = 0.5
 JOIN_FLAGS = {
-    "--name", "--threads", "--memory-limit", "--disk-limit", "--upload-limit-mbit", "--home", "--listen-host",
-    "--listen-port", "--announce", "--metrics-port", "--device", "--config", "--log-level", "--json-events", "--help",
+    "--name", "--threads", "--memory-limit", "--disk-limit", "--upload-limit-mbit", "--home",
+    "--listen-host",
+    "--listen-port", "--announce", "--metrics-port", "--device", "--config", "--log-level",
+    "--json-events", "--help",
 }  # fmt: skip
 COMMANDS = ("join", "status", "doctor", "rendezvous", "generate", "eval", "export")
 

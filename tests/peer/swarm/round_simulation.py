@@ -1,7 +1,9 @@
-"""A world of round machines: virtual time, an unreliable network, crashes, durable storage, a coordinator.
+"""A world of round machines: virtual time, an unreliable network, crashes, durable storage, a
+coordinator.
 
-One outer step is played to its end. `Weakness` leaves out one rule at a time, in the world around the machine: storage that
-loses what was written, or a coordinator that signs too early. The machine itself is never changed.
+One outer step is played to its end. `Weakness` leaves out one rule at a time, in the world around
+the machine: storage that loses what was written, or a coordinator that signs too early. The machine
+itself is never changed.
 """
 
 import hashlib

@@ -1,4 +1,6 @@
-"""Real swarm processes on loopback, with a hub that plays their daemons and the coordinator with real signatures."""
+"""Real swarm processes on loopback, with a hub that plays their daemons and the coordinator with
+real signatures.
+"""
 
 import asyncio
 import os
@@ -96,7 +98,9 @@ class Daemon:
 
 
 class Hub:
-    """Daemons, coordinator and trainers in one; the swarm processes and their transport are real."""
+    """Daemons, coordinator and trainers in one; the swarm processes and their transport are
+    real.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

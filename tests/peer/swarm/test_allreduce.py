@@ -1,4 +1,6 @@
-"""The butterfly over real libp2p hosts on loopback: exact, the same bytes everywhere, refusing what is wrong."""
+"""The butterfly over real libp2p hosts on loopback: exact, the same bytes everywhere, refusing what
+is wrong.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable

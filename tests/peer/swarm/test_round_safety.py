@@ -1,7 +1,9 @@
-"""The round machine under loss, delay, duplication, reordering and crashes: one value per outer step, and progress.
+"""The round machine under loss, delay, duplication, reordering and crashes: one value per outer
+step, and progress.
 
-Each rule that is left out (in the world around the machine) must lead to two certificates with different values in a
-fixed range of seeds, and with the rule in place the same seeds must lead to none.
+Each rule that is left out (in the world around the machine) must lead to two certificates with
+different values in a fixed range of seeds, and with the rule in place the same seeds must lead to
+none.
 """
 
 import pytest

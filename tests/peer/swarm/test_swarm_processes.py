@@ -1,4 +1,6 @@
-"""Three real swarm processes on loopback, then two, a newcomer, a restart and a rollback; a stranger all the while."""
+"""Three real swarm processes on loopback, then two, a newcomer, a restart and a rollback; a
+stranger all the while.
+"""
 
 import asyncio
 from pathlib import Path
