@@ -12,7 +12,7 @@ from peer.session_events import ChildName, DutyOffered, RoundEnded
 from peer.session_link import GRACE_SECONDS, CoordinatorLink
 from protos.contract.telemetry import RoundPhase, SessionState
 
-_REDUCING = (RoundPhase.REDUCE, RoundPhase.AGREE, RoundPhase.APPLY)
+_REDUCING = (RoundPhase.EXCHANGE, RoundPhase.REDUCE, RoundPhase.AGREE, RoundPhase.APPLY)
 
 
 @dataclass(frozen=True, slots=True)

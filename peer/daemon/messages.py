@@ -18,6 +18,7 @@ from peer.daemon.reports import Report
 from peer.ipc import Message
 from peer.lease_holdings import UsedRange
 from peer.session_events import ChildName
+from peer.swarm.timeline import AttemptTimeline
 from protos.contract import telemetry
 from protos.contract.telemetry import AttemptOutcome, LogField, RoundOutcome, RoundPhase
 from protos.muster.v1 import common_pb2
@@ -98,6 +99,8 @@ class MessageDesk:
                     message["outer_step"],
                     message["reason"],
                 )
+            case "attempt_timeline":
+                core.numbers.last_timeline = AttemptTimeline.from_plain(message)
             case kind if kind in _FOR_TASKS:
                 self._start_task(message)
             case kind:

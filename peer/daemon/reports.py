@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.home import write_atomically
+from peer.swarm.timeline import AttemptTimeline
 from protos.contract.telemetry import SessionState
 from protos.muster.v1 import membership_pb2
 
@@ -55,6 +56,7 @@ class SessionNumbers:
     num_rounds_committed: int = 0
     num_attempts_discarded: int = 0
     round_seconds: float = 0.0
+    last_timeline: AttemptTimeline | None = None
     held_leases: int = 0
     held_tokens: int = 0
     unreported_certificates: int = 0

@@ -71,10 +71,14 @@ class Reduction:
         tokens_by_peer: dict[str, int],
         own_peer_id: str,
         own_vector: Float32Vector,
+        on_exchanged: Callable[[], None] | None = None,
     ) -> None:
         """`place` = (incarnation, outer step, attempt); `own_vector` is read while the reduction
         runs.
+
+        `on_exchanged` is called when the pieces that this member reduces are here and summed.
         """
+        self._on_exchanged = on_exchanged
         self.place = place
         self._transport = transport
         self._own_peer_id = own_peer_id
@@ -210,6 +214,8 @@ class Reduction:
         if begin < end:
             await asyncio.to_thread(self._sum_own_run)
         self._reduced.set()
+        if self._on_exchanged is not None:
+            self._on_exchanged()
 
     def _sum_own_run(self) -> None:
         begin, end = self._own_run

@@ -27,7 +27,7 @@ from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, Place, RoundShell
 from peer.swarm.state_transfer import StateServer
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.vote_file import VoteFile
-from protos.contract.telemetry import RoundOutcome
+from protos.contract.telemetry import AttemptOutcome, RoundOutcome
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 logger = logging.getLogger(__name__)
@@ -458,7 +458,6 @@ class SwarmNode:
 
     async def _apply(self, commit: rt.Commit) -> None:
         """Make the decided step, or leave it to catching up if its bytes are not here."""
-        began = time.monotonic()
         own, shell = self._shell.own, self._shell
         self._reporter.phase("APPLY", f"certified in attempt {commit.attempt}")
         value = rounds_pb2.RoundValue.FromString(commit.certificate.value)
@@ -468,7 +467,9 @@ class SwarmNode:
         await shell.finish_reduction()
         is_applied = await self._catch_up.apply_certificate(commit.certificate, commit.holders)
         has_work = own is not None and len(own.contribution.ranges) > 0
-        seconds = dict(shell.seconds_by_phase)
+        reason = f"certified in attempt {commit.attempt} by {len(commit.certificate.votes)} votes"
+        outcome = AttemptOutcome.COMMITTED if is_applied else AttemptOutcome.SUPERSEDED
+        shell.end_attempt(outcome, attempt=commit.attempt, reason=reason)
         shell.end()
         if not is_applied:
             self._certificates[value.outer_step] = commit.certificate
@@ -476,15 +477,13 @@ class SwarmNode:
             self._next_settle_seconds = 0.0
             return
         self._behind_since_seconds = None
-        seconds["apply"] = time.monotonic() - began
         self._after_state()
         is_in = has_work and commit.is_own_included
-        reason = f"certified in attempt {commit.attempt} by {len(commit.certificate.votes)} votes"
         self._reporter.outcome(
             RoundOutcome.COMMITTED if is_in else RoundOutcome.RESYNC,
             reason=reason if is_in else f"{reason} without our contribution",
             certificate=commit.certificate,
-            seconds_by_phase=seconds,
+            seconds_by_phase=shell.seconds_by_phase,
         )
 
     async def _save(self) -> None:

@@ -85,10 +85,6 @@ class Reporter:
         if certificate is not None:
             held = rounds_pb2.Contributions.FromString(certificate.contributions)
             num_peers = len(held.contributions)
-        seconds = {"form": 0.0, "reduce": 0.0, "agree": 0.0, "apply": 0.0}
-        for name, value in (seconds_by_phase or {}).items():
-            if name in seconds:
-                seconds[name] = round(value, 6)
         incarnation, outer_step = self._replica.position
         self._channel.send(
             "round_outcome",
@@ -99,7 +95,7 @@ class Reporter:
             num_peers=num_peers,
             wire_sent_bytes=sent - self._wire_bytes[0],
             wire_received_bytes=received - self._wire_bytes[1],
-            seconds_by_phase=seconds,
+            seconds_by_phase=seconds_by_phase or {},
             attempt=certificate.attempt if certificate is not None else 0,
         )
         self._wire_bytes = (sent, received)

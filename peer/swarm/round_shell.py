@@ -21,9 +21,11 @@ from peer.swarm.pace import Pace
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
 from peer.swarm.state_transfer import fetch_averaged
+from peer.swarm.timeline import TimelineRecorder
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.vote_file import VoteFile
 from protos.contract.signing import SigningKey
+from protos.contract.telemetry import AttemptOutcome, RoundPhase
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 logger = logging.getLogger(__name__)
@@ -56,21 +58,24 @@ class RoundShell:
         self.votes = votes
         self.machine: RoundMachine | None = None
         self.pace = Pace()
+        self.on_phase: Callable[[RoundPhase, int], None] | None = None
+        """Called with (phase, attempt) when a phase of the round begins, before its work."""
         self.seconds_by_phase: dict[str, float] = {}
+        """Durations in the last attempt that ended."""
         self.committed: rt.Commit | None = None
         """Set when the machine has decided; the node applies it."""
         self.behind: rt.Behind | None = None
         self.refused_reason = ""
         self._checks: SignedChecks | None = None
         self._own: rt.OwnContribution | None = None
-        self._own_since_seconds = 0.0
         self._reduction: asyncio.Task[None] | None = None
         self._fetching: set[bytes] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures_by_peer: dict[str, int] = {}
         self._request_numbers = itertools.count(1)
         self._place_by_request: dict[str, tuple[Place, int | None]] = {}
-        self._phase_since: tuple[rt.RoundPhase, float] = (rt.RoundPhase.FORM, 0.0)
+        self._timeline = TimelineRecorder(incarnation=0, outer_step=0)
+        self._unix_offset_seconds = time.time() - time.monotonic()
 
     # Life of a step ---------------------------------------------------------------------------
 
@@ -106,10 +111,12 @@ class RoundShell:
         )
         self._checks = SignedChecks(key=self._key, rules=rules)
         pieces = len(replica.piece_digests_of_params)
-        self._own, self._own_since_seconds, self.seconds_by_phase = None, 0.0, {}
+        self._own, self.seconds_by_phase = None, {}
         self.committed, self.behind, self.refused_reason = None, None, ""
         self._fetching.clear()
-        self._phase_since = (rt.RoundPhase.FORM, time.monotonic())
+        self._timeline = TimelineRecorder(
+            incarnation=meta.incarnation, outer_step=meta.outer_step + 1
+        )
         self.machine = RoundMachine(
             setup=rt.RoundSetup(
                 run_id=replica.run_id,
@@ -154,8 +161,8 @@ class RoundShell:
     async def contribute(self, own: rt.OwnContribution | None) -> None:
         """The own contribution for this step is frozen (or an empty one withdrawn)."""
         self._own = own
-        if own is not None and own.contribution.ranges:
-            self._own_since_seconds = time.monotonic()
+        if own is not None and own.contribution.ranges and self._timeline.phase is None:
+            self._enter(RoundPhase.FORM)
         await self.handle(rt.Contributed(own))
 
     async def handle(self, event: rt.Event) -> None:
@@ -183,24 +190,40 @@ class RoundShell:
             case rt.AskCoordinatorExchange() | rt.SubmitVotes():
                 self._ask_coordinator(effect)
             case rt.Commit():
-                self._note_phase(rt.RoundPhase.DONE)
-                self._learn_pace()
+                self._enter(RoundPhase.APPLY)
                 self.committed = effect
             case rt.Behind():
                 self.behind = effect
             case rt.ContributionRefused():
                 self.refused_reason = effect.reason
             case rt.AttemptDiscarded():
-                self._channel.send(
-                    "attempt_discarded",
-                    outer_step=self._place()[1],
-                    attempt=effect.attempt,
-                    reason=effect.reason,
-                )
+                self._tell_discarded(effect)
             case rt.PhaseChanged():
-                self._note_phase(effect.phase)
-                if effect.phase is not rt.RoundPhase.DONE:
-                    self._channel.send("phase", phase=effect.phase.value, reason=effect.reason)
+                self._show_phase(effect)
+
+    def _tell_discarded(self, effect: rt.AttemptDiscarded) -> None:
+        self._channel.send(
+            "attempt_discarded",
+            outer_step=self._place()[1],
+            attempt=effect.attempt,
+            reason=effect.reason,
+        )
+        if self._timeline.phase is not None:
+            self.end_attempt(AttemptOutcome.DISCARDED, attempt=effect.attempt, reason=effect.reason)
+
+    def _show_phase(self, effect: rt.PhaseChanged) -> None:
+        """Book the phase and tell people; the machine's REDUCE begins with the exchange of
+        pieces.
+        """
+        if effect.phase is rt.RoundPhase.DONE:
+            return
+        shown = RoundPhase(effect.phase.value)
+        if shown is RoundPhase.REDUCE:
+            shown = RoundPhase.EXCHANGE
+        is_begun = self._timeline.phase is not None or shown is not RoundPhase.FORM
+        if shown is not RoundPhase.NO_QUORUM and (is_begun or self._is_later_attempt()):
+            self._enter(shown)
+        self._channel.send("phase", phase=shown.value, reason=effect.reason)
 
     def _place(self) -> Place:
         place = self.place
@@ -212,24 +235,37 @@ class RoundShell:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _note_phase(self, phase: rt.RoundPhase) -> None:
-        """Book the time of the phase that ends."""
-        now = time.monotonic()
-        last, since = self._phase_since
-        if phase is not last:
-            name = last.value.lower()
-            spent = now - since
-            if last is rt.RoundPhase.FORM and self._own_since_seconds:
-                spent = now - max(since, self._own_since_seconds)
-            self.seconds_by_phase[name] = self.seconds_by_phase.get(name, 0.0) + spent
-            self._phase_since = (phase, now)
+    # Timeline ---------------------------------------------------------------------------------
 
-    def _learn_pace(self) -> None:
-        if self._own_since_seconds and "reduce" in self.seconds_by_phase:
-            self.pace.add(
-                form_seconds=self.seconds_by_phase.get("form", 0.0),
-                reduce_seconds=self.seconds_by_phase["reduce"],
-            )
+    def _is_later_attempt(self) -> bool:
+        return self.machine is not None and self.machine.attempt > 0
+
+    def _now_unix_seconds(self) -> float:
+        return time.monotonic() + self._unix_offset_seconds
+
+    def _enter(self, phase: RoundPhase) -> None:
+        """A phase begins, unless it is under way already."""
+        if phase is self._timeline.phase:
+            return
+        if self.on_phase is not None and self.machine is not None:
+            self.on_phase(phase, self.machine.attempt)
+        moved = self._transport.moved_by_peer()
+        self._timeline.enter(phase, now_unix_seconds=self._now_unix_seconds(), moved=moved)
+
+    def end_attempt(self, outcome: AttemptOutcome, *, attempt: int, reason: str) -> None:
+        """Tell the timeline of the attempt that ends, and learn from it if it committed."""
+        timeline = self._timeline.end(
+            outcome,
+            attempt=attempt,
+            reason=reason,
+            now_unix_seconds=self._now_unix_seconds(),
+            moved=self._transport.moved_by_peer(),
+        )
+        self.seconds_by_phase = seconds = timeline.seconds_by_phase()
+        if outcome is AttemptOutcome.COMMITTED and "exchange" in seconds and "form" in seconds:
+            averaging_seconds = seconds["exchange"] + seconds.get("reduce", 0.0)
+            self.pace.add(form_seconds=seconds["form"], reduce_seconds=averaging_seconds)
+        self._channel.send("attempt_timeline", **timeline.to_plain())
 
     # Messages ---------------------------------------------------------------------------------
 
@@ -271,6 +307,7 @@ class RoundShell:
             tokens_by_peer=tokens,
             own_peer_id=self._key.peer_id,
             own_vector=self._replica.vectors.contribution,
+            on_exchanged=self._exchanged,
         )
         self._desk.open(reduction)
         self._reduction = asyncio.ensure_future(self._reduce(reduction, effect.attempt))
@@ -285,6 +322,12 @@ class RoundShell:
             return
         await asyncio.to_thread(self._replica.hold_averaged, averaged)
         self._post(place, rt.ReduceDone(attempt, averaged.averaged_digest))
+
+    def _exchanged(self) -> None:
+        if self._timeline.phase is RoundPhase.EXCHANGE:
+            self._enter(RoundPhase.REDUCE)
+            reason = "own part of the vector is averaged, waiting for the others'"
+            self._channel.send("phase", phase=RoundPhase.REDUCE.value, reason=reason)
 
     def _abort_reduction(self, reason: str) -> None:
         if self._reduction is not None and not self._reduction.done():

@@ -54,9 +54,15 @@ class Stream:
     """A two-way stream: protobuf headers, raw bytes, and an explicit acknowledgement of the end."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, transport: "Transport"
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        peer_id: str,
+        transport: "Transport",
     ) -> None:
-        self._reader, self._writer, self._transport = reader, writer, transport
+        self._reader, self._writer = reader, writer
+        self._peer_id, self._transport = peer_id, transport
 
     async def send_message(self, message: Message) -> None:
         """Send a length-prefixed message."""
@@ -70,6 +76,7 @@ class Stream:
             for begin in range(0, len(view), _WRITE_BYTES):
                 part = view[begin : begin + _WRITE_BYTES]
                 await self._transport.pace(len(part))
+                self._transport.count(self._peer_id, sent_bytes=len(part))
                 self._writer.write(part)
                 await self._writer.drain()
         except OSError as error:
@@ -92,7 +99,7 @@ class Stream:
             data = await self._reader.readexactly(num_bytes)
         except (asyncio.IncompleteReadError, OSError) as error:
             raise StreamError(f"stream ended early: {error}") from error
-        self._transport.received_bytes += num_bytes
+        self._transport.count(self._peer_id, received_bytes=num_bytes)
         return data
 
     async def acknowledge(self) -> None:
@@ -120,8 +127,7 @@ class Transport:
 
     def __init__(self, p2p: P2P, *, prefix: str, upload_limit_mbit: float | None) -> None:
         self.p2p = p2p
-        self.sent_bytes = 0
-        self.received_bytes = 0
+        self._moved_by_peer: dict[str, tuple[int, int]] = {}
         self._prefix = prefix
         self._bytes_per_second = upload_limit_mbit * 125_000 if upload_limit_mbit else None
         self._next_send_seconds = 0.0
@@ -198,6 +204,27 @@ class Transport:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
+    # Traffic ----------------------------------------------------------------------------------
+
+    def count(self, peer_id: str, *, sent_bytes: int = 0, received_bytes: int = 0) -> None:
+        """Book bytes exchanged with a member."""
+        sent, received = self._moved_by_peer.get(peer_id, (0, 0))
+        self._moved_by_peer[peer_id] = (sent + sent_bytes, received + received_bytes)
+
+    def moved_by_peer(self) -> dict[str, tuple[int, int]]:
+        """peer_id -> (sent, received) bytes since the start."""
+        return dict(self._moved_by_peer)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent to members since the start."""
+        return sum(sent for sent, _ in self._moved_by_peer.values())
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes received from members since the start."""
+        return sum(received for _, received in self._moved_by_peer.values())
+
     # Members ----------------------------------------------------------------------------------
 
     def set_members(self, p2p_by_peer: dict[str, str]) -> None:
@@ -259,7 +286,7 @@ class Transport:
             if peer_id is None:
                 raise PermissionError("you are not a member of this run")
             self._connected.add(peer_id)
-            self.received_bytes += message.ByteSize()
+            self.count(peer_id, received_bytes=message.ByteSize())
             return await handler(peer_id, message)
 
         await self.p2p.add_protobuf_handler(f"{self._prefix}.{name}", guarded, message_type)
@@ -291,7 +318,7 @@ class Transport:
             self._connected.discard(peer_id)
             reason = f"no answer within {timeout_seconds:g} s"
             raise PeerCallError(reason, is_down=True) from error
-        self.sent_bytes += message.ByteSize()
+        self.count(peer_id, sent_bytes=message.ByteSize(), received_bytes=answer.ByteSize())
         return answer
 
     # Streams ----------------------------------------------------------------------------------
@@ -305,7 +332,7 @@ class Transport:
             peer_id = self._peer_by_p2p.get(str(info.peer_id.to_base58()))
             try:
                 if peer_id is not None:
-                    await handler(peer_id, Stream(reader, writer, self))
+                    await handler(peer_id, Stream(reader, writer, peer_id=peer_id, transport=self))
             except (StreamError, TimeoutError, OSError) as error:
                 logger.debug("stream %s of %s failed: %s", name, peer_id, error)
             finally:
@@ -328,11 +355,10 @@ class Transport:
             self._connected.discard(peer_id)
             reason = f"no stream within {timeout_seconds:g} s"
             raise PeerCallError(reason, is_down=True) from error
-        return Stream(reader, writer, self)
+        return Stream(reader, writer, peer_id=peer_id, transport=self)
 
     async def pace(self, num_bytes: int) -> None:
-        """Count sent bytes and keep below the owner's upload limit."""
-        self.sent_bytes += num_bytes
+        """Keep below the owner's upload limit."""
         if self._bytes_per_second is None:
             return
         now = asyncio.get_running_loop().time()

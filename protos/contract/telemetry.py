@@ -66,10 +66,11 @@ class LeaseState(StrEnum):
 
 
 class RoundPhase(StrEnum):
-    """Phase of the swarm process: a round's four, and what it does between rounds."""
+    """Phase of the swarm process: a round's five, and what it does between rounds."""
 
     IDLE = "IDLE"
     FORM = "FORM"
+    EXCHANGE = "EXCHANGE"
     REDUCE = "REDUCE"
     AGREE = "AGREE"
     APPLY = "APPLY"
