@@ -173,7 +173,13 @@ class Swarm:
         return json.loads(text) if path.startswith("/api") else text
 
     def create_run(
-        self, corpus: Path, *, budget_tokens: int, batch_tokens: int, num_peers: int
+        self,
+        corpus: Path,
+        *,
+        budget_tokens: int,
+        batch_tokens: int,
+        num_peers: int,
+        eval_tokens: int = 2048,
     ) -> None:
         """Create the run and a join string for everybody."""
         self.run_cli(
@@ -181,7 +187,7 @@ class Swarm:
             TINY_MODEL,
             "--set", f"strategy.global_batch_tokens={batch_tokens}", "--set",
             "schedule.lr_warmup_tokens=4096",
-            "--set", "data.eval_tokens=2048", "--budget-tokens", str(budget_tokens),
+            "--set", f"data.eval_tokens={eval_tokens}", "--budget-tokens", str(budget_tokens),
             "--min-peers", str(num_peers), "--json",
         )  # fmt: skip
         token = json.loads(
