@@ -22,6 +22,7 @@ from coordinator.operations.members import (
     save_member,
     speed_from_row,
 )
+from coordinator.operations.store_age import load_beyond
 from coordinator.store.base import Transaction
 from coordinator.store.rows import DirectiveRow, IncarnationRow, RunRow
 from protos.contract.certificate import Tag
@@ -133,6 +134,14 @@ def issue_directive(
     return run
 
 
+def next_incarnation(tx: Transaction, run: RunRow) -> int:
+    """Number of the incarnation that would begin now: above all that this coordinator is known to
+    have signed, its store's and others.
+    """
+    beyond = load_beyond(tx, run)
+    return max(run.incarnation, 0 if beyond is None else beyond.incarnation) + 1
+
+
 def begin_incarnation(
     tx: Transaction,
     context: OperationContext,
@@ -149,7 +158,9 @@ def begin_incarnation(
     The ledger's part (freeing what was credited after the base) is the caller's, in the same
     transaction, before this.
     """
-    incarnation, number = run.incarnation + 1, run.directive_number + 1
+    incarnation = next_incarnation(tx, run)
+    beyond = load_beyond(tx, run)
+    number = max(run.directive_number, 0 if beyond is None else beyond.directive_number) + 1
     voters = voters_of_base(base, swarm.members)
     members = [
         after_incarnation(m, incarnation=incarnation, has_vote=m.peer_id in voters)

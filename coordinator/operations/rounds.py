@@ -30,6 +30,7 @@ from coordinator.operations.requests_ledger import (
 )
 from coordinator.operations.round_check import parsed_contributions, reason_against_half
 from coordinator.operations.states import voters_of_directive
+from coordinator.operations.store_age import load_beyond, note_signed_beyond
 from coordinator.store.base import Transaction
 from coordinator.store.rows import AcceptorRow, CertificateRow, RunRow
 from protos.contract.certificate import (
@@ -77,6 +78,10 @@ def exchange(
     number = chain_head(tx, run).directive_number
     if request.peer_id not in voters_of_directive(tx, context, run.run_id, number):
         reason = f"{request.peer_id} has no vote in roster {number}; only its voters may ask"
+        return ExchangeResponse(answer=answer, certificate=None, is_promised=False, reason=reason)
+    beyond = load_beyond(tx, run)
+    if beyond is not None:
+        reason = f"no promise is given: {beyond.reason}"
         return ExchangeResponse(answer=answer, certificate=None, is_promised=False, reason=reason)
     decision = acceptor.promise(
         _acceptor_state(tx, run.run_id, request.incarnation, request.outer_step),
@@ -167,6 +172,8 @@ def submit_votes(
     if stored is not None and stored.rolled_back_by == 0:
         certificate = rounds_pb2.Certificate.FromString(stored.certificate)
         return SubmitVotesResponse(certificate=certificate, reason="")
+    offered = rounds_pb2.Certificate(value=first.value, contributions=request.contributions)
+    beyond = note_signed_beyond(tx, context, run, offered, value, now_unix_seconds=now_unix_seconds)
     directive, reason = _roster_of(tx, context, run, value)
     if directive is None:
         return SubmitVotesResponse(certificate=None, reason=reason)
@@ -191,7 +198,11 @@ def submit_votes(
         )
     ballots = list(votes.values())
     if decision.signs:
-        reason = reason_against_half(tx, context, value, contributions, directive)
+        reason = (
+            reason_against_half(tx, context, value, contributions, directive)
+            if beyond is None
+            else f"no half vote is given: {beyond.reason}"
+        )
         if reason:
             return SubmitVotesResponse(certificate=None, reason=reason)
         ballots.append(context.signing_key.vote(first.value, first.attempt, COORDINATOR_VOTER))
@@ -316,15 +327,36 @@ def _report(
         return _confirm(
             tx, certificate, stored, run, context=context, now_unix_seconds=now_unix_seconds
         )
+    beyond = note_signed_beyond(
+        tx, context, run, certificate, value, now_unix_seconds=now_unix_seconds
+    )
     directive, reason = _roster_of(tx, context, run, value)
     if directive is None:
-        return _refusal(value.outer_step, reason)
+        why = f"; {beyond.reason}" if beyond is not None else ""
+        return _refusal(value.outer_step, reason + why)
     reason = check_certificate(
         certificate, directive=directive, coordinator_public_key=context.signing_key.public_key
     )
     if reason:
         return _refusal(value.outer_step, reason)
-    return _take(tx, certificate, value, now_unix_seconds=now_unix_seconds)
+    receipt = _take(tx, certificate, value, now_unix_seconds=now_unix_seconds)
+    if receipt.is_stored and any(vote.voter == COORDINATOR_VOTER for vote in certificate.votes):
+        _remember_own_vote(tx, certificate, value)
+    return receipt
+
+
+def _remember_own_vote(
+    tx: Transaction, certificate: rounds_pb2.Certificate, value: rounds_pb2.RoundValue
+) -> None:
+    """A half vote that the store had lost is the coordinator's own again (store_age.py)."""
+    state = _acceptor_state(tx, value.run_id, value.incarnation, value.outer_step)
+    attempt = certificate.attempt
+    voted = acceptor.AcceptorState(
+        promised_attempt=max(state.promised_attempt, attempt),
+        vote_attempt=attempt,
+        vote_value=certificate.value,
+    )
+    _put_acceptor(tx, value.run_id, value.incarnation, value.outer_step, voted)
 
 
 def _take(

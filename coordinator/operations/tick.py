@@ -46,6 +46,7 @@ from coordinator.operations.epochs import (
     issue_directive,
     load_swarm,
     load_terms,
+    next_incarnation,
     pause_reason,
 )
 from coordinator.operations.leases import expire_leases
@@ -62,6 +63,7 @@ from coordinator.operations.states import (
     proved_digest,
     voters_of_directive,
 )
+from coordinator.operations.store_age import load_beyond, reason_to_wait, settle_from
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from protos.contract.telemetry import RunState
@@ -178,22 +180,38 @@ class _RunTick:
             policy=policy,
             equivocation_reason="" if accepted is None else accepted.equivocation_reason,
         )
-        if not need.is_needed:
+        beyond = load_beyond(self._tx, self._run)
+        if not need.is_needed and beyond is None:
             return need.reason if need.is_stalled else ""
+        holdings = self._holdings(members, epoch)
+        if beyond is not None:
+            holdings = settle_from(beyond, holdings)
+        need_reason = need.reason if beyond is None or need.is_needed else beyond.reason
         plan = plan_rollback(
-            self._holdings(members, epoch),
+            holdings,
             members,
             segments=load_segments(self._tx, run_id),
             certified_outer_step=epoch.certified_outer_step,
             digest_proved=lambda incarnation, outer_step: proved_digest(
                 self._tx, self._context, run_id, incarnation=incarnation, outer_step=outer_step
             ),
-            need_reason=need.reason,
+            need_reason=need_reason,
             now_unix_seconds=self._now,
             policy=policy,
         )
         if plan.base is None:
             return plan.reason
+        if beyond is not None:
+            reason = reason_to_wait(
+                beyond,
+                holdings,
+                incarnation=self._run.incarnation,
+                base_outer_step=plan.base.outer_step,
+                certified_outer_step=epoch.certified_outer_step,
+                is_needed=need.is_needed,
+            )
+            if reason:
+                return reason
         self._begin(plan)
         return ""
 
@@ -251,7 +269,7 @@ class _RunTick:
     def _begin(self, plan: IncarnationPlan) -> None:
         """Carry a plan out: the ledger first, then record, directive, members."""
         assert plan.base is not None
-        incarnation = self._run.incarnation + 1
+        incarnation = next_incarnation(self._tx, self._run)
         rollback = ApplyRollback(
             run_id=self._run.run_id,
             incarnation=incarnation,
