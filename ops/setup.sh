@@ -1,5 +1,5 @@
 # Sourced by ops/up and ops/test: finds Python, makes the virtual environment .venv, installs the pinned packages.
-# Call `muster_setup EXTRAS` (`peer` or `peer,test`) in the root of the repository. Nothing is done when nothing changed.
+# Call `muster_setup EXTRAS` (`peer,scaling` or `peer,scaling,test`) in the root of the repository. Nothing is done when nothing changed.
 # MUSTER_PYTHON names the interpreter; MUSTER_PIP_ARGS adds arguments to pip, an index with CPU builds of torch, say.
 # Everything is said on standard error, so that `ops/up --json` keeps standard output for itself.
 
