@@ -51,7 +51,7 @@ class Published(Generic[Law]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A number with the interval that its source gives; nan-free: equal ends where it gives none."""
+    """A number with the interval that its source gives; equal ends where it gives none."""
 
     value: float
     low: float
@@ -79,7 +79,7 @@ LOSS_LAWS: Mapping[str, Published[LossLaw]] = {
         source=f"{_HOFFMANN}, approach 3, as printed",
         confidence=Confidence.READ,
         counting=_ALL,
-        note="contradicts its own approach 1 (N too small by half at 1e24 FLOP); refuted by Besiroglu",
+        note="contradicts its own approach 1 (half its N at 1e24 FLOP); refuted by Besiroglu",
     ),
     "hoffmann-a3-unrounded": Published(
         law=LossLaw(e_nats=1.6934, a=406.4, b=410.7, alpha=0.33917, beta=0.28491),
@@ -93,7 +93,7 @@ LOSS_LAWS: Mapping[str, Published[LossLaw]] = {
         source=_BESIROGLU,
         confidence=Confidence.READ,
         counting=_ALL,
-        note="least absolute deviations on 240 points of Hoffmann's figure 4; copies print E 1.8172",
+        note="least absolute deviations, 240 points of Hoffmann's figure 4; copies print E 1.8172",
     ),
     "huber-240": Published(
         law=LossLaw(e_nats=1.8172, a=477.83, b=2143.4, alpha=0.34731, beta=0.36717),

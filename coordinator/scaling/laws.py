@@ -299,7 +299,7 @@ class RepetitionLaw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaPenalty:
-    """DiLoCo with M replicas: L(N, M) = L(N) * M^(coefficient * N^exponent) (2503.09799, H = 30)."""
+    """DiLoCo, M replicas: L(N, M) = L(N) * M^(coefficient * N^exponent) (2503.09799, H = 30)."""
 
     coefficient: float
     exponent: float
