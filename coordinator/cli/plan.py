@@ -19,6 +19,7 @@ from coordinator.cli.options import (
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 
 if TYPE_CHECKING:
+    from coordinator.scaling.plan_law import PlanLaw
     from coordinator.scaling.plan_types import Plan, PlanRequest
 
 LIVE = "live"
@@ -49,7 +50,13 @@ _DATASET = Annotated[
     Path | None,
     typer.Option("--dataset", help="Built dataset: gives text, vocabulary and id.", readable=False),
 ]
-_LAW = Annotated[str, typer.Option("--law", help="A published law.")]
+_OBSERVATIONS = Annotated[
+    Path | None,
+    typer.Option(
+        "--observations", help="Table N,D,C,loss of own runs (CSV or JSON).", readable=False
+    ),
+]
+_LAW = Annotated[str, typer.Option("--law", help="A published law. [default: chinchilla]")]
 _VOCABULARY = Annotated[
     int | None, typer.Option("--vocab-size", help="Without --dataset; default 32768.")
 ]
@@ -88,7 +95,8 @@ def plan(
     serve_tokens: _SERVE = None,
     unique_tokens: _UNIQUE = None,
     dataset: _DATASET = None,
-    law: _LAW = "chinchilla",
+    observations: _OBSERVATIONS = None,
+    law: _LAW = "",
     vocab_size: _VOCABULARY = None,
     seq_len: _SEQ_LEN = 1024,
     strategy: _STRATEGY = "auto",
@@ -107,7 +115,6 @@ def plan(
     if is_explaining:
         typer.echo(_explanation(), nl=False)
         return
-    from coordinator.scaling.plan_law import published_law
     from coordinator.scaling.planner import plan as make_plan
 
     numbers = {
@@ -124,7 +131,7 @@ def plan(
     }
     _check_numbers(numbers)
     wishes: dict[str, Any] = {
-        "law": published_law(law),
+        "law": _law(law, observations, seed=seed),
         "seq_len": seq_len,
         "bytes_per_parameter": bytes_per_parameter,
         "serve_tokens": serve_tokens or 0.0,
@@ -276,6 +283,25 @@ def _read_text(path: Path) -> str:
             remedy="check the path",
             code=ErrorCode.PERMISSION_DENIED,
         ) from error
+
+
+def _law(name: str, observations: Path | None, *, seed: int) -> "PlanLaw":
+    if observations is None:
+        from coordinator.scaling.plan_law import DEFAULT_LAW, published_law
+
+        return published_law(name or DEFAULT_LAW)
+    if name:
+        raise UsageError(
+            "--law and --observations at once",
+            allowed="a published law, or one fitted on your own runs",
+            remedy="leave one out",
+        )
+    from coordinator.scaling.observations import observations_from_csv, observations_from_json
+    from coordinator.scaling.plan_observed import observed_law
+
+    read = observations_from_json if observations.suffix == ".json" else observations_from_csv
+    table = read(_read_text(observations), name=observations.name)
+    return observed_law(table, name=observations.name, seed=seed)
 
 
 def _text(

@@ -58,7 +58,9 @@ def live_pool(
     run = find_run(tx, request.run_id)
     shape = ModelShape.from_spec(RunSpec.from_wire(run.spec).model)
     up_by_peer = _up_by_peer(tx, run.run_id, now_unix_seconds=now_unix_seconds)
-    peers, notes, speeds = [], [], {}
+    peers: list[PoolPeer] = []
+    notes: list[str] = []
+    speeds: dict[str, float] = {}
     for row in tx.peers(run.run_id):
         speed = speed_from_row(row) * shape.flop_per_token()
         if speed > 0:

@@ -89,7 +89,7 @@ def replica_ratio(rule: PowerRule, num_replicas: int, inner_steps_per_outer: int
     """C_eff / C of M replicas; beyond H = 30 ln of it grows by ln H / ln 30 (extrapolated)."""
     plain = float(rule.value(num_replicas=float(num_replicas)))
     stretch = max(1.0, math.log(inner_steps_per_outer) / math.log(MEASURED_H))
-    return plain**stretch
+    return float(plain**stretch)
 
 
 def plan_sync(

@@ -30,7 +30,7 @@ def loss_band(request: PlanRequest, draft: Draft) -> tuple[float, float]:
     def loss(tokens_d: float) -> float:
         return repeated_loss_nats(draft.law, params_n, kept * tokens_d, request.unique_tokens)
 
-    own = request.law.band_ratio * draft.loss_nats
+    own = request.law.band_ratio_at(draft.effective_flop) * draft.loss_nats
     down = draft.loss_nats - loss(draft.tokens_d * math.exp(spread))
     up = loss(draft.tokens_d * math.exp(-spread)) - draft.loss_nats
     return draft.loss_nats - math.hypot(own, down), draft.loss_nats + math.hypot(own, up)

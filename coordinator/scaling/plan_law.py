@@ -5,7 +5,7 @@ An allocation law (N of C alone) is joined to a loss law by shifting the latter 
 of its own an allocation takes Besiroglu's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from coordinator.scaling.constants import ALLOCATIONS, LOSS_LAWS
@@ -26,14 +26,19 @@ class PlanLaw:
 
     name: str
     loss_law: LossLaw
-    allocation: AllocationLaw | RatioLaw | None
+    allocation: LossLaw | AllocationLaw | RatioLaw | None
     """None: N comes from the loss law."""
     largest_flop: float
     """Largest compute among the runs that it was fitted on."""
     source: str
-    band_ratio: float
-    """Half-width of the 90 % band of its predicted loss, compute taken as known."""
+    band_ratio_at: Callable[[float], float]
+    """Half-width of the 90 % band of its predicted loss at a compute, as a share of the loss."""
     band_reason: str
+    params_interval_at: Callable[[float], tuple[float, float]] | None = None
+    """95 % interval of N_opt at a compute, where the fit gives one."""
+    fit_reasons: tuple[str, ...] = ()
+    """How own runs were fitted."""
+    warnings: tuple[str, ...] = ()
 
     def at(self, compute_flop: float) -> LossLaw:
         """The loss law whose optimum at `compute_flop` is this law's."""
@@ -99,9 +104,18 @@ def published_law(name: str) -> PlanLaw:
         allocation=None if allocation is None else ALLOCATIONS[allocation].law,
         largest_flop=largest_flop,
         source=source,
-        band_ratio=TRANSFER_ERROR_RATIO * 2.06,  # mean of |x| to 90 % of a normal
+        band_ratio_at=lambda _: TRANSFER_ERROR_RATIO * 2.06,  # mean of |x| to 90 % of a normal
         band_reason=_TRANSFER_REASON,
     )
+
+
+_OPINIONS = ("chinchilla", "besiroglu", "porian", "deepseek", "llama3", "muennighoff")
+"""Laws that nobody has refuted."""
+
+
+def opinions(compute_flop: float) -> dict[str, float]:
+    """N_opt by every published law that stands."""
+    return {name: published_law(name).optimum(compute_flop).params_n for name in _OPINIONS}
 
 
 def check_extrapolation(law: PlanLaw, compute_flop: float, *, is_forced: bool) -> str:

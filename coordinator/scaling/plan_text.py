@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from coordinator.scaling.links import AIM_UTILISATION, StrategyChoice
+from coordinator.scaling.plan_law import opinions
 from coordinator.scaling.plan_types import Choice, Plan, PlanRequest
 from coordinator.scaling.pool import DAY_SECONDS
 from coordinator.scaling.sizing import NEAR_OPTIMAL_EFFICIENCY, PRACTICAL_DATA_PASSES
@@ -21,7 +22,7 @@ def describe(plan: Plan, *, request: PlanRequest, compute_reason: str, first_war
         *_swarm_choices(plan, request),
         *_outcome_choices(plan, request),
     ]
-    warnings = [first_warning, *_warnings(plan, request)]
+    warnings = [first_warning, *request.law.warnings, *_warnings(plan, request)]
     return replace(plan, choices=tuple(choices), warnings=tuple(w for w in warnings if w))
 
 
@@ -61,7 +62,25 @@ def _compute_choices(plan: Plan, request: PlanRequest, compute_reason: str) -> l
     value = f"N = {count(optimum.params_n)}, D = {count(optimum.tokens_d)}"
     reason = f"{plan.law_name} ({plan.law_source}) at {plan.effective_flop:.4g} FLOP; {growth}"
     found.append(Choice(name="law's optimum", value=value, reason=reason))
+    if request.law.fit_reasons:
+        fit = "; ".join(request.law.fit_reasons)
+        found.append(Choice(name="fit", value=request.law.name, reason=fit))
+    found.append(_certainty(plan, request))
     return found
+
+
+def _certainty(plan: Plan, request: PlanRequest) -> Choice:
+    """How sure N_opt is: the fit's own interval, or what the published laws make of it."""
+    if request.law.params_interval_at is not None:
+        low, high = request.law.params_interval_at(plan.effective_flop)
+        reason = "95 % interval of the best N by bootstrap of your runs"
+    else:
+        params = opinions(plan.effective_flop)
+        low, high = min(params.values()), max(params.values())
+        reason = "the best N by published laws: "
+        reason += ", ".join(f"{name} {count(n)}" for name, n in params.items())
+    value = f"{count(low)} to {count(high)}"
+    return Choice(name="certainty of N", value=value, reason=reason)
 
 
 def _size_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
@@ -161,7 +180,10 @@ def _swarm_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
     found = [Choice(name="strategy", value=value, reason=_strategy_reason(plan, request, chosen))]
     if chosen.name == "diloco":
         reason = f"every peer is a replica; {chosen.num_replicas} of them keep "
-        reason += f"{chosen.replica_ratio:.0%} of the compute's worth, C M^-0.17"
+        reason += (
+            f"{chosen.replica_ratio:.0%} of the compute's worth, C M^-0.17; each holds 8 more "
+        )
+        reason += "bytes per parameter (anchor, outer momentum), which can lie in host memory"
         found.append(Choice(name="replicas", value=str(chosen.num_replicas), reason=reason))
     else:
         reason = "sync makes one large data-parallel replica of all peers: no replica penalty"

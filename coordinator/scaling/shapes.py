@@ -8,7 +8,7 @@ can be helped, because smaller is cheaper to synchronise, to hold and to serve.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protos.contract.model_shape import ModelShape
 
@@ -141,9 +141,4 @@ def _shape(d_model: int, num_layers: int, *, vocab_size: int, seq_len: int) -> M
     table = vocab_size * d_model
     if table < _TIED_SHARE * (shape.num_matmul_parameters + table):
         return shape
-    return ModelShape(**(_fields(shape) | {"has_tied_embeddings": True}))
-
-
-def _fields(shape: ModelShape) -> dict[str, int]:
-    names = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-    return {name: getattr(shape, name) for name in (*names, "seq_len")}
+    return replace(shape, has_tied_embeddings=True)
