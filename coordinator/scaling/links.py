@@ -23,8 +23,8 @@ AIM_UTILISATION = 0.95
 MEASURED_H = 30
 """The replica penalty was measured at this many inner steps; more is an extrapolation."""
 MEASURED_REPLICAS = 8
-_INNER_STEPS = (5, 10, 15, 20, 25, 30, 50, 75, 100, 150, 200, 300, 500)
-_FRAGMENTS = (1, 2, 4, 8)
+_INNER_STEPS = (4, 8, 12, 16, 20, 24, 30, 48, 72, 96, 144, 192, 288, 480)
+_FRAGMENTS = (1, 2, 3, 4, 6, 8)
 _MAX_OVERLAP_RATIO = 0.5
 """A fragment may travel for at most this share of its interval: the average it brings ages."""
 ROUND_TRIPS = 6
@@ -136,6 +136,7 @@ def plan_diloco(
     step_seconds: float,
     codecs: Sequence[Codec],
     rule: PowerRule,
+    most_fragments: int = _FRAGMENTS[-1],
 ) -> StrategyChoice:
     """`diloco` as the module docstring says. `step_seconds` is one inner step of every replica."""
     by_richness = sorted(codecs, key=lambda codec: -codec.bytes_per_value)
@@ -145,7 +146,9 @@ def plan_diloco(
     options += [(by_richness[-1], steps) for steps in far]
     choice: StrategyChoice | None = None
     for codec, inner_steps in options:
-        for num_fragments in (p for p in _FRAGMENTS if p <= inner_steps):
+        for num_fragments in _FRAGMENTS:
+            if inner_steps % num_fragments or num_fragments > most_fragments:
+                continue
             choice = _diloco_option(
                 peers,
                 num_values=num_values,

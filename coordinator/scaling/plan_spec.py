@@ -2,6 +2,7 @@
 
 import math
 
+from coordinator.scaling.links import StrategyChoice
 from coordinator.scaling.plan_types import Plan
 from protos.contract.errors import ErrorCode, MachineError
 from protos.contract.run_spec import (
@@ -17,6 +18,8 @@ from protos.contract.run_spec import (
 _NO_DATASET = "0" * 64
 _DILOCO_BETA2 = 0.99
 """Charles et al. 2025, section 3."""
+_OVERLAP_MIX_RATIO = 0.5
+"""Of the own parameters when a late average arrives (Streaming DiLoCo, 2501.18512, alpha)."""
 
 
 def run_spec(plan: Plan, *, dataset_id: str = "", seed: int = 0) -> RunSpec:
@@ -53,12 +56,7 @@ def _strategy_spec(plan: Plan) -> StrategySpec:
     if plan.strategy is not None:
         values["codec"] = plan.strategy.codec
     if plan.strategy is not None and name == "diloco":
-        values |= {
-            "inner_steps_per_outer": plan.strategy.inner_steps_per_outer,
-            "num_fragments": plan.strategy.num_fragments,
-            "overlap_inner_steps": plan.strategy.overlap_inner_steps,
-            "outer_lr": plan.recipe.outer_lr,
-        }
+        values |= _diloco_values(plan, plan.strategy)
     unknown = sorted(set(values) - set(StrategySpec.__dataclass_fields__))
     if name not in STRATEGIES or unknown:
         raise MachineError(
@@ -68,6 +66,19 @@ def _strategy_spec(plan: Plan) -> StrategySpec:
             code=ErrorCode.CAPABILITY_MISSING,
         )
     return StrategySpec(**values)  # type: ignore[arg-type]
+
+
+def _diloco_values(plan: Plan, chosen: StrategyChoice) -> dict[str, object]:
+    seq_len = plan.shape.seq_len
+    windows = max(1, round(plan.recipe.global_batch_tokens / chosen.num_replicas / seq_len))
+    return {
+        "inner_steps": chosen.inner_steps_per_outer,
+        "inner_batch_tokens": windows * seq_len,
+        "num_fragments": chosen.num_fragments,
+        "overlap_inner_steps": chosen.overlap_inner_steps,
+        "mix_ratio": _OVERLAP_MIX_RATIO if chosen.overlap_inner_steps else 0.0,
+        "outer_lr": plan.recipe.outer_lr,
+    }
 
 
 def spec_toml(spec: RunSpec, plan: Plan) -> str:

@@ -246,6 +246,7 @@ def _strategy(
         step_seconds=step_seconds,
         codecs=request.codecs,
         rule=_REPLICAS,
+        most_fragments=shape.num_layers,
     )
 
 
