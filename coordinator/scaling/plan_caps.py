@@ -12,7 +12,6 @@ from coordinator.scaling.sizing import (
     clairvoyant_regret_nats,
     repeated_loss_nats,
     serving_optimum,
-    uncertainty_factor,
 )
 
 Z_90 = 1.645
@@ -76,10 +75,11 @@ def _size_cap(name: str, params_n: float, draft: Draft, reason: str, *, is_bindi
 
 def _uncertainty_cap(draft: Draft, optimum: Optimum) -> Cap:
     law, std = draft.law, draft.compute.compute_log_std
-    factor = uncertainty_factor(law, std)
+    sized = best_size(law, Demand(compute_flop=draft.effective_flop, compute_log_std=std))
+    factor = sized.params_n / optimum.params_n
     regret = clairvoyant_regret_nats(law, factor * optimum.params_n, draft.effective_flop, std)
     reason = (
-        f"s = {std:.2f} moves N by x{factor:.3f} = exp(-beta^2 s^2 / (2 (alpha + beta))); "
+        f"s = {std:.2f} moves the N of least expected loss by x{factor:.3f}; "
         f"somebody who knew the compute would do {regret:.4f} nats better on average"
     )
     moved = _size_cap(

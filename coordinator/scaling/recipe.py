@@ -133,7 +133,12 @@ def plan_recipe(
         )
     )
     batch_tokens, critical, batch_reason = _batch(
-        wanted, rule, tokens_d=tokens_d, seq_len=seq_len, num_peers=num_peers
+        wanted,
+        rule,
+        tokens_d=tokens_d,
+        seq_len=seq_len,
+        num_peers=num_peers,
+        unit_tokens=seq_len * max(num_replicas, 1),
     )
     rates = learning_rates(params_n, tokens_d, compute_flop, max(num_replicas, 1))
     peak_lr, lr_reason = _peak_lr(
@@ -164,9 +169,15 @@ def plan_recipe(
 
 
 def _batch(
-    wanted: float, rule: str, *, tokens_d: float, seq_len: int, num_peers: int
+    wanted: float,
+    rule: str,
+    *,
+    tokens_d: float,
+    seq_len: int,
+    num_peers: int,
+    unit_tokens: int,
 ) -> tuple[int, float, str]:
-    """Whole windows between one per peer and the critical batch."""
+    """Whole windows (of every replica) between one per peer and the critical batch."""
     critical = critical_batch_tokens(tokens_d)
     source = "DiLoCo's joint law" if rule == "diloco-joint" else "the Step Law"
     reason = f"{source} wants {wanted:.3g} tokens"
@@ -175,7 +186,7 @@ def _batch(
         allowed = critical
         reason += f", held at the critical batch of {critical:.3g}"
     least = num_peers * seq_len
-    batch_tokens = max(round(allowed / seq_len), 1) * seq_len
+    batch_tokens = max(round(allowed / unit_tokens), 1) * unit_tokens
     if batch_tokens < least:
         batch_tokens = least
         reason += f", raised to one window of {seq_len} for each of {num_peers} peers"

@@ -9,10 +9,10 @@ token): the next parameter must be worth what the next token is worth,
   passed over again; without repetition N' = N, D' = D;
 - I tokens to be served: Sardana 2023 (2401.00448), minimum of 6 N D + 2 N I at the loss reached;
 - s, the standard deviation of ln C: the expected loss E[L] with D = C / (k N), C log-normal with
-  median C. Alone it moves N by exp(-beta^2 s^2 / (2 (alpha + beta))).
+  median C. Alone it moves N by exp(-beta^2 s^2 / (2 (alpha + beta))); for kappa other than 1 the
+  last factor is E[R^(kappa-1) t] / (E[R^(kappa-1)] t), R the sum of both terms, t the one of D.
 
-With U, I and s absent it is the law's own optimum. kappa does not enter, except that the term in s
-is exact for kappa = 1 only.
+With U, I and s absent it is the law's own optimum.
 """
 
 import math
@@ -28,6 +28,9 @@ NEAR_OPTIMAL_EFFICIENCY = 0.95
 
 PRACTICAL_DATA_PASSES = 16
 """Beyond so many passes a token is worth less than two thirds on average (2305.16264)."""
+
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(61)
+"""Gauss-Hermite quadrature over a standard normal."""
 
 _LOWEST_PARAMS_WORTH = 0.1
 """Parameters stop being added when one more is worth a tenth of a fed one."""
@@ -82,11 +85,10 @@ def clairvoyant_regret_nats(
 
     Gauss-Hermite quadrature over ln C ~ N(ln compute_flop, compute_log_std^2), 61 nodes.
     """
-    nodes, weights = np.polynomial.hermite_e.hermegauss(61)
-    flop = compute_flop * np.exp(compute_log_std * nodes)
+    flop = compute_flop * np.exp(compute_log_std * _NODES)
     committed = law.loss_nats(params_n, flop / (6 * params_n))
     known = np.array([law.optimum(float(one)).loss_nats for one in flop])
-    return float(np.sum(weights * (committed - known)) / np.sum(weights))
+    return float(np.sum(_WEIGHTS * (committed - known)) / np.sum(_WEIGHTS))
 
 
 def serving_optimum(law: LossLaw, loss_nats: float, serve_tokens: float) -> tuple[Optimum, float]:
@@ -136,7 +138,6 @@ def best_size(law: LossLaw, demand: Demand) -> Size:
     repetition = RepetitionLaw(law=law)
     unique, product = demand.unique_tokens, demand.compute_flop / demand.flop_per_param_token
     fed_params = math.inf if math.isinf(unique) else float(law.params_for_tokens(unique))
-    uncertainty = law.beta**2 * demand.compute_log_std**2 / 2
 
     def imbalance(log_n: float) -> float:
         params_n = math.exp(log_n)
@@ -149,7 +150,7 @@ def best_size(law: LossLaw, demand: Demand) -> Size:
             _log_balance(law, counted_n, counted_d)
             + (params_worth + math.log(params_n / counted_n))
             - (tokens_worth + math.log(tokens_d / counted_d))
-            - uncertainty
+            - _log_uncertainty(law, counted_n, counted_d, demand.compute_log_std)
             - math.log1p(demand.serve_tokens / (3 * tokens_d))
         )
 
@@ -183,6 +184,19 @@ def _log_balance(law: LossLaw, params_n: float, tokens_d: float) -> float:
         - law.alpha * math.log(params_n)
         + law.beta * math.log(tokens_d)
     )
+
+
+def _log_uncertainty(
+    law: LossLaw, params_n: float, tokens_d: float, compute_log_std: float
+) -> float:
+    """ln of what the term of D weighs more because C is uncertain; beta^2 s^2 / 2 for kappa = 1."""
+    if compute_log_std == 0 or law.kappa == 1.0:
+        return law.beta**2 * compute_log_std**2 / 2
+    spread = np.exp(-law.beta * compute_log_std * _NODES)
+    of_params = law.a * params_n**-law.alpha
+    of_tokens = law.b * tokens_d**-law.beta * spread
+    weights = _WEIGHTS * (of_params + of_tokens) ** (law.kappa - 1)
+    return math.log(float(np.sum(weights * spread) / np.sum(weights)))
 
 
 def _counted(amount: float, worth: float, half_life: float) -> float:

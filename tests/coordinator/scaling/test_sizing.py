@@ -84,6 +84,18 @@ def test_uncertain_compute(log_std: float, factor: float, regret: float) -> None
     assert sized.params_n / optimum == pytest.approx(ours, rel=1e-9)
 
 
+@pytest.mark.parametrize("log_std", [0.5, 1.0, 2.0])
+def test_uncertain_compute_of_a_general_law(log_std: float) -> None:
+    optimum = GENERAL.optimum(C).params_n
+    nodes, weights = np.polynomial.hermite_e.hermegauss(61)
+    flop = C * np.exp(log_std * nodes)
+    params = optimum * np.exp(np.linspace(-1.5, 0.5, 4001))[:, None]
+    losses = np.sum(weights * GENERAL.loss_nats(params, flop / (6 * params)), axis=1)
+    best = float(params[int(np.argmin(losses)), 0])
+    sized = best_size(GENERAL, Demand(compute_flop=C, compute_log_std=log_std))
+    assert sized.params_n == pytest.approx(best, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("serve", "params", "tokens", "total"),
     [(1e10, 0.84, 1.21, -0.01), (1e11, 0.52, 2.4, -0.22), (1e12, 0.31, 7.8, -0.57)],
