@@ -7,6 +7,7 @@ failure shows the last status and the logs.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.e2e.commands import Commands
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = "d_model=64,num_layers=2,num_heads=2,num_kv_heads=1,head_dim=32,d_ff=128,seq_len=64"
@@ -34,6 +37,12 @@ FAST_COORDINATOR = {
 def environment(**extra: str) -> dict[str, str]:
     """Environment of a started process: this one's, the source tree importable, one thread."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
+
+
+@functools.cache
+def commands() -> Commands:
+    """The process of this test process that forks for every command."""
+    return Commands(environment())
 
 
 def wait_until(condition: Callable[[], Any], *, what: str, deadline_seconds: float) -> Any:
@@ -107,21 +116,19 @@ class Swarm:
         """The coordinator's data directory."""
         return self.directory / "coordinator"
 
-    def run_cli(
-        self, *arguments: str, module: str = "coordinator.cli.main", timeout_seconds: float = 60
-    ) -> str:
-        """Run a command to its end and return its standard output. Raises AssertionError with its
-        errors.
+    def run_cli(self, *arguments: str, timeout_seconds: int = 60) -> str:
+        """Run a coordinator's command to its end and return its standard output. Raises
+        AssertionError with its errors.
         """
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            env=environment(),
-            cwd=self.directory,
-            capture_output=True,
-            timeout=timeout_seconds,
+        done = commands().run(
+            "coordinator.cli.main",
+            arguments,
+            environment=environment(),
+            directory=self.directory,
+            timeout_seconds=timeout_seconds,
         )
-        assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stderr.decode()}"
-        return done.stdout.decode()
+        assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stderr}"
+        return done.stdout
 
     def start(self, name: str, *arguments: str, module: str, **extra: str) -> Process:
         """Start a process in a group of its own, its output in a log file."""

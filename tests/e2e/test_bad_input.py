@@ -21,7 +21,15 @@ from pathlib import Path
 import pytest
 
 from protos.contract.channel import JoinString
-from tests.e2e.harness import FAST_COORDINATOR, ROOT, TINY_MODEL, Swarm, environment, running_swarm
+from tests.e2e.harness import (
+    FAST_COORDINATOR,
+    ROOT,
+    TINY_MODEL,
+    Swarm,
+    commands,
+    environment,
+    running_swarm,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.xdist_group("e2e")]
 
@@ -31,16 +39,26 @@ _UNPRIVILEGED = _DROP if os.geteuid() == 0 else ()
 _NO_CHILD = ("--no-rendezvous", "--host", "127.0.0.1", "--port", "0", "--http-port", "0")
 
 
-def run(
-    side: str, *arguments: object, prefix: tuple[str, ...] = (), code: str = "", **variables: str
+def run(side: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """One command of `side` ("coordinator" or "peer")."""
+    return commands().run(
+        f"{side}.cli.main",
+        [str(argument) for argument in arguments],
+        environment=environment(),
+        directory=Path.cwd(),
+    )
+
+
+def start_and_run(
+    side: str, *arguments: object, prefix: tuple[str, ...] = (), code: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """One command of `side` ("coordinator" or "peer"); `code` runs in its process before it."""
+    """The same with an interpreter of its own behind `prefix`; `code` runs before its imports."""
     start = ["-m", f"{side}.cli.main"]
     if code:
         start = ["-c", f"{code}\nfrom {side}.cli.main import main\nmain()"]
     return subprocess.run(
         [*prefix, sys.executable, *start, *map(str, arguments)],
-        env=environment(**variables),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -93,11 +111,9 @@ def token(swarm: Swarm, *arguments: str) -> tuple[str, str]:
     return made["token_id"], made["join_string"]
 
 
-def join(
-    home: Path, join_string: str, *arguments: str, code: str = ""
-) -> "subprocess.CompletedProcess[str]":
+def join(home: Path, join_string: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """`muster-peer join`."""
-    return run("peer", "join", join_string, "--home", home, "--threads", 1, *arguments, code=code)
+    return run("peer", "join", join_string, "--home", home, "--threads", 1, *arguments)
 
 
 # Corpora.
@@ -249,9 +265,10 @@ def test_data_dirs_that_cannot_be_used(swarm: Swarm, tmp_path: Path) -> None:
     closed.mkdir(mode=0)
     for command in (("serve", *_NO_CHILD), ("up", "--peers", "1"), ("status",)):
         arguments = (*command, "--data-dir", closed)
-        assert_refused(run("coordinator", *arguments, prefix=_UNPRIVILEGED), 4, "permission")
+        done = start_and_run("coordinator", *arguments, prefix=_UNPRIVILEGED)
+        assert_refused(done, 4, "permission")
     closed.chmod(0o500)
-    done = run("peer", "join", "--home", closed / "home", prefix=_UNPRIVILEGED)
+    done = start_and_run("peer", "join", "--home", closed / "home", prefix=_UNPRIVILEGED)
     assert_refused(done, 4, "Permission denied", "--home")
 
 
@@ -386,4 +403,5 @@ def test_peers_of_another_version_or_time(
     swarm: Swarm, tmp_path: Path, code: str, exit_code: int, words: str
 ) -> None:
     _, join_string = token(swarm)
-    assert_refused(join(tmp_path / "home", join_string, code=code), exit_code, words)
+    join_there = ("join", join_string, "--home", tmp_path / "home", "--threads", 1)
+    assert_refused(start_and_run("peer", *join_there, code=code), exit_code, words)
