@@ -40,7 +40,7 @@ class _HopefulScope:
     statement.
     """
 
-    __slots__ = ("_connection", "_kept", "_mark", "_num_changes")
+    __slots__ = ("_connection", "_kept", "_num_changes", "_num_unwritten")
 
     def __init__(self, connection: sqlite3.Connection, kept: KeptRows) -> None:
         self._connection = connection
@@ -48,7 +48,7 @@ class _HopefulScope:
 
     def __enter__(self) -> None:
         self._num_changes = self._connection.total_changes
-        self._mark = self._kept.unwritten.mark()
+        self._num_unwritten = self._kept.unwritten.num_changes
 
     def __exit__(
         self,
@@ -59,7 +59,7 @@ class _HopefulScope:
         if error is None:
             return
         is_changed = self._connection.total_changes != self._num_changes
-        if is_changed or self._kept.unwritten.mark() != self._mark:
+        if is_changed or self._kept.unwritten.num_changes != self._num_unwritten:
             raise UndoNeededError from error
 
 
@@ -86,6 +86,8 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
     def flush(self) -> None:
         """Write what waits for the commit."""
         self.write_books()
+        self.write_leases()
+        self.write_returned()
         self.write_journal()
         self.write_requests()
 
@@ -96,13 +98,13 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """See base.Transaction.savepoint."""
+        self.flush()
         run_sql(self._connection, "SAVEPOINT operation")
-        mark = self._kept.unwritten.mark()
         try:
             yield
         except BaseException:
             self._kept.forget()
-            self._kept.unwritten.return_to(mark)
+            self._kept.unwritten = Unwritten()
             if self._connection.in_transaction:
                 run_sql(self._connection, "ROLLBACK TO operation")
                 run_sql(self._connection, "RELEASE operation")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.harness import ROOT, Swarm, is_alive, running_swarm, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
