@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from peer.ipc import ChannelClosed
+from peer.train.__main__ import is_out_of_memory
 from protos.contract.errors import RunFailedError
 from tests.peer.train.harness import FakeDaemon, trainer_process, trainer_thread, windows_of
 
@@ -62,6 +64,28 @@ def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
         drain(daemon)
         # Lease 2 is partly in a contribution that may still be committed: the round decides.
         assert not [m for m in daemon.seen if m["kind"] == "released"]
+
+
+def test_a_bounded_micro_batch_and_turns_that_are_told(tmp_path: Path) -> None:
+    """After an out of memory the daemon bounds the micro-batch; idle or not, the loop is heard."""
+    with trainer_process(tmp_path) as daemon:
+        daemon.send("configure", **daemon.configuration | {"max_micro_batch_sequences": 1})
+        assert daemon.expect("ready")["micro_batch_sequences"] == 1
+        assert daemon.expect("turn")["longest_turn_seconds"] >= 0.0
+        daemon.announce(round_windows=2)
+        daemon.give(daemon.lease(1, 0, 10))
+        daemon.expect("contribution_ready")
+        assert 0.0 < daemon.expect("turn")["longest_turn_seconds"] < 60.0
+        daemon.send("stop")
+        assert daemon.process is not None and daemon.process.wait(10) == 0
+
+
+def test_torchs_words_for_out_of_memory_are_known() -> None:
+    """A tensor that no machine can hold, so that the words are torch's own."""
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(2**50)
+    assert is_out_of_memory(failure.value)
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_contribution_is_the_mean_gradient_over_its_ranges(tmp_path: Path) -> None:
