@@ -222,6 +222,19 @@ def test_evicting_the_majority_begins_an_incarnation_without_it() -> None:
     assert world.status().incarnation == 2 and world.voters() == [0]
 
 
+def test_a_peer_is_evicted_by_its_name_if_that_is_unmistakable() -> None:
+    world = SwarmWorld.create(policy=PATIENT)
+    world.join(0, name="anna")
+    world.join(1, name="ben")
+    world.join(2, name="ben")
+    for wanted in ("ben", "nobody", ""):
+        with pytest.raises(MusterError) as refused:
+            world.do(admin.evict_peer, EvictPeerRequest(peer_id=wanted, reason="test"))
+        assert refused.value.allowed and refused.value.remedy
+    found = world.do(admin.evict_peer, EvictPeerRequest(peer_id="anna", reason="test"))
+    assert found.peer_id == world.id_of(0) and world.row(0).state == "EVICTED"
+
+
 def test_recovering_loses_nobody_and_expires_nothing() -> None:
     world = SwarmWorld.create(policy=PATIENT)
     world.start(2)
