@@ -150,10 +150,19 @@ def test_lost_quorum_begins_an_incarnation_at_the_survivors_state() -> None:
     status = world.status()
     assert (status.incarnation, status.outer_step, status.rolled_back_tokens) == (2, 2, 0)
     assert world.voters() == [0]
-    world.notice()
+    reply = world.beat(0)
+    assert reply.incarnation_record is not None
+    record = common_pb2.IncarnationRecord.FromString(reply.incarnation_record.payload)
+    assert record.base_state_digest == digest_of(1, 2), "one survivor's word, now signed: a proof"
     world.attest(0)
     world.commit()
     assert world.status().outer_step == 3
+    world.join(3)  # a newcomer takes the survivor's state, attests it, and has a vote
+    world.beat(3)
+    world.peer(3).outer_step = 3
+    world.attest(0, 3)
+    world.tick(2.0)
+    assert world.voters() == [0, 3] and world.status().state == RunState.RUNNING
     assert_books_are_right(world)
 
 
