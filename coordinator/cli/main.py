@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import corpus, ledger, runs, serve, status, tokens, up_command
+from coordinator.cli import (
+    begin_normal_interrupts,
+    corpus,
+    ledger,
+    runs,
+    serve,
+    status,
+    tokens,
+    up_command,
+)
 from coordinator.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
@@ -64,6 +73,7 @@ app.add_typer(ledger.app, name="ledger")
 
 def main() -> None:
     """Entry point of the console script."""
+    begin_normal_interrupts()
     try:
         app()
     except MusterError as error:

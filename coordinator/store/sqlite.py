@@ -6,6 +6,7 @@ connection writes, readers have their own, so a slow page never holds up a lease
 one connection behind a lock, for tests.
 """
 
+import os
 import queue
 import sqlite3
 import threading
@@ -175,6 +176,23 @@ def _connect(location: str, *, is_uri: bool = False) -> sqlite3.Connection:
     return connection
 
 
+def _make_files_private(data_dir: Path) -> None:
+    """Make the database file with mode 0600 before SQLite would use the umask's; its log and index
+    then get the same. Files of an earlier version lose the rights of others.
+    """
+    try:
+        path = data_dir / STORE_FILE_NAME
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        for suffix in ("", "-wal", "-shm"):
+            file = path.with_name(path.name + suffix)
+            if file.exists():
+                file.chmod(0o600)
+    except OSError as error:
+        raise machine_error_from_os_error(
+            error, doing=f"opening the store in {data_dir}"
+        ) from error
+
+
 def has_store(data_dir: Path) -> bool:
     """True if a coordinator has worked here. Raises MachineError when this user may not look."""
     try:
@@ -211,6 +229,7 @@ class SqliteStore:
         try:
             location = str(data_dir / STORE_FILE_NAME)
             with full_disk_is_fatal():
+                _make_files_private(data_dir)
                 writer = _connect(location)
                 run_sql(writer, "PRAGMA journal_mode = WAL")
                 _tune(writer)

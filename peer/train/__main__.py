@@ -53,6 +53,8 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
     step = MicroStep(model, parameters)
     plan = probe_plan(step)
     _LOGGER.info("step plan: %s", plan.reason)
+    bound = message["max_micro_batch_sequences"] or plan.micro_batch_sequences
+    sequences = min(plan.micro_batch_sequences, bound)
     seq_len, vocab_size = spec.model.seq_len, spec.model.vocab_size
     reader = ChunkReader(seed=spec.seed, seq_len=seq_len, vocab_size=vocab_size)
     loop = TrainLoop(
@@ -64,14 +66,16 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
         desk=EvaluationDesk(
             step, vectors=vectors, link=link, tokenizer_path=Path(message["tokenizer_path"])
         ),
-        micro_batch_sequences=plan.micro_batch_sequences,
+        micro_batch_sequences=sequences,
     )
+    loop.reports.expect_batches_of(sequences * plan.sequence_seconds)
     info = describe_device(device, num_threads=torch.get_num_threads())
     link.send(
         "ready",
         torch_version=torch.__version__,
         device=f"{info.device} {info.name} {plan.precision.value}",
         num_threads=info.num_threads,
+        micro_batch_sequences=sequences,
     )
     return loop
 
@@ -132,7 +136,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """True for torch's and Python's ways to say so."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    words = ("not enough memory", "can't allocate memory")  # torch on CPU: Windows, Linux
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ class TrainLoop:
 
     def _listen(self, *, wait_seconds: float = 0.0) -> None:
         """Fold in what has come and act on what cannot wait."""
+        self.reports.turn()
         for message in self.link.receive(wait_seconds=wait_seconds):
             self.state.fold(message)
         self.feed.drop(self.state.take_lost())

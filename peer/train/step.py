@@ -45,6 +45,8 @@ class StepPlan:
 
     precision: Precision
     micro_batch_sequences: int
+    sequence_seconds: float
+    """What one sequence took alone, of one thread's CPU time on CPU."""
     reason: str
 
 
@@ -142,7 +144,12 @@ def probe_plan(step: MicroStep) -> StepPlan:
         f"(time allows {by_time}, memory {by_memory})"
     )
     step.parameters.grads.zero_()
-    return StepPlan(precision=step.precision, micro_batch_sequences=sequences, reason=reason)
+    return StepPlan(
+        precision=step.precision,
+        micro_batch_sequences=sequences,
+        sequence_seconds=seconds,
+        reason=reason,
+    )
 
 
 def _measure_seconds(

@@ -73,6 +73,7 @@ class FakeDaemon:
             "heldout_paths": [str(self.chunk_path)],
             "tokenizer_path": str(self.folder / "tokenizer.json"),
             "seed": 1,
+            "max_micro_batch_sequences": None,
         }
 
     def send(self, kind: str, **fields: Any) -> None:
