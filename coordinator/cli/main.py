@@ -18,6 +18,7 @@ from coordinator.cli import (
     runs,
     serve,
     status,
+    study,
     tokens,
     up_command,
 )
@@ -69,6 +70,7 @@ app.add_typer(tokens.app, name="token")
 app.command("status")(status.status)
 app.command("peers")(status.peers)
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:
