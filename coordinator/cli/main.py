@@ -15,6 +15,7 @@ from coordinator.cli import (
     begin_normal_interrupts,
     corpus,
     ledger,
+    plan,
     runs,
     serve,
     status,
@@ -67,6 +68,7 @@ app.command("serve")(serve.serve)
 app.add_typer(corpus.app, name="corpus")
 app.add_typer(runs.app, name="run")
 app.add_typer(tokens.app, name="token")
+app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("peers")(status.peers)
 app.add_typer(ledger.app, name="ledger")

@@ -110,6 +110,7 @@ class MessageDesk:
                 )
             case "attempt_timeline":
                 core.numbers.last_timeline = AttemptTimeline.from_plain(message)
+                core.numbers.note_links(core.numbers.last_timeline)
             case kind if kind in _FOR_TASKS:
                 self._start_task(message)
             case kind:
