@@ -100,10 +100,12 @@ def _planned_spec(request: CreateRunRequest) -> tuple[RunSpec, ScheduleOrder, st
             remedy="correct data.dataset_id or --corpus",
             code=ErrorCode.DIGEST_MISMATCH,
         )
-    if spec.model.vocab_size < manifest.vocab_size:
+    extra_tokens = spec.objective.num_extra_tokens(spec.model.seq_len)
+    if spec.model.vocab_size < manifest.vocab_size + extra_tokens:
         raise UsageError(
             f"model.vocab_size = {spec.model.vocab_size}",
-            allowed=f"at least the tokenizer's {manifest.vocab_size}",
+            allowed=f"at least the tokenizer's {manifest.vocab_size} and the {extra_tokens} "
+            f"of the objective {spec.objective.name}",
             remedy="raise model.vocab_size",
         )
     order = ScheduleOrder(spec.seed, manifest, spec.model.seq_len)

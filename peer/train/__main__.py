@@ -17,8 +17,10 @@ import torch
 
 from peer.data.feed import Feed
 from peer.data.reader import ChunkReader
+from peer.eval.evaluate import token_byte_lengths
 from peer.ipc import Channel, Message
 from peer.model.decoder import Decoder, FlatParameters
+from peer.model.objectives import ExampleBuilder
 from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
 from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
@@ -55,8 +57,10 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
     _LOGGER.info("step plan: %s", plan.reason)
     bound = message["max_micro_batch_sequences"] or plan.micro_batch_sequences
     sequences = min(plan.micro_batch_sequences, bound)
-    seq_len, vocab_size = spec.model.seq_len, spec.model.vocab_size
-    reader = ChunkReader(seed=spec.seed, seq_len=seq_len, vocab_size=vocab_size)
+    seq_len = spec.model.seq_len
+    byte_lengths = token_byte_lengths(Path(message["tokenizer_path"]))
+    builder = ExampleBuilder.for_run(spec, byte_lengths)
+    reader = ChunkReader(builder, seed=spec.seed, seq_len=seq_len, vocab_size=byte_lengths.size)
     loop = TrainLoop(
         step=step,
         strategy=SyncStrategy(vectors.contribution, seq_len=seq_len),
@@ -64,7 +68,7 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
         vectors=vectors,
         link=link,
         desk=EvaluationDesk(
-            step, vectors=vectors, link=link, tokenizer_path=Path(message["tokenizer_path"])
+            step, vectors=vectors, link=link, byte_lengths=byte_lengths, builder=builder
         ),
         micro_batch_sequences=sequences,
     )

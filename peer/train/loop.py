@@ -137,7 +137,7 @@ class TrainLoop:
 
     def _train(self, batch: MicroBatch) -> None:
         begin_seconds = self._clock()
-        result = self.step.run(batch.inputs_BT, batch.labels_BT)
+        result = self.step.run(batch.examples)
         if not result.is_finite:
             self._drop_bad(result.total_nats)
             return
