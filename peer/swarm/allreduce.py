@@ -6,9 +6,9 @@ pieces. A member opens one stream to each other reducer, sends PartHeader and it
 run, and receives ReducedHeader and the reduced pieces on the same stream, which it acknowledges.
 The reducer holds every piece against the digest that its sender committed to when it joined, so
 nobody chooses after seeing others; it sums float32(w_i / W) * x_i in member order, each operation
-rounded on its own, and everybody including the reducer uses the same result bytes. Any failure ends
-the attempt whole, with a reason that names the peer. A member without work sends a header and no
-piece.
+rounded on its own, encodes the sum once, and everybody including the reducer decodes the same
+bytes. Any failure ends the attempt whole, with a reason that names the peer. A member without work
+sends a header and no piece.
 """
 
 import asyncio
@@ -17,13 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peer.swarm.codecs import EncodedVector, piece_bounds, piece_byte_bounds
 from peer.swarm.transport import PeerCallError, Stream, StreamError, Transport
-from protos.contract.digest import (
-    PIECE_VALUES,
-    Float32Vector,
-    digest_of_pieces,
-    piece_digest,
-)
+from protos.contract.codecs_wire import Codec
+from protos.contract.digest import Float32Vector, digest_of_pieces, piece_digest
+from protos.contract.errors import CorruptDataError
 from protos.muster.v1 import rounds_pb2, state_pb2
 
 PART_STREAM = "part"
@@ -45,18 +43,19 @@ class ReduceError(Exception):
 class AveragedVector:
     """Result of a reduction; every member holds the same bytes."""
 
-    vector: Float32Vector
+    encoded: EncodedVector
     piece_digests: tuple[bytes, ...]
+    """Of the encoded pieces."""
+
+    @classmethod
+    def from_encoded(cls, encoded: EncodedVector) -> "AveragedVector":
+        """Hash the pieces."""
+        return cls(encoded=encoded, piece_digests=encoded.digests())
 
     @property
     def averaged_digest(self) -> bytes:
         """What the value names."""
         return digest_of_pieces(self.piece_digests)
-
-
-def piece_bounds(begin_piece: int, end_piece: int, num_values: int) -> tuple[int, int]:
-    """Values of a run of pieces."""
-    return min(begin_piece * PIECE_VALUES, num_values), min(end_piece * PIECE_VALUES, num_values)
 
 
 class Reduction:
@@ -70,11 +69,13 @@ class Reduction:
         group: rounds_pb2.FormGroup,
         tokens_by_peer: dict[str, int],
         own_peer_id: str,
-        own_vector: Float32Vector,
+        codec: Codec,
+        num_values: int,
+        own: EncodedVector | None,
         on_exchanged: Callable[[], None] | None = None,
     ) -> None:
-        """`place` = (incarnation, outer step, attempt); `own_vector` is read while the reduction
-        runs.
+        """`place` = (incarnation, outer step, attempt); `own` is read while the reduction runs;
+        a member without work has none.
 
         `on_exchanged` is called when the pieces that this member reduces are here and summed.
         """
@@ -82,7 +83,7 @@ class Reduction:
         self.place = place
         self._transport = transport
         self._own_peer_id = own_peer_id
-        self._num_values = own_vector.size
+        self._codec, self._num_values, self._own = codec, num_values, own
         self._members = [member.contribution.peer_id for member in group.members]
         self._join_by_peer = {member.contribution.peer_id: member for member in group.members}
         ends = list(group.reducer_piece_ends)
@@ -92,12 +93,14 @@ class Reduction:
         self._weight_by_peer = {
             peer: np.float32(tokens_by_peer[peer] / total) for peer in self._members
         }
-        self._own_vector = own_vector
-        self._result = np.empty(self._num_values, dtype=np.float32)
+        working = [member for member in group.members if member.contribution.ranges]
+        self._result_codec = codec.for_result(len(working))
+        self._result = bytearray(self._result_codec.encoded_bytes(num_values))
         self._digests: list[bytes] = [b""] * ends[-1]
         begin, end = self._run_by_peer[own_peer_id]
         self._own_run = (begin, end)
-        self._part_by_peer: dict[str, Float32Vector] = {}
+        self._part_by_peer: dict[str, list[bytes]] = {}
+        """Encoded pieces of the own run."""
         self._all_parts = asyncio.Event()
         self._reduced = asyncio.Event()
         self._failure: ReduceError | None = None
@@ -128,7 +131,12 @@ class Reduction:
             for task in (*tasks, watcher):
                 task.cancel()
             await asyncio.gather(*tasks, watcher, return_exceptions=True)
-        return AveragedVector(vector=self._result, piece_digests=tuple(self._digests))
+        encoded = EncodedVector(
+            codec=self._result_codec,
+            num_values=self._num_values,
+            data=memoryview(self._result).toreadonly(),
+        )
+        return AveragedVector(encoded=encoded, piece_digests=tuple(self._digests))
 
     def fail(self, error: ReduceError) -> None:
         """End the reduction; streams that wait for it are told why."""
@@ -168,9 +176,13 @@ class Reduction:
             return
         digests = self._digests[begin:end]
         await stream.send_message(state_pb2.ReducedHeader(piece_digests=digests))
-        first, last = piece_bounds(begin, end, self._num_values)
-        await stream.send_bytes(self._result[first:last].data)
+        await stream.send_bytes(self._result_run(begin, end))
         await stream.wait_acknowledged()
+
+    def _result_run(self, begin: int, end: int) -> memoryview:
+        """Encoded bytes of a run of pieces of the result."""
+        first, last = piece_byte_bounds(self._result_codec, begin, end, self._num_values)
+        return memoryview(self._result)[first:last]
 
     async def _wait_reduced(self) -> None:
         waits = [asyncio.ensure_future(e.wait()) for e in (self._reduced, self._failed)]
@@ -183,20 +195,16 @@ class Reduction:
     async def _refuse(self, stream: Stream, reason: str) -> None:
         await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
 
-    async def _receive_part(self, sender: str, stream: Stream) -> Float32Vector:
+    async def _receive_part(self, sender: str, stream: Stream) -> list[bytes]:
         begin, end = self._own_run
-        first, last = piece_bounds(begin, end, self._num_values)
-        part = np.empty(last - first, dtype=np.float32)
+        pieces = []
         for piece in range(begin, end):
-            low, high = piece_bounds(piece, piece + 1, self._num_values)
-            data = await stream.read_bytes(4 * (high - low))
+            low, high = piece_byte_bounds(self._codec, piece, piece + 1, self._num_values)
+            data = await stream.read_bytes(high - low)
             if piece_digest(data) != self._join_by_peer[sender].piece_digests[piece]:
                 raise ReduceError(f"piece {piece} is not what {sender} committed to")
-            values = np.frombuffer(data, dtype="<f4")
-            if not np.isfinite(values).all():
-                raise ReduceError(f"piece {piece} holds values that are not finite")
-            part[low - first : high - first] = values
-        return part
+            pieces.append(data)
+        return pieces
 
     def _check_all_parts(self) -> None:
         begin, end = self._own_run
@@ -218,24 +226,31 @@ class Reduction:
             self._on_exchanged()
 
     def _sum_own_run(self) -> None:
-        begin, end = self._own_run
-        first, _ = piece_bounds(begin, end, self._num_values)
-        for piece in range(begin, end):
+        for piece in range(*self._own_run):
             low, high = piece_bounds(piece, piece + 1, self._num_values)
-            total: Float32Vector | None = None
+            total, values = np.zeros((2, high - low), dtype=np.float32)
             for peer_id in self._members:
-                if not self._join_by_peer[peer_id].contribution.ranges:
-                    continue
-                values = (
-                    self._own_vector[low:high]
-                    if peer_id == self._own_peer_id
-                    else self._part_by_peer[peer_id][low - first : high - first]
-                )
-                weighted = np.multiply(values, self._weight_by_peer[peer_id])
-                total = weighted if total is None else np.add(total, weighted, out=total)
-            assert total is not None
-            self._result[low:high] = total
-            self._digests[piece] = piece_digest(self._result[low:high])
+                if self._join_by_peer[peer_id].contribution.ranges:
+                    self._decode_piece(peer_id, piece, values)
+                    np.multiply(values, self._weight_by_peer[peer_id], out=values)
+                    np.add(total, values, out=total)
+            encoded = self._result_run(piece, piece + 1)
+            try:
+                encoded[:] = self._result_codec.encode(total)
+            except CorruptDataError as error:
+                raise ReduceError(f"sum of piece {piece}: {error}") from error
+            self._digests[piece] = piece_digest(encoded)
+
+    def _decode_piece(self, peer_id: str, piece: int, out: Float32Vector) -> None:
+        """Values of a working member's piece of the own run, checked."""
+        if peer_id == self._own_peer_id:
+            assert self._own is not None
+            self._own.decode_run(piece, piece + 1, out)
+            return
+        try:
+            self._codec.decode(self._part_by_peer[peer_id][piece - self._own_run[0]], out)
+        except CorruptDataError as error:
+            raise ReduceError(f"piece {piece} of {peer_id}: {error}", peer_id=peer_id) from error
 
     # As a sender ------------------------------------------------------------------------------
 
@@ -270,8 +285,8 @@ class Reduction:
             )
         )
         if has_work:
-            first, last = piece_bounds(begin, end, self._num_values)
-            await stream.send_bytes(self._own_vector[first:last].data)
+            assert self._own is not None
+            await stream.send_bytes(self._own.run(begin, end))
 
     async def _receive_reduced(self, reducer: str, stream: Stream) -> None:
         begin, end = self._run_by_peer[reducer]
@@ -282,13 +297,23 @@ class Reduction:
             found = f"{len(header.piece_digests)} digests for {end - begin} pieces"
             raise ReduceError(f"{reducer} sent {found}", peer_id=reducer)
         for piece, digest in enumerate(header.piece_digests, start=begin):
-            low, high = piece_bounds(piece, piece + 1, self._num_values)
-            data = await stream.read_bytes(4 * (high - low))
-            values = np.frombuffer(data, dtype="<f4")
-            if piece_digest(data) != digest or not np.isfinite(values).all():
-                raise ReduceError(f"reduced piece {piece} of {reducer} is damaged", peer_id=reducer)
-            self._result[low:high] = values
-            self._digests[piece] = digest
+            await self._receive_reduced_piece(reducer, stream, piece, digest)
+
+    async def _receive_reduced_piece(
+        self, reducer: str, stream: Stream, piece: int, digest: bytes
+    ) -> None:
+        first, last = piece_bounds(piece, piece + 1, self._num_values)
+        encoded = self._result_run(piece, piece + 1)
+        data = await stream.read_bytes(len(encoded))
+        if piece_digest(data) != digest:
+            raise ReduceError(f"reduced piece {piece} of {reducer} is damaged", peer_id=reducer)
+        try:
+            self._result_codec.decode(data, np.empty(last - first, dtype=np.float32))
+        except CorruptDataError as error:
+            reason = f"reduced piece {piece} of {reducer}: {error}"
+            raise ReduceError(reason, peer_id=reducer) from error
+        encoded[:] = data
+        self._digests[piece] = digest
 
 
 class ReductionDesk:

@@ -16,6 +16,7 @@ from typing import Any
 from peer.ipc import AsyncChannel
 from peer.swarm import round_types as rt
 from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
+from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.pace import Pace
 from peer.swarm.replica import Replica
@@ -68,6 +69,7 @@ class RoundShell:
         self.refused_reason = ""
         self._checks: SignedChecks | None = None
         self._own: rt.OwnContribution | None = None
+        self._own_encoded: EncodedVector | None = None
         self._reduction: asyncio.Task[None] | None = None
         self._fetching: set[bytes] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,7 +142,7 @@ class RoundShell:
     def end(self) -> None:
         """Leave the step, decided or not."""
         self.machine = None
-        self._own = None
+        self._own, self._own_encoded = None, None
         self._abort_reduction("the step has ended")
 
     async def finish_reduction(self) -> None:
@@ -158,9 +160,14 @@ class RoundShell:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def contribute(self, own: rt.OwnContribution | None) -> None:
-        """The own contribution for this step is frozen (or an empty one withdrawn)."""
-        self._own = own
+    async def contribute(
+        self, own: rt.OwnContribution | None, encoded: EncodedVector | None = None
+    ) -> None:
+        """The own contribution for this step is frozen (or an empty one withdrawn).
+
+        `encoded` is what it brings, if it has ranges.
+        """
+        self._own, self._own_encoded = own, encoded
         if own is not None and own.contribution.ranges and self._timeline.phase is None:
             self._enter(RoundPhase.FORM)
         await self.handle(rt.Contributed(own))
@@ -306,7 +313,9 @@ class RoundShell:
             group=effect.group,
             tokens_by_peer=tokens,
             own_peer_id=self._key.peer_id,
-            own_vector=self._replica.vectors.contribution,
+            codec=self._replica.codec,
+            num_values=self._replica.vectors.num_values,
+            own=self._own_encoded,
             on_exchanged=self._exchanged,
         )
         self._desk.open(reduction)
@@ -349,6 +358,7 @@ class RoundShell:
                     self._transport,
                     holders,
                     digest,
+                    codec_name=self._replica.codec.name,
                     num_values=self._replica.vectors.num_values,
                 )
                 if averaged is None:

@@ -98,7 +98,7 @@ def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
         ("peak_lr = 0.001", "peak_lr = nan", "peak_lr = nan"),
         ("peak_lr = 0.001", "peak_lr = 0", "peak_lr = 0"),
         ('"sync"', '"diloco"', "strategy.name = 'diloco'.*sync"),
-        ('"fp32"', '"int8"', "codec 'int8'.*fp32"),
+        ('"fp32"', '"int3"', "codec 'int3'.*fp32.*int8"),
         ('"causal"', '"masked"', "objective = 'masked'"),
         ("num_kv_heads = 2", "num_kv_heads = 3", "num_kv_heads = 3.*divisor of num_heads = 4"),
         ("head_dim = 16", "head_dim = 15", "head_dim = 15.*even"),
