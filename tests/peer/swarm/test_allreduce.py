@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer.swarm.allreduce import AveragedVector, ReduceError, Reduction, ReductionDesk
+from peer.swarm.allreduce import (
+    PART_STREAM,
+    AveragedVector,
+    ReduceError,
+    Reduction,
+    ReductionDesk,
+)
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.transport import Transport
 from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
@@ -66,15 +72,17 @@ def _vector(peer: str) -> Float32Vector:
     return values.astype(np.float32)
 
 
-def _group(codec: Codec) -> rounds_pb2.FormGroup:
-    pieces = num_pieces(NUM_VALUES)
+PIECES = num_pieces(NUM_VALUES)
+
+
+def _group(codec: Codec, ends: tuple[int, ...] = (1, 3, PIECES)) -> rounds_pb2.FormGroup:
     members = []
     for peer in PEERS:
         ranges = [rounds_pb2.LeasedRange(end_window=1)] if TOKENS[peer] else []
         digests = EncodedVector.encode(codec, _vector(peer)).digests() if TOKENS[peer] else ()
         contribution = rounds_pb2.Contribution(peer_id=peer, ranges=ranges)
         members.append(rounds_pb2.JoinGroup(contribution=contribution, piece_digests=digests))
-    return rounds_pb2.FormGroup(members=members, reducer_piece_ends=[1, 3, pieces])
+    return rounds_pb2.FormGroup(members=members, reducer_piece_ends=ends)
 
 
 async def _start_desks(hosts: Hosts) -> dict[str, ReductionDesk]:
@@ -159,7 +167,7 @@ def test_part_that_no_encoder_writes_ends_the_attempt_and_names_its_sender(tmp_p
         results = await _average(hosts, vectors, int8, group=group, forged={"b": forged})
         failure = results["a"]
         assert isinstance(failure, ReduceError) and failure.peer_id == "b"
-        assert "piece 0 of b: codec int8: code -128" in str(failure)
+        assert "part of b: codec int8: code -128" in str(failure)
 
     _with_hosts(tmp_path, body)
 
@@ -170,24 +178,67 @@ def test_bytes_that_were_not_committed_to_end_the_attempt(tmp_path: Path) -> Non
         vectors["b"][0] = 1.5  # changed after committing; piece 0 is reduced by a
         results = await _average(hosts, vectors)
         assert all(isinstance(result, ReduceError) for result in results.values())
-        assert "not what b committed to" in str(results["a"])
+        assert "part of b: piece 0 is not what was committed to" in str(results["a"])
 
     _with_hosts(tmp_path, body)
+
+
+def test_member_that_cannot_be_dialled_reduces_nothing(tmp_path: Path) -> None:
+    async def body(hosts: Hosts) -> None:
+        vectors = {peer: _vector(peer) for peer in PEERS}
+        results = await _average(hosts, vectors, group=_group(FP32, ends=(0, 3, PIECES)))
+        assert all(isinstance(result, AveragedVector) for result in results.values()), results
+        assert len({r.averaged_digest for r in results.values()}) == 1  # type: ignore[union-attr]
+
+    _with_hosts(tmp_path, body)
+
+
+def test_a_stopped_member_is_named_by_those_who_wait_for_it(tmp_path: Path) -> None:
+    async def body(hosts: Hosts) -> None:
+        reductions, end = {}, asyncio.Event()
+        for peer in ("a", "c"):
+            desk = ReductionDesk(hosts[peer])
+            await desk.start()
+            reductions[peer] = _reduction(hosts[peer], peer)
+            desk.open(reductions[peer])
+        await hosts["b"].serve_streams(PART_STREAM, lambda sender, stream: _wait(end))
+        runs = [asyncio.ensure_future(r.run()) for r in reductions.values()]
+        while not reductions["a"].silent_peer(0.2)[0]:
+            await asyncio.wait(runs, timeout=0.05)
+        peer_id, seconds = reductions["a"].silent_peer(0.2)
+        assert peer_id == "b" and seconds >= 0.2
+        assert reductions["a"].silent_peer(100.0) == ("", 0.0)
+        for reduction in reductions.values():
+            reduction.fail(ReduceError("b is silent", peer_id="b"))
+        for run in runs:
+            with pytest.raises(ReduceError, match="silent"):
+                await run
+        end.set()
+
+    _with_hosts(tmp_path, body)
+
+
+async def _wait(end: asyncio.Event) -> None:
+    await end.wait()
+
+
+def _reduction(host: Transport, peer: str) -> Reduction:
+    return Reduction(
+        host,
+        place=(1, 1, 0),
+        group=_group(FP32),
+        tokens_by_peer=TOKENS,
+        own_peer_id=peer,
+        codec=FP32,
+        num_values=NUM_VALUES,
+        own=EncodedVector.encode(FP32, _vector(peer)) if TOKENS[peer] else None,
+    )
 
 
 def test_dead_member_is_named(tmp_path: Path) -> None:
     async def body(hosts: Hosts) -> None:
         await hosts["b"].close()
-        reduction = Reduction(
-            hosts["a"],
-            place=(1, 1, 0),
-            group=_group(FP32),
-            tokens_by_peer=TOKENS,
-            own_peer_id="a",
-            codec=FP32,
-            num_values=NUM_VALUES,
-            own=EncodedVector.encode(FP32, _vector("a")),
-        )
+        reduction = _reduction(hosts["a"], "a")
         with pytest.raises(ReduceError) as caught:
             await asyncio.wait_for(reduction.run(), 20.0)
         assert caught.value.peer_id == "b"
