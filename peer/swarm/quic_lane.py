@@ -95,7 +95,7 @@ class Routes:
 
     async def _ensure_lane(self) -> P2P:
         async with self._lane_starting:
-            if self._lane is None:
+            if self._lane is None or self._lane._child.returncode is not None:
                 lane = await self._transport.start_quic(timeout_seconds=_START_SECONDS)
                 for name in self._handlers:
                     await self._serve_on_lane(lane, name)
@@ -109,6 +109,8 @@ class Routes:
             info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             peer_id = self._peer_by_lane.get(str(info.peer_id.to_base58()))
+            if peer_id is not None and not self._transport.is_member(peer_id):
+                peer_id = None  # it has left the roster since
             await self._transport.handle_stream(peer_id, name, handler, reader, writer)
 
         await lane.add_binary_stream_handler(self._transport.protocol(name), guarded)
@@ -134,10 +136,14 @@ class Routes:
         owner = self._peer_by_lane.get(offer.p2p_peer_id, peer_id)
         if owner != peer_id or not offer.p2p_peer_id:
             return False
+        try:
+            identity = PeerID.from_base58(offer.p2p_peer_id)
+        except ValueError:
+            return False
         before = self._lane_by_peer.get(peer_id)
         if before is not None:
             self._peer_by_lane.pop(str(before.to_base58()), None)
-        self._lane_by_peer[peer_id] = PeerID.from_base58(offer.p2p_peer_id)
+        self._lane_by_peer[peer_id] = identity
         self._peer_by_lane[offer.p2p_peer_id] = peer_id
         return True
 
@@ -153,10 +159,10 @@ class Routes:
         if not self._learn(peer_id, offer):
             raise PeerCallError(f"{peer_id} has no lane", is_down=False)
         identity, suffix = self._lane_by_peer[peer_id], Multiaddr(f"/p2p/{offer.p2p_peer_id}")
-        plain = [Multiaddr(a).decapsulate(suffix) for a in offer.addresses]
         assert self._lane is not None
         client: Any = self._lane._client  # noqa: SLF001 (hivemind has no public door for this)
         try:
+            plain = [Multiaddr(address).decapsulate(suffix) for address in offer.addresses]
             await asyncio.wait_for(client.connect(identity, plain), _CONNECT_SECONDS)
         except (P2PDaemonError, OSError, ValueError, TimeoutError) as error:
             raise PeerCallError(f"QUIC: {error!r}"[:200], is_down=False) from error

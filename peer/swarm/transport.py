@@ -10,10 +10,7 @@ private folder that is emptied at start, and it ends within seconds of its paren
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -28,14 +25,13 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
 from peer.swarm.link_meter import LinkMeter
+from peer.swarm.sockets import socket_folder
 from protos.contract.errors import ErrorCode, MachineError
 
 __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_SOCKET_PATH_BYTES = 100
-_SOCKET_NAME_BYTES = 32
 _WRITE_BYTES = 2**18
 _LEAST_WAIT_SECONDS = 0.005
 _NUM_LOOKS = 4
@@ -279,6 +275,10 @@ class Transport:
             peer: PeerID.from_base58(p2p) for peer, p2p in p2p_by_peer.items() if p2p
         }
 
+    def is_member(self, peer_id: str) -> bool:
+        """True if this peer is answered."""
+        return peer_id in self._p2p_by_peer
+
     def add_addresses(self, peer_id: str, addresses: Iterable[str]) -> None:
         """Remember where a member may be reached."""
         known = self._addresses_by_peer.setdefault(peer_id, set())
@@ -468,30 +468,6 @@ class Transport:
             wait_seconds = self._next_send_seconds - now
             self._next_send_seconds += num_bytes / self._bytes_per_second
         return wait_seconds if wait_seconds > _LEAST_WAIT_SECONDS else 0.0
-
-
-def socket_folder(home: Path) -> Path:
-    """Private folder for p2pd's unix sockets, emptied: `home` is locked, so what is there belongs
-    to the dead.
-
-    A unix socket's path is limited to about 100 bytes; a longer home gets a folder of its own in
-    the temp folder.
-    """
-    folder = home.resolve() / "run"
-    if len(os.fsencode(folder)) + _SOCKET_NAME_BYTES > _MAX_SOCKET_PATH_BYTES:
-        name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir()) / f"muster-{os.getuid()}-{name}"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise MachineError(
-            f"{folder} belongs to another user",
-            allowed="a folder of our own",
-            remedy="remove it or choose another --home",
-            code=ErrorCode.PERMISSION_DENIED,
-        )
-    for path in folder.glob("*.sock"):
-        path.unlink(missing_ok=True)
-    return folder
 
 
 def _short(error: BaseException) -> str:
