@@ -97,7 +97,6 @@ def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
         ("peak_lr = 0.001", "peak_lr = nan", "peak_lr = nan"),
         ("peak_lr = 0.001", "peak_lr = 0", "peak_lr = 0"),
         ('"sync"', '"diloco"', "strategy.name = 'diloco'.*sync"),
-        ('"fp32"', '"int8"', "codec 'int8'.*fp32"),
         ('"causal"', '"maskd"', "objective.name = 'maskd'.*masked"),
         ("mean_span_tokens = 3.0", "mean_span_tokens = 0.5", "objective.mean_span_tokens = 0.5"),
         (
@@ -105,6 +104,7 @@ def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
             "corruption_ratio = 0.9",
             "corruption_ratio = 0.9.*at most 0.5",
         ),
+        ('"fp32"', '"int3"', "codec 'int3'.*fp32.*int8"),
         ("num_kv_heads = 2", "num_kv_heads = 3", "num_kv_heads = 3.*divisor of num_heads = 4"),
         ("head_dim = 16", "head_dim = 15", "head_dim = 15.*even"),
         ("budget_tokens = 1024000", "budget_tokens = 1024001", "multiple of model.seq_len = 128"),
