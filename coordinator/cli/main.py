@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import corpus, ledger, plan, runs, serve, status, study, tokens, up_command
+from coordinator.cli import (
+    begin_normal_interrupts,
+    corpus,
+    ledger,
+    plan,
+    runs,
+    serve,
+    status,
+    study,
+    tokens,
+    up_command,
+)
 from coordinator.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
@@ -66,6 +77,7 @@ app.add_typer(study.app, name="study")
 
 def main() -> None:
     """Entry point of the console script."""
+    begin_normal_interrupts()
     try:
         app()
     except MusterError as error:

@@ -71,6 +71,7 @@ class SessionNumbers:
     is_coordinator_reachable: bool = True
     metrics_port: int | None = None
     device: str = ""
+    micro_batch_sequences: int = 0
     addresses: list[str] = field(default_factory=list)
 
     def claims(self) -> membership_pb2.PeerClaims:

@@ -1,34 +1,65 @@
-"""Averaging of one attempt: a plain butterfly over p2p streams, every byte checked, the result
+"""Averaging of one attempt: a pipelined butterfly over p2p streams, every byte checked, the result
 encoded once.
 
-The vector is cut into the pieces of digest.py; each member that can be dialled reduces a run of
-pieces. A member opens one stream to each other reducer, sends PartHeader and its pieces of that
-run, and receives ReducedHeader and the reduced pieces on the same stream, which it acknowledges.
-The reducer holds every piece against the digest that its sender committed to when it joined, so
-nobody chooses after seeing others; it sums float32(w_i / W) * x_i in member order, each operation
-rounded on its own, and everybody including the reducer uses the same result bytes. Any failure ends
-the attempt whole, with a reason that names the peer. A member without work sends a header and no
-piece.
+The vector is cut into the pieces of digest.py; members that can be dialled reduce a run of pieces
+each. A member opens one stream to every other reducer, sends PartHeader and its pieces of that run,
+and on the same stream receives ReducedHeader and the reduced pieces as soon as they are summed,
+which it acknowledges. So both directions of a link are busy at once, and as many bytes are in
+flight as the streams hold. A reducer checks every piece against the digest that its sender
+committed to when it joined, and sums in member order (slice_sum.py). Any failure ends the attempt
+whole, with a reason that names the peer.
+
+Threads do the work, one per stream and direction: reading, hashing and summing hold no interpreter
+lock, and the event loop stays free for messages. A member without work sends a header and no piece.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from peer.swarm.transport import PeerCallError, Stream, StreamError, Transport
-from protos.contract.digest import (
-    PIECE_VALUES,
-    Float32Vector,
-    digest_of_pieces,
-    piece_digest,
+from peer.swarm.buffer_pool import BufferPool
+from peer.swarm.bulk_stream import BulkStream, StreamError
+from peer.swarm.codecs import EncodedVector, piece_bounds
+from peer.swarm.part_frames import (
+    Refused,
+    read_digests,
+    read_mark,
+    read_part,
+    read_pieces,
+    send_batch,
+    send_refusal,
 )
+from peer.swarm.slice_sum import NotFinite, ResultBuffer, SliceSum, Stopped, batches_of
+from peer.swarm.transport import PeerCallError, Stream, StreamHandler
+from protos.contract.codecs_wire import Codec
+from protos.contract.digest import PIECE_VALUES, digest_of_pieces
+from protos.contract.errors import CorruptDataError
 from protos.muster.v1 import rounds_pb2, state_pb2
+
+logger = logging.getLogger(__name__)
 
 PART_STREAM = "part"
 _EARLY_SECONDS = 15.0
 """How long a stream that arrives before the own group waits for it."""
+_TELL_SECONDS = 1.0
+"""How long a failed reduction's streams stay open, so that the reason gets through."""
+
+
+class Streams(Protocol):
+    """Opens and answers members' streams: Transport, or Routes, which choose the way."""
+
+    async def open_stream(self, peer_id: str, name: str) -> Stream:
+        """Open a stream to a member. Raises PeerCallError."""
+
+    async def serve_streams(self, name: str, handler: StreamHandler) -> None:
+        """Answer streams that members open."""
 
 
 class ReduceError(Exception):
@@ -45,8 +76,14 @@ class ReduceError(Exception):
 class AveragedVector:
     """Result of a reduction; every member holds the same bytes."""
 
-    vector: Float32Vector
+    encoded: EncodedVector
     piece_digests: tuple[bytes, ...]
+    """Of the encoded pieces."""
+
+    @classmethod
+    def from_encoded(cls, encoded: EncodedVector) -> "AveragedVector":
+        """Hash the pieces."""
+        return cls(encoded=encoded, piece_digests=encoded.digests())
 
     @property
     def averaged_digest(self) -> bytes:
@@ -54,241 +91,317 @@ class AveragedVector:
         return digest_of_pieces(self.piece_digests)
 
 
-def piece_bounds(begin_piece: int, end_piece: int, num_values: int) -> tuple[int, int]:
-    """Values of a run of pieces."""
-    return min(begin_piece * PIECE_VALUES, num_values), min(end_piece * PIECE_VALUES, num_values)
-
-
 class Reduction:
     """One member's part in one attempt; made when the group is accepted, used once."""
 
     def __init__(
         self,
-        transport: Transport,
+        streams: Streams,
         *,
         place: tuple[int, int, int],
         group: rounds_pb2.FormGroup,
         tokens_by_peer: dict[str, int],
         own_peer_id: str,
-        own_vector: Float32Vector,
+        codec: Codec,
+        num_values: int,
+        own: EncodedVector | None,
         on_exchanged: Callable[[], None] | None = None,
+        buffers: BufferPool | None = None,
     ) -> None:
-        """`place` = (incarnation, outer step, attempt); `own_vector` is read while the reduction
-        runs.
+        """`place` = (incarnation, outer step, attempt); `own` is read while the reduction runs, and
+        None for a member without work.
 
-        `on_exchanged` is called when the pieces that this member reduces are here and summed.
+        `on_exchanged` is called when all own pieces have left and the pieces that this member
+        reduces are summed. `buffers` keeps memory from one reduction to the next.
         """
-        self._on_exchanged = on_exchanged
+        buffers = buffers or BufferPool()
+        buffers.begin_round()
         self.place = place
-        self._transport = transport
-        self._own_peer_id = own_peer_id
-        self._num_values = own_vector.size
+        self._streams = streams
+        self._own_peer_id, self._own = own_peer_id, own
+        self._codec, self._num_values = codec, num_values
+        self._on_exchanged = on_exchanged
         self._members = [member.contribution.peer_id for member in group.members]
         self._join_by_peer = {member.contribution.peer_id: member for member in group.members}
         ends = list(group.reducer_piece_ends)
         begins = [0, *ends[:-1]]
         self._run_by_peer = dict(zip(self._members, zip(begins, ends, strict=True), strict=True))
+        working = [peer for peer in self._members if self._has_work(peer)]
+        self._result = ResultBuffer(codec.for_result(len(working)), num_values, buffers)
         total = sum(tokens_by_peer[peer] for peer in self._members)
-        self._weight_by_peer = {
-            peer: np.float32(tokens_by_peer[peer] / total) for peer in self._members
-        }
-        self._own_vector = own_vector
-        self._result = np.empty(self._num_values, dtype=np.float32)
-        self._digests: list[bytes] = [b""] * ends[-1]
-        begin, end = self._run_by_peer[own_peer_id]
-        self._own_run = (begin, end)
-        self._part_by_peer: dict[str, Float32Vector] = {}
-        self._all_parts = asyncio.Event()
-        self._reduced = asyncio.Event()
+        self._sum = SliceSum(
+            run=self._run_by_peer[own_peer_id],
+            members=working,
+            weight_by_peer={p: np.float32(tokens_by_peer[p] / total) for p in self._members},
+            own_peer_id=own_peer_id,
+            own=own if self._has_work(own_peer_id) else None,
+            result=self._result,
+            buffers=buffers,
+        )
+        reducers = [p for p in self._members if p != own_peer_id and self._has_run(p)]
+        senders = [p for p in self._members if p != own_peer_id and self._has_run(own_peer_id)]
+        self._reducers = reducers
+        self._summed_by_peer = {peer: self._sum.follow() for peer in senders}
+        self._served: set[str] = set()
+        self._outgoing: list[BulkStream] = []
+        self._incoming: list[BulkStream] = []
+        self._awaited: dict[tuple[str, bool], tuple[BulkStream | None, float]] = {}
+        """(peer_id, whether reduced pieces) -> stream, if open, and since when bytes are due."""
+        self._lock = threading.Lock()
+        self._exchange_left = len(reducers) + 1
         self._failure: ReduceError | None = None
         self._failed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def _has_work(self, peer_id: str) -> bool:
+        return len(self._join_by_peer[peer_id].contribution.ranges) > 0
+
+    def _has_run(self, peer_id: str) -> bool:
+        begin, end = self._run_by_peer[peer_id]
+        return begin < end
+
+    # Life -------------------------------------------------------------------------------------
 
     async def run(self) -> AveragedVector:
-        """Average. Raises ReduceError."""
-        jobs: list[Awaitable[None]] = [self._reduce_own(), self._raise_on_failure()]
-        for peer_id in self._members:
-            begin, end = self._run_by_peer[peer_id]
-            if peer_id != self._own_peer_id and begin < end:
-                jobs.append(self._exchange_with(peer_id))
-        tasks = [asyncio.ensure_future(job) for job in jobs]
-        watcher = tasks.pop(1)
+        """Average. Raises ReduceError. Other members may still be served after it has returned."""
+        for sender in self._sum.slots if self._has_run(self._own_peer_id) else ():
+            self._awaited.setdefault((sender, False), (None, time.monotonic()))
+        tasks = [asyncio.ensure_future(self._exchange_with(peer)) for peer in self._reducers]
+        tasks.append(asyncio.ensure_future(self._in_thread(self._sum_own)))
+        failing = asyncio.ensure_future(self._failed.wait())
         try:
             waiting = set(tasks)
-            while waiting:
+            while waiting and self._failure is None:
                 done, _ = await asyncio.wait(
-                    {*waiting, watcher}, return_when=asyncio.FIRST_COMPLETED
+                    {*waiting, failing}, return_when=asyncio.FIRST_COMPLETED
                 )
-                for task in done:
-                    task.result()
                 waiting -= done
-        except ReduceError as error:
-            self.fail(error)
+        except asyncio.CancelledError:
+            self.fail(ReduceError("averaging was given up"))
             raise
         finally:
-            for task in (*tasks, watcher):
+            for task in (*tasks, failing):
                 task.cancel()
-            await asyncio.gather(*tasks, watcher, return_exceptions=True)
-        return AveragedVector(vector=self._result, piece_digests=tuple(self._digests))
+            await asyncio.gather(*tasks, failing, return_exceptions=True)
+        if self._failure is not None:
+            raise self._failure
+        return AveragedVector(
+            encoded=self._result.encoded, piece_digests=tuple(self._result.digests)
+        )
 
     def fail(self, error: ReduceError) -> None:
-        """End the reduction; streams that wait for it are told why."""
+        """End the reduction; only the first reason counts. Members that we serve are
+        still told it.
+        """
         if self._failure is None:
             self._failure = error
-        self._failed.set()
+            self._failed.set()
+            self._sum.stop()
+            for stream in self._outgoing:
+                stream.close()
+            self._loop.call_later(_TELL_SECONDS, self.close)
 
-    async def _raise_on_failure(self) -> None:
-        await self._failed.wait()
-        assert self._failure is not None
-        raise self._failure
+    def close(self) -> None:
+        """Drop every stream, also those that still serve others."""
+        for stream in (*self._outgoing, *self._incoming):
+            stream.close()
+
+    def silent_peer(self, stall_seconds: float) -> tuple[str, float]:
+        """The member for whose bytes we have waited longest, and how long; ("", 0.0) if nobody is
+        that late.
+
+        Whoever owes us pieces of its own is blamed first: a reducer may be late only because it
+        waits for that one.
+        """
+        now = time.monotonic()
+        parts: list[tuple[float, str]] = []
+        reduced: list[tuple[float, str]] = []
+        for (peer_id, is_reduced), (stream, since_seconds) in list(self._awaited.items()):
+            last_seconds = stream.progress_seconds if stream is not None else 0.0
+            late_seconds = now - max(since_seconds, last_seconds)
+            (reduced if is_reduced else parts).append((late_seconds, peer_id))
+        for late, patience_seconds in ((parts, stall_seconds), (reduced, 1.5 * stall_seconds)):
+            if late:
+                seconds, peer_id = max(late)
+                return (peer_id, seconds) if seconds >= patience_seconds else ("", 0.0)
+        return "", 0.0
+
+    @property
+    def longest_wait_seconds(self) -> float:
+        """For the next bytes of any member."""
+        streams = (*self._outgoing, *self._incoming)
+        return max((stream.longest_wait_seconds for stream in streams), default=0.0)
+
+    def _in_thread(self, job: Callable[[], None]) -> "asyncio.Future[None]":
+        """Run in a thread of its own; a failure there fails the reduction."""
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def finish(error: ReduceError | None) -> None:
+            if error is not None:
+                self.fail(error)
+            if not future.done():
+                future.set_result(None)
+
+        def work() -> None:
+            error: ReduceError | None = None
+            try:
+                job()
+            except Stopped:
+                pass
+            except ReduceError as found:
+                error = found
+            with contextlib.suppress(RuntimeError):  # the loop may be gone as the process ends
+                self._loop.call_soon_threadsafe(finish, error)
+
+        threading.Thread(target=work, daemon=True, name="reduction").start()
+        return future
+
+    def _one_exchanged(self) -> None:
+        with self._lock:
+            self._exchange_left -= 1
+            is_last = self._exchange_left == 0
+        if is_last and self._on_exchanged is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._on_exchanged)
 
     # As a reducer -----------------------------------------------------------------------------
 
+    def _sum_own(self) -> None:
+        try:
+            self._sum.run()
+        except NotFinite as error:
+            raise ReduceError(str(error), peer_id=error.peer_id) from error
+        self._one_exchanged()
+
     async def serve(self, sender: str, header: state_pb2.PartHeader, stream: Stream) -> None:
         """Take a member's pieces of the own run and answer with the reduced ones."""
-        join = self._join_by_peer.get(sender)
-        has_work = join is not None and len(join.contribution.ranges) > 0
-        begin, end = self._own_run
-        wanted = (begin, end) if has_work else (begin, begin)
-        if join is None or (header.begin_piece, header.end_piece) != wanted:
-            found = f"pieces {header.begin_piece}-{header.end_piece}"
-            await self._refuse(stream, f"{found} of {sender}; expected {wanted}")
+        begin, end = self._run_by_peer[self._own_peer_id]
+        is_expected = sender in self._summed_by_peer and sender not in self._served
+        wanted = (begin, end if is_expected and self._has_work(sender) else begin)
+        found = (header.begin_piece, header.end_piece)
+        if not is_expected or found != wanted or self._failure is not None:
+            reason = f"pieces {found} of {sender}; expected {wanted}, once"
+            await refuse_stream(stream, str(self._failure or reason))
             return
+        self._served.add(sender)
+        bulk = await stream.detach()
+        self._incoming.append(bulk)
+        jobs = [self._in_thread(lambda: self._send_reduced(sender, bulk))]
+        if self._has_work(sender):
+            jobs.append(self._in_thread(lambda: self._receive_part(sender, bulk)))
+        await asyncio.gather(*jobs)
+        bulk.close()
+
+    def _receive_part(self, sender: str, stream: BulkStream) -> None:
+        slots, committed = self._sum.slots[sender], self._join_by_peer[sender].piece_digests
         try:
-            if has_work:
-                self._part_by_peer[sender] = await self._receive_part(sender, stream)
-            self._check_all_parts()
-        except (ReduceError, StreamError) as error:
-            failure = ReduceError(f"part of {sender}: {error}", peer_id=sender)
-            self.fail(failure)
-            await self._refuse(stream, str(failure))
-            return
-        await self._wait_reduced()
-        if self._failure is not None:
-            await self._refuse(stream, str(self._failure))
-            return
-        digests = self._digests[begin:end]
-        await stream.send_message(state_pb2.ReducedHeader(piece_digests=digests))
-        first, last = piece_bounds(begin, end, self._num_values)
-        await stream.send_bytes(self._result[first:last].data)
-        await stream.wait_acknowledged()
+            for batch in self._sum.batches:
+                self._awaited.pop((sender, False), None)
+                values = slots.take_free()
+                self._awaited[sender, False] = (stream, time.monotonic())
+                low, high = piece_bounds(batch.begin_piece, batch.end_piece, self._num_values)
+                digests = committed[batch.begin_piece : batch.end_piece]
+                read_part(stream, self._codec, batch, digests, values[: high - low])
+                slots.put_filled(values)
+            self._awaited.pop((sender, False), None)
+        except (StreamError, Refused, ValueError, CorruptDataError) as error:
+            raise ReduceError(f"part of {sender}: {error}", peer_id=sender) from error
 
-    async def _wait_reduced(self) -> None:
-        waits = [asyncio.ensure_future(e.wait()) for e in (self._reduced, self._failed)]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-
-    async def _refuse(self, stream: Stream, reason: str) -> None:
-        await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
-
-    async def _receive_part(self, sender: str, stream: Stream) -> Float32Vector:
-        begin, end = self._own_run
-        first, last = piece_bounds(begin, end, self._num_values)
-        part = np.empty(last - first, dtype=np.float32)
-        for piece in range(begin, end):
-            low, high = piece_bounds(piece, piece + 1, self._num_values)
-            data = await stream.read_bytes(4 * (high - low))
-            if piece_digest(data) != self._join_by_peer[sender].piece_digests[piece]:
-                raise ReduceError(f"piece {piece} is not what {sender} committed to")
-            values = np.frombuffer(data, dtype="<f4")
-            if not np.isfinite(values).all():
-                raise ReduceError(f"piece {piece} holds values that are not finite")
-            part[low - first : high - first] = values
-        return part
-
-    def _check_all_parts(self) -> None:
-        begin, end = self._own_run
-        working = {p for p in self._members if self._join_by_peer[p].contribution.ranges}
-        if begin == end or working <= {*self._part_by_peer, self._own_peer_id}:
-            self._all_parts.set()
-
-    async def _reduce_own(self) -> None:
-        """Sum the own run once every working member's pieces are here; `serve` then hands it
-        out.
+    def _send_reduced(self, receiver: str, stream: BulkStream) -> None:
+        """Hand out what is summed. A receiver that breaks off is not our failure: we hold the
+        result.
         """
-        begin, end = self._own_run
-        self._check_all_parts()
-        await self._all_parts.wait()
-        if begin < end:
-            await asyncio.to_thread(self._sum_own_run)
-        self._reduced.set()
-        if self._on_exchanged is not None:
-            self._on_exchanged()
-
-    def _sum_own_run(self) -> None:
-        begin, end = self._own_run
-        first, _ = piece_bounds(begin, end, self._num_values)
-        for piece in range(begin, end):
-            low, high = piece_bounds(piece, piece + 1, self._num_values)
-            total: Float32Vector | None = None
-            for peer_id in self._members:
-                if not self._join_by_peer[peer_id].contribution.ranges:
-                    continue
-                values = (
-                    self._own_vector[low:high]
-                    if peer_id == self._own_peer_id
-                    else self._part_by_peer[peer_id][low - first : high - first]
-                )
-                weighted = np.multiply(values, self._weight_by_peer[peer_id])
-                total = weighted if total is None else np.add(total, weighted, out=total)
-            assert total is not None
-            self._result[low:high] = total
-            self._digests[piece] = piece_digest(self._result[low:high])
+        summed = self._summed_by_peer[receiver]
+        try:
+            stream.send_message(state_pb2.ReducedHeader())
+            for _ in self._sum.batches:
+                batch = summed.get()
+                if batch is None:
+                    send_refusal(stream, str(self._failure or "averaging was given up"))
+                    return
+                digests = self._result.digests[batch.begin_piece : batch.end_piece]
+                send_batch(stream, self._result.encoded, batch, digests)
+            stream.wait_acknowledged()
+        except StreamError as error:
+            logger.debug("reduced pieces to %s: %s", receiver, error)
 
     # As a sender ------------------------------------------------------------------------------
 
     async def _exchange_with(self, reducer: str) -> None:
         """Send the own pieces of a reducer's run and take the reduced ones."""
-        stream: Stream | None = None
         try:
-            stream = await self._transport.open_stream(reducer, PART_STREAM)
-            await self._send_part(reducer, stream)
-            await self._receive_reduced(reducer, stream)
-            await stream.acknowledge()
+            stream = await self._streams.open_stream(reducer, PART_STREAM)
+            bulk = await stream.detach()
         except PeerCallError as error:
             reason = f"{reducer} cannot be reached: {error}"
-            raise ReduceError(reason, peer_id=reducer, is_down=error.is_down) from error
+            self.fail(ReduceError(reason, peer_id=reducer, is_down=error.is_down))
+            return
         except StreamError as error:
-            raise ReduceError(f"stream to {reducer}: {error}", peer_id=reducer) from error
-        finally:
-            if stream is not None:
-                stream.close()
-
-    async def _send_part(self, reducer: str, stream: Stream) -> None:
-        begin, end = self._run_by_peer[reducer]
-        has_work = len(self._join_by_peer[self._own_peer_id].contribution.ranges) > 0
-        incarnation, outer_step, attempt = self.place
-        await stream.send_message(
-            state_pb2.PartHeader(
-                incarnation=incarnation,
-                outer_step=outer_step,
-                attempt=attempt,
-                begin_piece=begin,
-                end_piece=end if has_work else begin,
+            self.fail(ReduceError(f"stream to {reducer}: {error}", peer_id=reducer))
+            return
+        self._outgoing.append(bulk)
+        try:
+            await asyncio.gather(
+                self._in_thread(lambda: self._send_part(reducer, bulk)),
+                self._in_thread(lambda: self._receive_reduced(reducer, bulk)),
             )
-        )
-        if has_work:
-            first, last = piece_bounds(begin, end, self._num_values)
-            await stream.send_bytes(self._own_vector[first:last].data)
+            self._in_thread(bulk.linger)
+        except asyncio.CancelledError:
+            bulk.close()
+            raise
 
-    async def _receive_reduced(self, reducer: str, stream: Stream) -> None:
+    def _send_part(self, reducer: str, stream: BulkStream) -> None:
         begin, end = self._run_by_peer[reducer]
-        header = await stream.read_message(state_pb2.ReducedHeader)
-        if header.refusal_reason:
-            raise ReduceError(f"{reducer}: {header.refusal_reason}")
-        if len(header.piece_digests) != end - begin:
-            found = f"{len(header.piece_digests)} digests for {end - begin} pieces"
-            raise ReduceError(f"{reducer} sent {found}", peer_id=reducer)
-        for piece, digest in enumerate(header.piece_digests, start=begin):
-            low, high = piece_bounds(piece, piece + 1, self._num_values)
-            data = await stream.read_bytes(4 * (high - low))
-            values = np.frombuffer(data, dtype="<f4")
-            if piece_digest(data) != digest or not np.isfinite(values).all():
-                raise ReduceError(f"reduced piece {piece} of {reducer} is damaged", peer_id=reducer)
-            self._result[low:high] = values
-            self._digests[piece] = digest
+        if not self._has_work(self._own_peer_id):
+            end = begin
+        incarnation, outer_step, attempt = self.place
+        header = state_pb2.PartHeader(
+            incarnation=incarnation,
+            outer_step=outer_step,
+            attempt=attempt,
+            begin_piece=begin,
+            end_piece=end,
+        )
+        try:
+            stream.send_message(header)
+            for batch in batches_of(begin, end):
+                assert self._own is not None
+                send_batch(stream, self._own, batch)
+        except StreamError as error:
+            # The reducer says why on the other direction, if it still can.
+            logger.debug("own part to %s: %s", reducer, error)
+            return
+        self._one_exchanged()
+
+    def _receive_reduced(self, reducer: str, stream: BulkStream) -> None:
+        result, scratch = self._result, np.empty(PIECE_VALUES, dtype=np.float32)
+        try:
+            self._awaited[reducer, True] = (stream, time.monotonic())
+            refusal = stream.read_message(state_pb2.ReducedHeader).refusal_reason
+            if refusal:
+                raise Refused(refusal)
+            for batch in batches_of(*self._run_by_peer[reducer]):
+                pieces = range(batch.begin_piece, batch.end_piece)
+                read_mark(stream)
+                digests = read_digests(stream, batch)
+                views = [result.encoded.run(piece, piece + 1) for piece in pieces]
+                read_pieces(stream, batch, digests, views)
+                for piece in pieces:
+                    result.check(piece, scratch)
+                result.digests[batch.begin_piece : batch.end_piece] = digests
+            stream.acknowledge()
+        except Refused as error:
+            raise ReduceError(f"{reducer}: {error}") from error
+        except (StreamError, ValueError, CorruptDataError) as error:
+            reason = f"reduced pieces of {reducer}: {error}"
+            raise ReduceError(reason, peer_id=reducer) from error
+        finally:
+            self._awaited.pop((reducer, True), None)
+
+
+async def refuse_stream(stream: Stream, reason: str) -> None:
+    """Tell a sender why its stream is of no use."""
+    await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
 
 
 class ReductionDesk:
@@ -296,17 +409,19 @@ class ReductionDesk:
     later.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
         self._current: Reduction | None = None
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
         """Begin to answer part streams."""
-        await self._transport.serve_streams(PART_STREAM, self._on_stream)
+        await self._streams.serve_streams(PART_STREAM, self._on_stream)
 
     def open(self, reduction: Reduction | None) -> None:
-        """Make a reduction the current one."""
+        """Make a reduction the current one; the one before serves nobody any more."""
+        if self._current is not None:
+            self._current.close()
         self._current = reduction
         self._changed.set()
         self._changed = asyncio.Event()
@@ -317,7 +432,7 @@ class ReductionDesk:
         reduction = await self._reduction_at(place)
         if reduction is None:
             reason = f"no reduction for incarnation, outer step and attempt {place}"
-            await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
+            await refuse_stream(stream, reason)
             return
         await reduction.serve(sender, header, stream)
 

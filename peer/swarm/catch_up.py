@@ -112,6 +112,7 @@ class CatchUp:
                 self._transport,
                 wanted,
                 value.averaged_digest,
+                codec_name=replica.codec.name,
                 num_values=replica.vectors.num_values,
             )
             if averaged is None:

@@ -3,14 +3,13 @@
 import asyncio
 from typing import Any
 
-import numpy as np
-
 from peer.ipc import Message
 from peer.swarm import round_types as rt
+from peer.swarm.codecs import EncodedVector
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
 from peer.swarm.round_shell import RoundShell
-from protos.contract.digest import vector_piece_digests
+from protos.contract.errors import CorruptDataError
 from protos.contract.telemetry import RoundOutcome
 from protos.muster.v1 import common_pb2, rounds_pb2
 
@@ -57,19 +56,28 @@ class Offers:
             loss_nats=message["loss_nats"],
         )
         verdict = shell.checks.check_contribution(contribution)
-        vector = self._replica.vectors.contribution
-        problem = verdict.reason
-        if not problem and not await asyncio.to_thread(lambda: bool(np.isfinite(vector).all())):
-            problem = "the gradient holds values that are not finite"
-        if problem or verdict.num_tokens == 0:
-            reason = f"contribution not usable: {problem or 'no tokens'}"
-            self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
+        problem = verdict.reason or ("" if verdict.num_tokens else "no tokens")
+        if problem:
+            self._refuse(problem)
             return
-        digests = await asyncio.to_thread(vector_piece_digests, vector)
-        own = rt.OwnContribution(contribution=contribution, piece_digests=tuple(digests))
+        try:
+            encoded, digests = await asyncio.to_thread(self._encode)
+        except CorruptDataError as error:
+            self._refuse(str(error))
+            return
+        own = rt.OwnContribution(contribution=contribution, piece_digests=digests)
         reason = f"{verdict.num_tokens} tokens ready, waiting for the group"
         self._reporter.phase("FORM", reason)
-        await shell.contribute(own)
+        await shell.contribute(own, encoded)
+
+    def _encode(self) -> tuple[EncodedVector, tuple[bytes, ...]]:
+        replica = self._replica
+        encoded = EncodedVector.encode(replica.codec, replica.vectors.contribution)
+        return encoded, encoded.digests()
+
+    def _refuse(self, problem: str) -> None:
+        reason = f"contribution not usable: {problem}"
+        self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
 
     async def _offer_idle(self) -> None:
         """Without work a member still votes and reduces."""

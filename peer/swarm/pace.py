@@ -1,4 +1,9 @@
-"""Patience learnt from measured rounds: median + spread, within limits. Pure."""
+"""Patience learnt from measured rounds and calls: median + spread. Pure.
+
+Nothing here affects what is agreed, only how long a member waits before it goes on without another.
+The limits around what was measured are wide: below them a busy machine would look dead, above them
+nobody would wait for a person's answer.
+"""
 
 import statistics
 from collections import deque
@@ -6,7 +11,11 @@ from collections import deque
 from peer.swarm.round_types import RoundTiming
 
 _NUM_ROUNDS = 16
+_NUM_CALLS = 64
+_LEAST_ROUNDS = 3
 _FIRST = RoundTiming(form_wait_seconds=30.0, reduce_wait_seconds=60.0)
+_FIRST_CALL_SECONDS = 4.0
+_FIRST_STALL_SECONDS = 15.0
 
 
 class Pace:
@@ -15,26 +24,58 @@ class Pace:
     def __init__(self) -> None:
         self._form_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._reduce_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
+        self._agree_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
+        self._wait_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
+        self._call_seconds: deque[float] = deque(maxlen=_NUM_CALLS)
 
-    def add(self, *, form_seconds: float, reduce_seconds: float) -> None:
-        """Remember a committed round: from the own contribution to the group, and from there to the
-        bytes.
+    def add(self, *, form_seconds: float, reduce_seconds: float, agree_seconds: float) -> None:
+        """Remember a committed round: from the own contribution to the group, from there to the
+        bytes, and from there to the certificate.
         """
         self._form_seconds.append(form_seconds)
         self._reduce_seconds.append(reduce_seconds)
+        self._agree_seconds.append(agree_seconds)
+
+    def add_wait(self, seconds: float) -> None:
+        """Remember the longest wait for the next bytes of a reduction that succeeded."""
+        self._wait_seconds.append(seconds)
+
+    def add_call(self, seconds: float) -> None:
+        """Remember how long a member took to answer a message."""
+        self._call_seconds.append(seconds)
+
+    @property
+    def call_seconds(self) -> float:
+        """How long to wait for a member's answer to a message."""
+        if len(self._call_seconds) < _NUM_CALLS // 4:
+            return _FIRST_CALL_SECONDS
+        return _patience(self._call_seconds, factor=4.0, least=1.0, most=_FIRST_CALL_SECONDS)
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long a member may send nothing that we wait for, until it counts as stopped."""
+        if len(self._wait_seconds) < _LEAST_ROUNDS:
+            return _FIRST_STALL_SECONDS
+        return _patience(self._wait_seconds, factor=2.0, least=1.2, most=60.0)
 
     def timing(self) -> RoundTiming:
         """Deadlines for the next round; generous until three rounds were measured."""
-        if len(self._form_seconds) < 3:
+        if len(self._form_seconds) < _LEAST_ROUNDS:
             return _FIRST
+        call = self.call_seconds
         return RoundTiming(
-            form_wait_seconds=_deadline(self._form_seconds, least=5.0, most=60.0),
-            reduce_wait_seconds=_deadline(self._reduce_seconds, least=10.0, most=300.0),
+            form_wait_seconds=_patience(self._form_seconds, factor=2.0, least=4.0, most=60.0),
+            reduce_wait_seconds=_patience(self._reduce_seconds, factor=2.0, least=4.0, most=300.0),
+            agree_wait_seconds=_patience(self._agree_seconds, factor=4.0, least=2.0, most=30.0),
+            exchange_wait_seconds=max(1.0, 0.75 * call),
+            rejoin_wait_seconds=max(0.5, 0.5 * call),
+            resend_seconds=min(1.0, max(0.5, 0.5 * call)),
+            grace_seconds=1.0 + call,
         )
 
 
-def _deadline(values: deque[float], *, least: float, most: float) -> float:
-    """Twice the median plus four times the median deviation plus two seconds, within limits."""
+def _patience(values: deque[float], *, factor: float, least: float, most: float) -> float:
+    """So many times the median plus four times the median deviation plus one second."""
     median = statistics.median(values)
     spread = statistics.median(abs(value - median) for value in values)
-    return min(most, max(least, 2.0 * median + 4.0 * spread + 2.0))
+    return min(most, max(least, factor * median + 4.0 * spread + 1.0))

@@ -19,10 +19,12 @@ from peer.checkpoint.store import CheckpointHeader, CheckpointStore, open_checkp
 from peer.model.init import initial_vector
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.allreduce import AveragedVector
+from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import next_meta, open_directive
 from peer.swarm.exact_update import SyncUpdate
 from peer.swarm.record_file import run_folder_name
 from protos.contract.certificate import Tag
+from protos.contract.codecs_wire import codec_named, result_codec_of_bytes
 from protos.contract.digest import (
     Float32Vector,
     StateMeta,
@@ -68,6 +70,8 @@ class Replica:
         self.spec, self.run_id = spec, run_id
         self.coordinator_public_key = coordinator_public_key
         self.seq_len = spec.model.seq_len
+        self.codec = codec_named(spec.strategy.codec)
+        """How contributions travel."""
         self.vectors = vectors
         run_folder = run_folder_name(run_id, coordinator_public_key)
         self.store = CheckpointStore(folder / "state" / run_folder)
@@ -218,12 +222,13 @@ class Replica:
         position = self._shared_position(
             after.incarnation, after.outer_step, after.schedule_tokens, after.directive_number
         )
+        gradient = averaged.encoded.decoded()
         with vectors.writing_state(position):
             self._update.apply(
                 vectors.params,
                 vectors.exp_avg,
                 vectors.exp_avg_sq,
-                averaged.vector,
+                gradient,
                 update_number=after.outer_step,
                 schedule_tokens=meta.schedule_tokens,
                 cooldown_start_tokens=in_force.cooldown_start_tokens,
@@ -334,7 +339,7 @@ class Replica:
         self._averaged[digest] = averaged
         path = self._averaged_path(digest)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(averaged.vector.data)
+        temporary.write_bytes(averaged.encoded.data)
         temporary.replace(path)
         while len(self._averaged) > NUM_KEPT_AVERAGED:
             oldest, _ = self._averaged.popitem(last=False)
@@ -344,17 +349,29 @@ class Replica:
         """Averaged bytes that an earlier life has left on disk, checked; returns their digests."""
         files = sorted(self._averaged_folder.glob("*.bin"), key=lambda p: p.stat().st_mtime)
         for path in files:
-            vector = np.fromfile(path, dtype="<f4")
-            pieces = tuple(vector_piece_digests(vector))
-            averaged = AveragedVector(vector=vector, piece_digests=pieces)
-            is_sound = vector.size == self.vectors.num_values and np.isfinite(vector).all()
-            if not is_sound or averaged.averaged_digest.hex()[:32] != path.stem:
+            averaged = self._open_averaged(path)
+            if averaged is None:
                 path.unlink(missing_ok=True)
             else:
                 self._averaged[averaged.averaged_digest] = averaged
         for leftover in self._averaged_folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
         return list(self._averaged)
+
+    def _open_averaged(self, path: Path) -> AveragedVector | None:
+        """Averaged bytes of a file, None if they are not what its name says."""
+        data = memoryview(path.read_bytes())
+        num_values = self.vectors.num_values
+        try:
+            codec = result_codec_of_bytes(
+                self.spec.strategy.codec, num_values=num_values, num_bytes=len(data)
+            )
+            encoded = EncodedVector(codec=codec, num_values=num_values, data=data)
+            encoded.decoded()
+        except CorruptDataError:
+            return None
+        averaged = AveragedVector.from_encoded(encoded)
+        return averaged if averaged.averaged_digest.hex()[:32] == path.stem else None
 
     def held_digests(self) -> tuple[bytes, ...]:
         """Digests of the averaged bytes held."""

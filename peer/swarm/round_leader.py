@@ -299,6 +299,8 @@ def own_join(core: RoundCore) -> rounds_pb2.JoinGroup:
         contribution=own.contribution if own is not None else contribution,
         piece_digests=own.piece_digests if own is not None else (),
         newest_directive=core.newest_directive,
+        upload_bytes_per_second=int(own.upload_bytes_per_second) if own is not None else 0,
+        download_bytes_per_second=int(own.download_bytes_per_second) if own is not None else 0,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from peer.swarm.reduce_slices import Link, slice_ends
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 
@@ -122,19 +123,21 @@ def build_group(
     num_pieces: int,
     next_directive: common_pb2.Signed,
 ) -> rounds_pb2.FormGroup:
-    """Group of everybody that joined, ordered by peer_id; pieces split evenly over members that can
-    be dialled.
-    """
+    """Group of everybody that joined, ordered by peer_id, with slices that suit their links."""
     members = [proposer.joins[peer] for peer in sorted(proposer.joins)]
-    able = [entry_by_peer[join.contribution.peer_id].can_accept_connections for join in members]
-    if not any(able):
-        able = [True] * len(members)
-    num_reducers, ends, rank = sum(able), [], 0
-    for is_reducer in able:
-        rank += is_reducer
-        ends.append(num_pieces * rank // num_reducers)
+    links = [
+        Link(
+            is_reducer=entry_by_peer[join.contribution.peer_id].can_accept_connections,
+            has_values=len(join.contribution.ranges) > 0,
+            upload_bytes_per_second=float(join.upload_bytes_per_second),
+            download_bytes_per_second=float(join.download_bytes_per_second),
+        )
+        for join in members
+    ]
     return rounds_pb2.FormGroup(
-        members=members, reducer_piece_ends=ends, next_directive=next_directive
+        members=members,
+        reducer_piece_ends=slice_ends(links, num_pieces=num_pieces),
+        next_directive=next_directive,
     )
 
 

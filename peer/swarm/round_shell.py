@@ -11,13 +11,17 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from peer.ipc import AsyncChannel
 from peer.swarm import round_types as rt
 from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
+from peer.swarm.buffer_pool import BufferPool
+from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.pace import Pace
+from peer.swarm.quic_lane import Routes
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
 from peer.swarm.state_transfer import fetch_averaged
@@ -32,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 ROUND_CALL = "round"
 TICK_SECONDS = 0.1
-_CALL_SECONDS = 4.0
 _FINISH_SECONDS = 3.0
 
 Place = tuple[int, int]
@@ -51,10 +54,12 @@ class RoundShell:
         key: SigningKey,
         votes: VoteFile,
         desk: ReductionDesk,
+        routes: Routes,
         post: Post,
     ) -> None:
         self._replica, self._transport, self._channel = replica, transport, channel
         self._key, self._desk, self._post = key, desk, post
+        self._routes = routes
         self.votes = votes
         self.machine: RoundMachine | None = None
         self.pace = Pace()
@@ -68,7 +73,10 @@ class RoundShell:
         self.refused_reason = ""
         self._checks: SignedChecks | None = None
         self._own: rt.OwnContribution | None = None
+        self._own_encoded: EncodedVector | None = None
         self._reduction: asyncio.Task[None] | None = None
+        self._current: Reduction | None = None
+        self._buffers = BufferPool()
         self._fetching: set[bytes] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures_by_peer: dict[str, int] = {}
@@ -140,7 +148,7 @@ class RoundShell:
     def end(self) -> None:
         """Leave the step, decided or not."""
         self.machine = None
-        self._own = None
+        self._own, self._own_encoded = None, None
         self._abort_reduction("the step has ended")
 
     async def finish_reduction(self) -> None:
@@ -158,9 +166,21 @@ class RoundShell:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def contribute(self, own: rt.OwnContribution | None) -> None:
-        """The own contribution for this step is frozen (or an empty one withdrawn)."""
-        self._own = own
+    async def contribute(
+        self, own: rt.OwnContribution | None, encoded: EncodedVector | None = None
+    ) -> None:
+        """The own contribution for this step is frozen (or an empty one withdrawn).
+
+        `encoded` is what it brings, if it has ranges.
+        """
+        if own is not None:
+            meter = self._transport.link_meter
+            own = replace(
+                own,
+                upload_bytes_per_second=meter.upload_bytes_per_second,
+                download_bytes_per_second=meter.download_bytes_per_second,
+            )
+        self._own, self._own_encoded = own, encoded
         if own is not None and own.contribution.ranges and self._timeline.phase is None:
             self._enter(RoundPhase.FORM)
         await self.handle(rt.Contributed(own))
@@ -264,7 +284,16 @@ class RoundShell:
         self.seconds_by_phase = seconds = timeline.seconds_by_phase()
         if outcome is AttemptOutcome.COMMITTED and "exchange" in seconds and "form" in seconds:
             averaging_seconds = seconds["exchange"] + seconds.get("reduce", 0.0)
-            self.pace.add(form_seconds=seconds["form"], reduce_seconds=averaging_seconds)
+            self.pace.add(
+                form_seconds=seconds["form"],
+                reduce_seconds=averaging_seconds,
+                agree_seconds=seconds.get("agree", 0.0),
+            )
+            moved = {peer: max(both) for peer, both in timeline.bytes_by_peer.items()}
+            rtt_by_peer = self._transport.rtt_by_peer()
+            self._spawn(
+                self._routes.after_round(moved, seconds=averaging_seconds, rtt_by_peer=rtt_by_peer)
+            )
         self._channel.send("attempt_timeline", **timeline.to_plain())
 
     # Messages ---------------------------------------------------------------------------------
@@ -274,9 +303,14 @@ class RoundShell:
         unreachable.
         """
         place = (message.incarnation, message.outer_step)
+        begin_seconds = time.monotonic()
         try:
             ack = await self._transport.call(
-                peer_id, ROUND_CALL, message, rounds_pb2.RoundAck, timeout_seconds=_CALL_SECONDS
+                peer_id,
+                ROUND_CALL,
+                message,
+                rounds_pb2.RoundAck,
+                timeout_seconds=self.pace.call_seconds,
             )
         except PeerCallError as error:
             logger.debug("message to %s: %s", peer_id, error)
@@ -290,6 +324,7 @@ class RoundShell:
                     await self._deliver(peer_id, message)
             return
         self._failures_by_peer.pop(peer_id, None)
+        self.pace.add_call(time.monotonic() - begin_seconds)
         self._post(place, rt.Acked(peer_id, ack))
 
     # Averaging --------------------------------------------------------------------------------
@@ -301,25 +336,35 @@ class RoundShell:
         contributions = [member.contribution for member in effect.group.members]
         tokens = {c.peer_id: self._checks.check_contribution(c).num_tokens for c in contributions}
         reduction = Reduction(
-            self._transport,
+            self._routes,
             place=(incarnation, outer_step, effect.attempt),
             group=effect.group,
             tokens_by_peer=tokens,
             own_peer_id=self._key.peer_id,
-            own_vector=self._replica.vectors.contribution,
+            codec=self._replica.codec,
+            num_values=self._replica.vectors.num_values,
+            own=self._own_encoded,
             on_exchanged=self._exchanged,
+            buffers=self._buffers,
         )
         self._desk.open(reduction)
+        self._transport.link_meter.begin(time.monotonic())
+        self._current = reduction
         self._reduction = asyncio.ensure_future(self._reduce(reduction, effect.attempt))
 
     async def _reduce(self, reduction: Reduction, attempt: int) -> None:
         place = self._place()
+        watching = asyncio.ensure_future(self._watch_silence(reduction))
         try:
             averaged = await reduction.run()
         except ReduceError as error:
             blamed = error.peer_id if error.is_down else ""
             self._post(place, rt.ReduceFailed(attempt, str(error), blamed))
             return
+        finally:
+            watching.cancel()
+        self._transport.link_meter.end()
+        self.pace.add_wait(reduction.longest_wait_seconds)
         await asyncio.to_thread(self._replica.hold_averaged, averaged)
         self._post(place, rt.ReduceDone(attempt, averaged.averaged_digest))
 
@@ -329,12 +374,33 @@ class RoundShell:
             reason = "own part of the vector is averaged, waiting for the others'"
             self._channel.send("phase", phase=RoundPhase.REDUCE.value, reason=reason)
 
+    async def _watch_silence(self, reduction: Reduction) -> None:
+        """A member that is connected but stopped is only found by what it does not send."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            peer_id, seconds = reduction.silent_peer(self.pace.stall_seconds)
+            if peer_id:
+                reason = f"{peer_id} has sent nothing for {seconds:.1f} s"
+                reduction.fail(ReduceError(reason, peer_id=peer_id, is_down=True))
+                return
+
     def _abort_reduction(self, reason: str) -> None:
         if self._reduction is not None and not self._reduction.done():
             logger.debug("averaging stopped: %s", reason)
+            self._note_silent()
             self._reduction.cancel()
             self._desk.open(None)
         self._reduction = None
+
+    def _note_silent(self) -> None:
+        """Another member has given the attempt up: whoever is silent here as well is not waited for
+        in the next one.
+        """
+        if self._current is not None and self.place is not None:
+            peer_id, seconds = self._current.silent_peer(self.pace.stall_seconds / 2)
+            if peer_id:
+                reason = f"has sent nothing for {seconds:.1f} s"
+                self._post(self.place, rt.PeerUnreachable(peer_id, reason))
 
     async def _fetch(self, effect: rt.FetchBytes) -> None:
         digest, place = effect.averaged_digest, self._place()
@@ -349,6 +415,7 @@ class RoundShell:
                     self._transport,
                     holders,
                     digest,
+                    codec_name=self._replica.codec.name,
                     num_values=self._replica.vectors.num_values,
                 )
                 if averaged is None:

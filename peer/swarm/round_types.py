@@ -82,6 +82,9 @@ class OwnContribution:
 
     contribution: rounds_pb2.Contribution
     piece_digests: tuple[bytes, ...] = ()
+    upload_bytes_per_second: float = 0.0
+    """Measured in past rounds, for the size of the slices; 0 if not."""
+    download_bytes_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from peer.swarm.allreduce import AveragedVector, piece_bounds
+from peer.swarm.allreduce import AveragedVector
+from peer.swarm.codecs import EncodedVector, piece_bounds, piece_byte_bounds
 from peer.swarm.replica import Replica, Snapshot
 from peer.swarm.transport import PeerCallError, Stream, StreamError, Transport
 from protos.contract.certificate import Tag, half_votes_by_voter
+from protos.contract.codecs_wire import result_codec_of_bytes
 from protos.contract.digest import (
     Float32Vector,
     StateMeta,
@@ -28,6 +30,7 @@ from protos.contract.digest import (
     piece_digest,
     state_digest_of_pieces,
 )
+from protos.contract.errors import CorruptDataError
 from protos.contract.signing import has_valid_signature
 from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 
@@ -106,10 +109,10 @@ class StateServer:
             return
         await stream.send_message(
             state_pb2.AveragedHeader(
-                piece_digests=averaged.piece_digests, total_bytes=averaged.vector.nbytes
+                piece_digests=averaged.piece_digests, total_bytes=len(averaged.encoded.data)
             )
         )
-        await stream.send_bytes(averaged.vector.data)
+        await stream.send_bytes(averaged.encoded.data)
         await stream.wait_acknowledged()
 
     async def _on_snapshot(self, peer_id: str, stream: Stream) -> None:
@@ -216,7 +219,12 @@ def newest_proven_state(
 
 
 async def fetch_averaged(
-    transport: Transport, holders: Iterable[str], averaged_digest: bytes, *, num_values: int
+    transport: Transport,
+    holders: Iterable[str],
+    averaged_digest: bytes,
+    *,
+    codec_name: str,
+    num_values: int,
 ) -> AveragedVector | None:
     """Averaged bytes from any holder, every piece checked; None if nobody could give them."""
     for peer_id in holders:
@@ -225,8 +233,10 @@ async def fetch_averaged(
             stream = await transport.open_stream(peer_id, AVERAGED_STREAM)
             request = state_pb2.AveragedRequest(averaged_digest=averaged_digest)
             await stream.send_message(request)
-            return await _receive_averaged(stream, averaged_digest, num_values=num_values)
-        except (PeerCallError, StreamError, TimeoutError) as error:
+            return await _receive_averaged(
+                stream, averaged_digest, codec_name=codec_name, num_values=num_values
+            )
+        except (PeerCallError, StreamError, TimeoutError, CorruptDataError) as error:
             logger.info("averaged bytes from %s refused: %s", peer_id, error)
         finally:
             if stream is not None:
@@ -235,7 +245,7 @@ async def fetch_averaged(
 
 
 async def _receive_averaged(
-    stream: Stream, averaged_digest: bytes, *, num_values: int
+    stream: Stream, averaged_digest: bytes, *, codec_name: str, num_values: int
 ) -> AveragedVector:
     header = await asyncio.wait_for(stream.read_message(state_pb2.AveragedHeader), _PIECE_SECONDS)
     if header.refusal_reason:
@@ -243,17 +253,20 @@ async def _receive_averaged(
     digests = tuple(header.piece_digests)
     if digest_of_pieces(digests) != averaged_digest or len(digests) != num_pieces(num_values):
         raise StreamError("piece digests are not those of the value")
-    vector = np.empty(num_values, dtype=np.float32)
+    codec = result_codec_of_bytes(
+        codec_name, num_values=num_values, num_bytes=int(header.total_bytes)
+    )
+    received = bytearray(codec.encoded_bytes(num_values))
     for piece, digest in enumerate(digests):
-        low, high = piece_bounds(piece, piece + 1, num_values)
-        data = await asyncio.wait_for(stream.read_bytes(4 * (high - low)), _PIECE_SECONDS)
+        low, high = piece_byte_bounds(codec, piece, piece + 1, num_values)
+        data = await asyncio.wait_for(stream.read_bytes(high - low), _PIECE_SECONDS)
         if piece_digest(data) != digest:
             raise StreamError(f"piece {piece} does not match its digest")
-        vector[low:high] = np.frombuffer(data, dtype="<f4")
-        if not np.isfinite(vector[low:high]).all():
-            raise StreamError(f"piece {piece} holds values that are not finite")
+        received[low:high] = data
+    encoded = EncodedVector(codec=codec, num_values=num_values, data=memoryview(received))
+    await asyncio.to_thread(encoded.decoded)
     await stream.acknowledge()
-    return AveragedVector(vector=vector, piece_digests=digests)
+    return AveragedVector(encoded=encoded, piece_digests=digests)
 
 
 class StateDownload:

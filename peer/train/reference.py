@@ -19,6 +19,7 @@ import torch
 from peer.eval.evaluate import EvalResult, evaluate, token_byte_lengths
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
+from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import planned_cooldown_start_tokens
 from peer.parallel.devices import keep_freed_memory
 from peer.swarm.exact_update import SyncUpdate
@@ -26,7 +27,6 @@ from peer.train.step import MicroStep, Precision, probe_plan
 from protos.contract.chunk_format import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
-    Int64Array,
     Manifest,
     heldout_chunk_path,
     tokens_from_chunk,
@@ -74,10 +74,12 @@ class ReferenceRun:
         self.step = MicroStep(self.model, self.parameters)
         self.micro_batch_sequences = 8
         self._update = SyncUpdate(spec, num_threads=torch.get_num_threads())
+        self._byte_lengths = token_byte_lengths(dataset_dir / TOKENIZER_FILE)
+        self._builder = ExampleBuilder.for_run(spec, self._byte_lengths)
         self._windows = self._iterate_windows()
 
-    def _iterate_windows(self) -> Iterator[tuple[Int64Array, Int64Array]]:
-        """(inputs_T, labels_T) in the run's order, for ever."""
+    def _iterate_windows(self) -> Iterator[Examples]:
+        """Examples of one window each, in the run's order, for ever."""
         order = ScheduleOrder(self.spec.seed, self.manifest, self.spec.model.seq_len)
         position = 0
         while True:
@@ -86,8 +88,9 @@ class ReferenceRun:
             data = (self.dataset_dir / training_chunk_path(chunk_index)).read_bytes()
             tokens = tokens_from_chunk(data, manifest=self.manifest, chunk=chunk)
             indices = order.window_order(data_pass, chunk_index)
-            inputs_BT, labels_BT = windows_from_chunk(tokens, self.spec.model.seq_len, indices)
-            yield from zip(inputs_BT, labels_BT, strict=True)
+            for index in indices:
+                window = windows_from_chunk(tokens, self.spec.model.seq_len, [index])
+                yield self._builder.build(*window, [(data_pass, chunk_index, int(index))])
             position += 1
 
     @property
@@ -108,10 +111,8 @@ class ReferenceRun:
         total_nats, num_tokens = 0.0, num_windows * seq_len
         for begin in range(0, num_windows, self.micro_batch_sequences):
             size = min(self.micro_batch_sequences, num_windows - begin)
-            pairs = [next(self._windows) for _ in range(size)]
-            inputs_BT = np.stack([inputs for inputs, _ in pairs])
-            labels_BT = np.stack([labels for _, labels in pairs])
-            result = self.step.run(inputs_BT, labels_BT)
+            parts = [next(self._windows) for _ in range(size)]
+            result = self.step.run(Examples.concatenate(parts))
             if not result.is_finite:
                 raise RunFailedError(
                     f"loss or gradient not finite in update {self.outer_step + 1}",
@@ -146,8 +147,9 @@ class ReferenceRun:
         return evaluate(
             self.model,
             heldout_paths=paths,
-            byte_lengths=token_byte_lengths(self.dataset_dir / TOKENIZER_FILE),
+            byte_lengths=self._byte_lengths,
             eval_tokens=eval_tokens,
+            builder=self._builder,
             autocast=self.step.autocast(),
         )
 

@@ -13,6 +13,7 @@ import json
 import math
 import tomllib
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from protos.contract import codecs_wire
@@ -20,9 +21,20 @@ from protos.contract.digest import canonical_json
 from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape, NormKind
 
-OBJECTIVES: tuple[str, ...] = ("causal",)
+
+class Objective(StrEnum):
+    """What is predicted; see peer/model/objectives.py."""
+
+    CAUSAL = "causal"
+    PREFIX = "prefix"
+    SPAN = "span"
+    MASKED = "masked"
+
+
+OBJECTIVES: tuple[str, ...] = tuple(Objective)
 STRATEGIES: tuple[str, ...] = ("sync",)
 _DIGEST_TAG = b"muster run spec 1\n"
+MIN_SPAN_SEQ_LEN = 16
 
 _Spec = TypeVar("_Spec")
 
@@ -174,6 +186,46 @@ class DataSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveSpec:
+    """What is predicted, and what attention may see."""
+
+    name: str = Objective.CAUSAL
+    corruption_ratio: float = 0.15
+    """Share of a window's tokens that `span` and `masked` corrupt."""
+    mean_span_tokens: float = 3.0
+    """Mean length of a corrupted span of `span`."""
+    has_document_mask: bool = False
+    """True if no token attends across the end of a document."""
+
+    def __post_init__(self) -> None:
+        allowed = "one of " + ", ".join(OBJECTIVES)
+        _check(self.name in OBJECTIVES, "objective.name", self.name, allowed)
+        _check(
+            0 < self.corruption_ratio <= 0.5,
+            "objective.corruption_ratio",
+            self.corruption_ratio,
+            "above 0, at most 0.5",
+        )
+        _check(
+            self.mean_span_tokens >= 1,
+            "objective.mean_span_tokens",
+            self.mean_span_tokens,
+            "at least 1",
+        )
+
+    def num_spans(self, seq_len: int) -> int:
+        """Spans of a window of `span`; two positions of it go to each one's sentinels."""
+        per_span = self.mean_span_tokens / self.corruption_ratio + 2
+        return max(1, round(seq_len / per_span))
+
+    def num_extra_tokens(self, seq_len: int) -> int:
+        """Ids after the tokenizer's that the objective needs: sentinels, or the mask."""
+        if self.name == Objective.SPAN:
+            return self.num_spans(seq_len) + 1
+        return 1 if self.name == Objective.MASKED else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SecuritySpec:
     """Defences beyond the protocol's own; none yet."""
 
@@ -186,8 +238,8 @@ class RunSpec:
     """Decides initial values and the order of data."""
     budget_tokens: int
     """Tokens to be credited; whole windows."""
-    objective: str = "causal"
     model: ModelSpec
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
     strategy: StrategySpec = field(default_factory=StrategySpec)
@@ -196,13 +248,13 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
-        _check(
-            self.objective in OBJECTIVES,
-            "objective",
-            self.objective,
-            "one of " + ", ".join(OBJECTIVES),
-        )
         seq_len = self.model.seq_len
+        _check(
+            self.objective.name != Objective.SPAN or seq_len >= MIN_SPAN_SEQ_LEN,
+            "model.seq_len",
+            seq_len,
+            f"at least {MIN_SPAN_SEQ_LEN} for the objective `span`",
+        )
         is_whole = self.budget_tokens >= seq_len and self.budget_tokens % seq_len == 0
         _check(
             is_whole,

@@ -22,7 +22,6 @@ from protos.contract.run_spec import (
 GOLDEN_SPEC = RunSpec(
     seed=7,
     budget_tokens=1_024_000,
-    objective="causal",
     model=ModelSpec(
         vocab_size=4096,
         d_model=64,
@@ -43,7 +42,7 @@ GOLDEN_SPEC = RunSpec(
     strategy=StrategySpec(name="sync", global_batch_tokens=32_768, codec="fp32"),
     data=DataSpec(dataset_id="ab" * 32, max_data_passes=4, eval_tokens=0),
 )
-GOLDEN_DIGEST = "a153eeff955987d898bed4333c6bea6e6e72af5530c3406b45074d521e737c52"
+GOLDEN_DIGEST = "f10c7eea638bd7ad21ce7f2b4c02fcffd6aa9cb8b2c11e679a84fab90531d945"
 
 
 def test_digest_is_golden() -> None:
@@ -98,8 +97,14 @@ def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
         ("peak_lr = 0.001", "peak_lr = nan", "peak_lr = nan"),
         ("peak_lr = 0.001", "peak_lr = 0", "peak_lr = 0"),
         ('"sync"', '"diloco"', "strategy.name = 'diloco'.*sync"),
-        ('"fp32"', '"int8"', "codec 'int8'.*fp32"),
-        ('"causal"', '"masked"', "objective = 'masked'"),
+        ('"causal"', '"maskd"', "objective.name = 'maskd'.*masked"),
+        ("mean_span_tokens = 3.0", "mean_span_tokens = 0.5", "objective.mean_span_tokens = 0.5"),
+        (
+            "corruption_ratio = 0.15",
+            "corruption_ratio = 0.9",
+            "corruption_ratio = 0.9.*at most 0.5",
+        ),
+        ('"fp32"', '"int3"', "codec 'int3'.*fp32.*int8"),
         ("num_kv_heads = 2", "num_kv_heads = 3", "num_kv_heads = 3.*divisor of num_heads = 4"),
         ("head_dim = 16", "head_dim = 15", "head_dim = 15.*even"),
         ("budget_tokens = 1024000", "budget_tokens = 1024001", "multiple of model.seq_len = 128"),

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos.muster.v1 import common_pb2 as protos_dot_muster_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/muster/v1/rounds.proto\x12\tmuster.v1\x1a\x1dprotos/muster/v1/common.proto\"\xdb\x01\n\nRoundValue\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x12\n\nouter_step\x18\x03 \x01(\x04\x12\x1f\n\x17roster_directive_number\x18\x04 \x01(\x04\x12\x17\n\x0f\x61veraged_digest\x18\x05 \x01(\x0c\x12\x1c\n\x14\x63ontributions_digest\x18\x06 \x01(\x0c\x12\x1d\n\x15previous_state_digest\x18\x07 \x01(\x0c\x12\x1d\n\x15next_directive_number\x18\x08 \x01(\x04\"Y\n\x0bLeasedRange\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x14\n\x0c\x62\x65gin_window\x18\x02 \x01(\r\x12\x12\n\nend_window\x18\x03 \x01(\r\"Z\n\x0c\x43ontribution\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12&\n\x06ranges\x18\x02 \x03(\x0b\x32\x16.muster.v1.LeasedRange\x12\x11\n\tloss_nats\x18\x03 \x01(\x01\"?\n\rContributions\x12.\n\rcontributions\x18\x01 \x03(\x0b\x32\x17.muster.v1.Contribution\"H\n\x04Vote\x12\r\n\x05value\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05voter\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"m\n\x0b\x43\x65rtificate\x12\r\n\x05value\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\'\n\x05votes\x18\x03 \x03(\x0b\x32\x18.muster.v1.VoteSignature\x12\x15\n\rcontributions\x18\x04 \x01(\x0c\"1\n\rVoteSignature\x12\r\n\x05voter\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x9d\x01\n\tJoinGroup\x12\x1d\n\x15previous_state_digest\x18\x01 \x01(\x0c\x12-\n\x0c\x63ontribution\x18\x02 \x01(\x0b\x32\x17.muster.v1.Contribution\x12\x15\n\rpiece_digests\x18\x03 \x03(\x0c\x12+\n\x10newest_directive\x18\x04 \x01(\x0b\x32\x11.muster.v1.Signed\"y\n\tFormGroup\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.muster.v1.JoinGroup\x12\x1a\n\x12reducer_piece_ends\x18\x02 \x03(\r\x12)\n\x0enext_directive\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\"\x11\n\x0f\x45xchangeRequest\"\xc5\x01\n\x0e\x45xchangeAnswer\x12%\n\x0chighest_vote\x18\x01 \x01(\x0b\x32\x0f.muster.v1.Vote\x12\x15\n\rcontributions\x18\x02 \x01(\x0c\x12+\n\x10newest_directive\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x1d\n\x15previous_state_digest\x18\x04 \x01(\x0c\x12)\n\x0enext_directive\x18\x05 \x01(\x0b\x32\x11.muster.v1.Signed\"m\n\tRepropose\x12\r\n\x05value\x18\x01 \x01(\x0c\x12\x15\n\rcontributions\x18\x02 \x01(\x0c\x12)\n\x0enext_directive\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x0f\n\x07holders\x18\x04 \x03(\t\"U\n\x0cRoundRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.muster.v1.RefusalKind\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x07\n\x05Nudge\"\xe0\x03\n\x0cRoundMessage\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12*\n\njoin_group\x18\x04 \x01(\x0b\x32\x14.muster.v1.JoinGroupH\x00\x12*\n\nform_group\x18\x05 \x01(\x0b\x32\x14.muster.v1.FormGroupH\x00\x12\x1f\n\x04vote\x18\x06 \x01(\x0b\x32\x0f.muster.v1.VoteH\x00\x12\x36\n\x10\x65xchange_request\x18\x07 \x01(\x0b\x32\x1a.muster.v1.ExchangeRequestH\x00\x12\x34\n\x0f\x65xchange_answer\x18\x08 \x01(\x0b\x32\x19.muster.v1.ExchangeAnswerH\x00\x12)\n\trepropose\x18\t \x01(\x0b\x32\x14.muster.v1.ReproposeH\x00\x12-\n\x0b\x63\x65rtificate\x18\n \x01(\x0b\x32\x16.muster.v1.CertificateH\x00\x12*\n\x07refusal\x18\x0b \x01(\x0b\x32\x17.muster.v1.RoundRefusalH\x00\x12!\n\x05nudge\x18\x0c \x01(\x0b\x32\x10.muster.v1.NudgeH\x00\x42\x06\n\x04\x62ody\"G\n\x08RoundAck\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x12\n\ndone_ratio\x18\x03 \x01(\x01\"V\n\x1a\x43oordinatorExchangeRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x9a\x01\n\x1b\x43oordinatorExchangeResponse\x12)\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x19.muster.v1.ExchangeAnswer\x12+\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0b\x32\x16.muster.v1.Certificate\x12\x13\n\x0bis_promised\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"_\n\x12SubmitVotesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x05votes\x18\x02 \x03(\x0b\x32\x0f.muster.v1.Vote\x12\x15\n\rcontributions\x18\x03 \x01(\x0c\"R\n\x13SubmitVotesResponse\x12+\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0b\x32\x16.muster.v1.Certificate\x12\x0e\n\x06reason\x18\x02 \x01(\t\"]\n\x19ReportCertificatesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0c\x63\x65rtificates\x18\x02 \x03(\x0b\x32\x16.muster.v1.Certificate\"M\n\x1aReportCertificatesResponse\x12/\n\x08receipts\x18\x01 \x03(\x0b\x32\x1d.muster.v1.CertificateReceipt\"\x7f\n\x12\x43\x65rtificateReceipt\x12\x12\n\nouter_step\x18\x01 \x01(\x04\x12\x11\n\tis_stored\x18\x02 \x01(\x08\x12\x17\n\x0f\x63redited_tokens\x18\x03 \x01(\x04\x12\x19\n\x11uncredited_tokens\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\"b\n\x18\x46\x65tchCertificatesRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x17\n\x0f\x66rom_outer_step\x18\x02 \x01(\x04\x12\x18\n\x10num_certificates\x18\x03 \x01(\r\"I\n\x19\x46\x65tchCertificatesResponse\x12,\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x16.muster.v1.Certificate*\xbb\x01\n\x0bRefusalKind\x12\x1c\n\x18REFUSAL_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_KIND_RESYNC\x10\x01\x12\x1b\n\x17REFUSAL_KIND_SUPERSEDED\x10\x02\x12\x1d\n\x19REFUSAL_KIND_NOT_A_MEMBER\x10\x03\x12\x18\n\x14REFUSAL_KIND_INVALID\x10\x04\x12\x1f\n\x1bREFUSAL_KIND_ATTEMPT_FAILED\x10\x05\x32\xf4\x02\n\x06Rounds\x12Y\n\x08\x45xchange\x12%.muster.v1.CoordinatorExchangeRequest\x1a&.muster.v1.CoordinatorExchangeResponse\x12L\n\x0bSubmitVotes\x12\x1d.muster.v1.SubmitVotesRequest\x1a\x1e.muster.v1.SubmitVotesResponse\x12\x61\n\x12ReportCertificates\x12$.muster.v1.ReportCertificatesRequest\x1a%.muster.v1.ReportCertificatesResponse\x12^\n\x11\x46\x65tchCertificates\x12#.muster.v1.FetchCertificatesRequest\x1a$.muster.v1.FetchCertificatesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/muster/v1/rounds.proto\x12\tmuster.v1\x1a\x1dprotos/muster/v1/common.proto\"\xdb\x01\n\nRoundValue\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x12\n\nouter_step\x18\x03 \x01(\x04\x12\x1f\n\x17roster_directive_number\x18\x04 \x01(\x04\x12\x17\n\x0f\x61veraged_digest\x18\x05 \x01(\x0c\x12\x1c\n\x14\x63ontributions_digest\x18\x06 \x01(\x0c\x12\x1d\n\x15previous_state_digest\x18\x07 \x01(\x0c\x12\x1d\n\x15next_directive_number\x18\x08 \x01(\x04\"Y\n\x0bLeasedRange\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x14\n\x0c\x62\x65gin_window\x18\x02 \x01(\r\x12\x12\n\nend_window\x18\x03 \x01(\r\"Z\n\x0c\x43ontribution\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12&\n\x06ranges\x18\x02 \x03(\x0b\x32\x16.muster.v1.LeasedRange\x12\x11\n\tloss_nats\x18\x03 \x01(\x01\"?\n\rContributions\x12.\n\rcontributions\x18\x01 \x03(\x0b\x32\x17.muster.v1.Contribution\"H\n\x04Vote\x12\r\n\x05value\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05voter\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"m\n\x0b\x43\x65rtificate\x12\r\n\x05value\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\'\n\x05votes\x18\x03 \x03(\x0b\x32\x18.muster.v1.VoteSignature\x12\x15\n\rcontributions\x18\x04 \x01(\x0c\"1\n\rVoteSignature\x12\r\n\x05voter\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xe1\x01\n\tJoinGroup\x12\x1d\n\x15previous_state_digest\x18\x01 \x01(\x0c\x12-\n\x0c\x63ontribution\x18\x02 \x01(\x0b\x32\x17.muster.v1.Contribution\x12\x15\n\rpiece_digests\x18\x03 \x03(\x0c\x12+\n\x10newest_directive\x18\x04 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x1f\n\x17upload_bytes_per_second\x18\x05 \x01(\x04\x12!\n\x19\x64ownload_bytes_per_second\x18\x06 \x01(\x04\"y\n\tFormGroup\x12%\n\x07members\x18\x01 \x03(\x0b\x32\x14.muster.v1.JoinGroup\x12\x1a\n\x12reducer_piece_ends\x18\x02 \x03(\r\x12)\n\x0enext_directive\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\"\x11\n\x0f\x45xchangeRequest\"\xc5\x01\n\x0e\x45xchangeAnswer\x12%\n\x0chighest_vote\x18\x01 \x01(\x0b\x32\x0f.muster.v1.Vote\x12\x15\n\rcontributions\x18\x02 \x01(\x0c\x12+\n\x10newest_directive\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x1d\n\x15previous_state_digest\x18\x04 \x01(\x0c\x12)\n\x0enext_directive\x18\x05 \x01(\x0b\x32\x11.muster.v1.Signed\"m\n\tRepropose\x12\r\n\x05value\x18\x01 \x01(\x0c\x12\x15\n\rcontributions\x18\x02 \x01(\x0c\x12)\n\x0enext_directive\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x0f\n\x07holders\x18\x04 \x03(\t\"U\n\x0cRoundRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.muster.v1.RefusalKind\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x07\n\x05Nudge\"\xe0\x03\n\x0cRoundMessage\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12*\n\njoin_group\x18\x04 \x01(\x0b\x32\x14.muster.v1.JoinGroupH\x00\x12*\n\nform_group\x18\x05 \x01(\x0b\x32\x14.muster.v1.FormGroupH\x00\x12\x1f\n\x04vote\x18\x06 \x01(\x0b\x32\x0f.muster.v1.VoteH\x00\x12\x36\n\x10\x65xchange_request\x18\x07 \x01(\x0b\x32\x1a.muster.v1.ExchangeRequestH\x00\x12\x34\n\x0f\x65xchange_answer\x18\x08 \x01(\x0b\x32\x19.muster.v1.ExchangeAnswerH\x00\x12)\n\trepropose\x18\t \x01(\x0b\x32\x14.muster.v1.ReproposeH\x00\x12-\n\x0b\x63\x65rtificate\x18\n \x01(\x0b\x32\x16.muster.v1.CertificateH\x00\x12*\n\x07refusal\x18\x0b \x01(\x0b\x32\x17.muster.v1.RoundRefusalH\x00\x12!\n\x05nudge\x18\x0c \x01(\x0b\x32\x10.muster.v1.NudgeH\x00\x42\x06\n\x04\x62ody\"G\n\x08RoundAck\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x12\n\ndone_ratio\x18\x03 \x01(\x01\"V\n\x1a\x43oordinatorExchangeRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x9a\x01\n\x1b\x43oordinatorExchangeResponse\x12)\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x19.muster.v1.ExchangeAnswer\x12+\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0b\x32\x16.muster.v1.Certificate\x12\x13\n\x0bis_promised\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"_\n\x12SubmitVotesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x05votes\x18\x02 \x03(\x0b\x32\x0f.muster.v1.Vote\x12\x15\n\rcontributions\x18\x03 \x01(\x0c\"R\n\x13SubmitVotesResponse\x12+\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0b\x32\x16.muster.v1.Certificate\x12\x0e\n\x06reason\x18\x02 \x01(\t\"]\n\x19ReportCertificatesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0c\x63\x65rtificates\x18\x02 \x03(\x0b\x32\x16.muster.v1.Certificate\"M\n\x1aReportCertificatesResponse\x12/\n\x08receipts\x18\x01 \x03(\x0b\x32\x1d.muster.v1.CertificateReceipt\"\x7f\n\x12\x43\x65rtificateReceipt\x12\x12\n\nouter_step\x18\x01 \x01(\x04\x12\x11\n\tis_stored\x18\x02 \x01(\x08\x12\x17\n\x0f\x63redited_tokens\x18\x03 \x01(\x04\x12\x19\n\x11uncredited_tokens\x18\x04 \x01(\x04\x12\x0e\n\x06reason\x18\x05 \x01(\t\"b\n\x18\x46\x65tchCertificatesRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x17\n\x0f\x66rom_outer_step\x18\x02 \x01(\x04\x12\x18\n\x10num_certificates\x18\x03 \x01(\r\"I\n\x19\x46\x65tchCertificatesResponse\x12,\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x16.muster.v1.Certificate*\xbb\x01\n\x0bRefusalKind\x12\x1c\n\x18REFUSAL_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_KIND_RESYNC\x10\x01\x12\x1b\n\x17REFUSAL_KIND_SUPERSEDED\x10\x02\x12\x1d\n\x19REFUSAL_KIND_NOT_A_MEMBER\x10\x03\x12\x18\n\x14REFUSAL_KIND_INVALID\x10\x04\x12\x1f\n\x1bREFUSAL_KIND_ATTEMPT_FAILED\x10\x05\x32\xf4\x02\n\x06Rounds\x12Y\n\x08\x45xchange\x12%.muster.v1.CoordinatorExchangeRequest\x1a&.muster.v1.CoordinatorExchangeResponse\x12L\n\x0bSubmitVotes\x12\x1d.muster.v1.SubmitVotesRequest\x1a\x1e.muster.v1.SubmitVotesResponse\x12\x61\n\x12ReportCertificates\x12$.muster.v1.ReportCertificatesRequest\x1a%.muster.v1.ReportCertificatesResponse\x12^\n\x11\x46\x65tchCertificates\x12#.muster.v1.FetchCertificatesRequest\x1a$.muster.v1.FetchCertificatesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.muster.v1.rounds_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALKIND']._serialized_start=2951
-  _globals['_REFUSALKIND']._serialized_end=3138
+  _globals['_REFUSALKIND']._serialized_start=3019
+  _globals['_REFUSALKIND']._serialized_end=3206
   _globals['_ROUNDVALUE']._serialized_start=76
   _globals['_ROUNDVALUE']._serialized_end=295
   _globals['_LEASEDRANGE']._serialized_start=297
@@ -49,41 +49,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VOTESIGNATURE']._serialized_start=730
   _globals['_VOTESIGNATURE']._serialized_end=779
   _globals['_JOINGROUP']._serialized_start=782
-  _globals['_JOINGROUP']._serialized_end=939
-  _globals['_FORMGROUP']._serialized_start=941
-  _globals['_FORMGROUP']._serialized_end=1062
-  _globals['_EXCHANGEREQUEST']._serialized_start=1064
-  _globals['_EXCHANGEREQUEST']._serialized_end=1081
-  _globals['_EXCHANGEANSWER']._serialized_start=1084
-  _globals['_EXCHANGEANSWER']._serialized_end=1281
-  _globals['_REPROPOSE']._serialized_start=1283
-  _globals['_REPROPOSE']._serialized_end=1392
-  _globals['_ROUNDREFUSAL']._serialized_start=1394
-  _globals['_ROUNDREFUSAL']._serialized_end=1479
-  _globals['_NUDGE']._serialized_start=1481
-  _globals['_NUDGE']._serialized_end=1488
-  _globals['_ROUNDMESSAGE']._serialized_start=1491
-  _globals['_ROUNDMESSAGE']._serialized_end=1971
-  _globals['_ROUNDACK']._serialized_start=1973
-  _globals['_ROUNDACK']._serialized_end=2044
-  _globals['_COORDINATOREXCHANGEREQUEST']._serialized_start=2046
-  _globals['_COORDINATOREXCHANGEREQUEST']._serialized_end=2132
-  _globals['_COORDINATOREXCHANGERESPONSE']._serialized_start=2135
-  _globals['_COORDINATOREXCHANGERESPONSE']._serialized_end=2289
-  _globals['_SUBMITVOTESREQUEST']._serialized_start=2291
-  _globals['_SUBMITVOTESREQUEST']._serialized_end=2386
-  _globals['_SUBMITVOTESRESPONSE']._serialized_start=2388
-  _globals['_SUBMITVOTESRESPONSE']._serialized_end=2470
-  _globals['_REPORTCERTIFICATESREQUEST']._serialized_start=2472
-  _globals['_REPORTCERTIFICATESREQUEST']._serialized_end=2565
-  _globals['_REPORTCERTIFICATESRESPONSE']._serialized_start=2567
-  _globals['_REPORTCERTIFICATESRESPONSE']._serialized_end=2644
-  _globals['_CERTIFICATERECEIPT']._serialized_start=2646
-  _globals['_CERTIFICATERECEIPT']._serialized_end=2773
-  _globals['_FETCHCERTIFICATESREQUEST']._serialized_start=2775
-  _globals['_FETCHCERTIFICATESREQUEST']._serialized_end=2873
-  _globals['_FETCHCERTIFICATESRESPONSE']._serialized_start=2875
-  _globals['_FETCHCERTIFICATESRESPONSE']._serialized_end=2948
-  _globals['_ROUNDS']._serialized_start=3141
-  _globals['_ROUNDS']._serialized_end=3513
+  _globals['_JOINGROUP']._serialized_end=1007
+  _globals['_FORMGROUP']._serialized_start=1009
+  _globals['_FORMGROUP']._serialized_end=1130
+  _globals['_EXCHANGEREQUEST']._serialized_start=1132
+  _globals['_EXCHANGEREQUEST']._serialized_end=1149
+  _globals['_EXCHANGEANSWER']._serialized_start=1152
+  _globals['_EXCHANGEANSWER']._serialized_end=1349
+  _globals['_REPROPOSE']._serialized_start=1351
+  _globals['_REPROPOSE']._serialized_end=1460
+  _globals['_ROUNDREFUSAL']._serialized_start=1462
+  _globals['_ROUNDREFUSAL']._serialized_end=1547
+  _globals['_NUDGE']._serialized_start=1549
+  _globals['_NUDGE']._serialized_end=1556
+  _globals['_ROUNDMESSAGE']._serialized_start=1559
+  _globals['_ROUNDMESSAGE']._serialized_end=2039
+  _globals['_ROUNDACK']._serialized_start=2041
+  _globals['_ROUNDACK']._serialized_end=2112
+  _globals['_COORDINATOREXCHANGEREQUEST']._serialized_start=2114
+  _globals['_COORDINATOREXCHANGEREQUEST']._serialized_end=2200
+  _globals['_COORDINATOREXCHANGERESPONSE']._serialized_start=2203
+  _globals['_COORDINATOREXCHANGERESPONSE']._serialized_end=2357
+  _globals['_SUBMITVOTESREQUEST']._serialized_start=2359
+  _globals['_SUBMITVOTESREQUEST']._serialized_end=2454
+  _globals['_SUBMITVOTESRESPONSE']._serialized_start=2456
+  _globals['_SUBMITVOTESRESPONSE']._serialized_end=2538
+  _globals['_REPORTCERTIFICATESREQUEST']._serialized_start=2540
+  _globals['_REPORTCERTIFICATESREQUEST']._serialized_end=2633
+  _globals['_REPORTCERTIFICATESRESPONSE']._serialized_start=2635
+  _globals['_REPORTCERTIFICATESRESPONSE']._serialized_end=2712
+  _globals['_CERTIFICATERECEIPT']._serialized_start=2714
+  _globals['_CERTIFICATERECEIPT']._serialized_end=2841
+  _globals['_FETCHCERTIFICATESREQUEST']._serialized_start=2843
+  _globals['_FETCHCERTIFICATESREQUEST']._serialized_end=2941
+  _globals['_FETCHCERTIFICATESRESPONSE']._serialized_start=2943
+  _globals['_FETCHCERTIFICATESRESPONSE']._serialized_end=3016
+  _globals['_ROUNDS']._serialized_start=3209
+  _globals['_ROUNDS']._serialized_end=3581
 # @@protoc_insertion_point(module_scope)

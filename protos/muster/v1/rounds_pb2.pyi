@@ -102,16 +102,20 @@ class VoteSignature(_message.Message):
     def __init__(self, voter: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class JoinGroup(_message.Message):
-    __slots__ = ("previous_state_digest", "contribution", "piece_digests", "newest_directive")
+    __slots__ = ("previous_state_digest", "contribution", "piece_digests", "newest_directive", "upload_bytes_per_second", "download_bytes_per_second")
     PREVIOUS_STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     PIECE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     NEWEST_DIRECTIVE_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     previous_state_digest: bytes
     contribution: Contribution
     piece_digests: _containers.RepeatedScalarFieldContainer[bytes]
     newest_directive: _common_pb2.Signed
-    def __init__(self, previous_state_digest: _Optional[bytes] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., piece_digests: _Optional[_Iterable[bytes]] = ..., newest_directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+    upload_bytes_per_second: int
+    download_bytes_per_second: int
+    def __init__(self, previous_state_digest: _Optional[bytes] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., piece_digests: _Optional[_Iterable[bytes]] = ..., newest_directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., upload_bytes_per_second: _Optional[int] = ..., download_bytes_per_second: _Optional[int] = ...) -> None: ...
 
 class FormGroup(_message.Message):
     __slots__ = ("members", "reducer_piece_ends", "next_directive")

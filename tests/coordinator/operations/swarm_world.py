@@ -136,6 +136,7 @@ class SwarmWorld:
         budget_windows: int = 64,
         batch_windows: int = 8,
         policy: SwarmPolicy | None = None,
+        codec: str = "fp32",
     ) -> "SwarmWorld":
         """A new run with a token of any number of uses."""
         manifest = build_manifest((16, 16, 16, 16, 16))
@@ -152,7 +153,7 @@ class SwarmWorld:
                 d_ff=8,
                 seq_len=SEQ_LEN,
             ),
-            strategy=StrategySpec(global_batch_tokens=batch_windows * SEQ_LEN),
+            strategy=StrategySpec(global_batch_tokens=batch_windows * SEQ_LEN, codec=codec),
             data=DataSpec(dataset_id=manifest.dataset_id),
         )
         counter = iter(range(1, 1_000_000))

@@ -14,7 +14,8 @@ from coordinator.operations.requests_admin import (
     RevokeTokenRequest,
     RunRequest,
 )
-from protos.contract.errors import ErrorCode, MusterError
+from protos.contract.codecs_wire import CODEC_NAMES
+from protos.contract.errors import ErrorCode, MusterError, RefusedError
 from protos.muster.v1 import common_pb2
 from tests.coordinator.operations.swarm_world import (
     CAPABILITIES,
@@ -101,6 +102,20 @@ def test_bad_requests_are_refused_each_for_its_reason(
     changes: dict[str, Any], code: ErrorCode
 ) -> None:
     assert refused(SwarmWorld.create(), 0, **changes) is code
+
+
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_a_peer_without_the_codec_of_the_run_is_refused_with_what_it_offers(codec: str) -> None:
+    world = SwarmWorld.create(codec=codec)
+    offered = tuple(name for name in CODEC_NAMES if name != codec)
+    request = world.join_request(0, capabilities=replace(CAPABILITIES, codecs=offered))
+    with pytest.raises(RefusedError) as caught:
+        world.do(join.join, request)
+    assert caught.value.code is ErrorCode.CAPABILITY_MISSING
+    needed = f"codec {codec!r} is needed, this peer offers {', '.join(sorted(offered))}"
+    assert (caught.value.found, caught.value.remedy) == (needed, "upgrade the peer's package")
+    capable = replace(CAPABILITIES, codecs=(*offered, codec))
+    assert world.do(join.join, world.join_request(0, capabilities=capable)).session_key
 
 
 def test_identities_are_bound_to_one_another() -> None:

@@ -8,6 +8,7 @@ from peer.config import PeerConfig
 from peer.daemon.membership import (
     Membership,
     check_can_honour,
+    describe_capabilities,
     is_same_run,
     load_membership,
     needed_memory_bytes,
@@ -15,7 +16,8 @@ from peer.daemon.membership import (
 )
 from protos.contract.certificate import Tag
 from protos.contract.channel import JoinString
-from protos.contract.errors import CorruptDataError, ErrorCode, MachineError
+from protos.contract.codecs_wire import CODEC_NAMES
+from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import TINY_MODEL, DataSpec, RunSpec
 from protos.contract.signing import SigningKey
@@ -97,6 +99,15 @@ def test_same_run_whatever_the_address(membership: Membership) -> None:
         expire_unix_seconds=0,
     )
     assert is_same_run(JOIN, other)
+
+
+def test_codecs_are_announced_and_a_run_with_an_unknown_one_is_refused(
+    tmp_path: Path, membership: Membership
+) -> None:
+    assert tuple(describe_capabilities(PeerConfig(home=tmp_path)).codecs) == CODEC_NAMES
+    membership.response.run_spec = SPEC.to_wire().replace(b'"fp32"', b'"int3"')
+    with pytest.raises(UsageError, match="codec 'int3'; known codecs: fp32, .*; choose one"):
+        _ = membership.spec
 
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ class World:
     """A living member has its contribution within this time."""
     cut_ratio: float = 0.0
     """Share of pairs of members that cannot hear each other in the bad time."""
+    num_killed_in_reduce: int = 0
+    """Members that die for good while the first group averages."""
 
 
 class Checks:
@@ -137,6 +139,8 @@ class Member:
     bytes_held: set[bytes] = field(default_factory=set)
     certificate: rounds_pb2.Certificate | None = None
     life: int = 0
+    is_dead: bool = False
+    num_reductions: int = 0
 
 
 class Simulation:
@@ -164,6 +168,7 @@ class Simulation:
         self._cut = {pair for pair in pairs if self._rng.random() < world.cut_ratio}
         self.values: set[bytes] = set()
         self.num_attempts_discarded = 0
+        self.killed_seconds = 0.0
         for peer in peers:
             self._start(peer)
 
@@ -186,7 +191,7 @@ class Simulation:
     def run(self, until_seconds: float) -> None:
         """Play until every member has the certificate, two values were decided, or time is over."""
         while self._queue and self.now_seconds < until_seconds and len(self.values) < 2:
-            if all(member.certificate is not None for member in self.members.values()):
+            if all(m.certificate is not None or m.is_dead for m in self.members.values()):
                 return
             self.now_seconds, _, action = heapq.heappop(self._queue)
             action()
@@ -348,12 +353,16 @@ class Simulation:
         self._at(self._delay_seconds(), lambda: self._tell(sender, rt.Acked(receiver, ack)))
 
     def _reduce(self, peer: str, effect: rt.StartReduce) -> None:
+        self.members[peer].num_reductions += 1
         key = effect.group.SerializeToString() + bytes([effect.attempt])
         started = self._reducing.setdefault(key, set())
         started.add(peer)
         if started != {member.contribution.peer_id for member in effect.group.members}:
             return
         digest = hashlib.sha256(key).digest()
+        if self._world.num_killed_in_reduce and not self.killed_seconds:
+            self._kill_some(sorted(started), effect.attempt)
+            return
         for member in sorted(started):
             is_failing = self.is_bad and self._rng.random() < self._world.reduce_failure_ratio
             event: rt.Event = (
@@ -362,6 +371,17 @@ class Simulation:
                 else rt.ReduceDone(effect.attempt, digest)
             )
             self._at(self._delay_seconds(), self._finishing(member, event, digest))
+
+    def _kill_some(self, group: list[str], attempt: int) -> None:
+        """Some of a group die at once; the others lose their connections to them."""
+        self.killed_seconds = self.now_seconds
+        killed = self._rng.sample(group, self._world.num_killed_in_reduce)
+        for peer in killed:
+            self.members[peer].machine, self.members[peer].is_dead = None, True
+            self.members[peer].life += 1
+        for peer in set(group) - set(killed):
+            event = rt.ReduceFailed(attempt, "stream ended early")
+            self._at(self._delay_seconds(), self._finishing(peer, event, b""))
 
     def _finishing(self, peer: str, event: rt.Event, digest: bytes) -> Callable[[], None]:
         def finish() -> None:

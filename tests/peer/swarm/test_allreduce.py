@@ -9,8 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer.swarm.allreduce import AveragedVector, ReduceError, Reduction, ReductionDesk
+from peer.swarm.allreduce import (
+    PART_STREAM,
+    AveragedVector,
+    ReduceError,
+    Reduction,
+    ReductionDesk,
+)
+from peer.swarm.codecs import EncodedVector
 from peer.swarm.transport import Transport
+from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
 from protos.contract.digest import (
     PIECE_VALUES,
     Float32Vector,
@@ -26,6 +34,7 @@ TOKENS = {"a": 100, "b": 300, "c": 0}
 """c has no work: it reduces, and brings nothing."""
 
 Hosts = dict[str, Transport]
+FP32 = codec_named("fp32")
 
 
 async def _start(folder: Path, peer: str) -> Transport:
@@ -63,34 +72,52 @@ def _vector(peer: str) -> Float32Vector:
     return values.astype(np.float32)
 
 
-def _group() -> rounds_pb2.FormGroup:
-    pieces = num_pieces(NUM_VALUES)
+PIECES = num_pieces(NUM_VALUES)
+
+
+def _group(codec: Codec, ends: tuple[int, ...] = (1, 3, PIECES)) -> rounds_pb2.FormGroup:
     members = []
     for peer in PEERS:
         ranges = [rounds_pb2.LeasedRange(end_window=1)] if TOKENS[peer] else []
-        digests = vector_piece_digests(_vector(peer)) if TOKENS[peer] else []
+        digests = EncodedVector.encode(codec, _vector(peer)).digests() if TOKENS[peer] else ()
         contribution = rounds_pb2.Contribution(peer_id=peer, ranges=ranges)
         members.append(rounds_pb2.JoinGroup(contribution=contribution, piece_digests=digests))
-    return rounds_pb2.FormGroup(members=members, reducer_piece_ends=[1, 3, pieces])
+    return rounds_pb2.FormGroup(members=members, reducer_piece_ends=ends)
+
+
+async def _start_desks(hosts: Hosts) -> dict[str, ReductionDesk]:
+    desks = {peer: ReductionDesk(host) for peer, host in hosts.items()}
+    await asyncio.gather(*(desk.start() for desk in desks.values()))
+    return desks
 
 
 async def _average(
-    hosts: Hosts, vectors: dict[str, Float32Vector]
+    hosts: Hosts,
+    vectors: dict[str, Float32Vector],
+    codec: Codec = FP32,
+    *,
+    group: rounds_pb2.FormGroup | None = None,
+    forged: dict[str, EncodedVector] | None = None,
+    desks: dict[str, ReductionDesk] | None = None,
+    attempt: int = 0,
 ) -> dict[str, AveragedVector | BaseException]:
     """Everybody averages; what each of them got."""
+    encoded = {p: EncodedVector.encode(codec, vectors[p]) for p in PEERS if TOKENS[p]}
+    encoded |= forged or {}
     reductions = {}
+    desks = desks or await _start_desks(hosts)
     for peer, host in hosts.items():
-        desk = ReductionDesk(host)
-        await desk.start()
         reductions[peer] = Reduction(
             host,
-            place=(1, 1, 0),
-            group=_group(),
+            place=(1, 1, attempt),
+            group=group or _group(codec),
             tokens_by_peer=TOKENS,
             own_peer_id=peer,
-            own_vector=vectors[peer],
+            codec=codec,
+            num_values=NUM_VALUES,
+            own=encoded.get(peer),
         )
-        desk.open(reductions[peer])
+        desks[peer].open(reductions[peer])
     runs = [asyncio.wait_for(reductions[peer].run(), 20.0) for peer in PEERS]
     results = await asyncio.gather(*runs, return_exceptions=True)
     return dict(zip(PEERS, results, strict=True))
@@ -102,35 +129,116 @@ def test_everybody_gets_the_exact_weighted_mean(tmp_path: Path) -> None:
         expected = np.float32(0.25) * _vector("a") + np.float32(0.75) * _vector("b")
         for result in results.values():
             assert isinstance(result, AveragedVector)
-            assert np.array_equal(result.vector, expected)
+            assert np.array_equal(result.encoded.decoded(), expected)
             assert list(result.piece_digests) == vector_piece_digests(expected)
 
     _with_hosts(tmp_path, body)
 
 
-@pytest.mark.parametrize("value", [1.5, np.nan])
-def test_bytes_that_were_not_committed_to_end_the_attempt(tmp_path: Path, value: float) -> None:
+def test_with_every_codec_everybody_gets_the_same_bytes_of_the_decoded_parts(
+    tmp_path: Path,
+) -> None:
     async def body(hosts: Hosts) -> None:
         vectors = {peer: _vector(peer) for peer in PEERS}
-        vectors["b"][0] = value  # changed after committing; piece 0 is reduced by a
-        results = await _average(hosts, vectors)
-        assert all(isinstance(result, ReduceError) for result in results.values())
-        assert "not what b committed to" in str(results["a"])
+        desks = await _start_desks(hosts)
+        for attempt, codec in enumerate(map(codec_named, CODEC_NAMES)):
+            results = await _average(hosts, vectors, codec, desks=desks, attempt=attempt)
+            parts = [EncodedVector.encode(codec, vectors[peer]).decoded() for peer in "ab"]
+            total = np.float32(0.25) * parts[0] + np.float32(0.75) * parts[1]
+            expected = EncodedVector.encode(codec.for_result(2), total)
+            for result in results.values():
+                assert isinstance(result, AveragedVector), result
+                assert result.encoded.data == expected.data
+                assert result.piece_digests == expected.digests()
 
     _with_hosts(tmp_path, body)
+
+
+def test_part_that_no_encoder_writes_ends_the_attempt_and_names_its_sender(tmp_path: Path) -> None:
+    async def body(hosts: Hosts) -> None:
+        int8 = codec_named("int8")
+        data = bytearray(int8.encode(_vector("b")))
+        data[5] = 0x80  # code -128
+        forged = EncodedVector(codec=int8, num_values=NUM_VALUES, data=memoryview(data))
+        group = _group(int8)
+        del group.members[1].piece_digests[:]
+        group.members[1].piece_digests.extend(forged.digests())
+        vectors = {peer: _vector(peer) for peer in PEERS}
+        results = await _average(hosts, vectors, int8, group=group, forged={"b": forged})
+        failure = results["a"]
+        assert isinstance(failure, ReduceError) and failure.peer_id == "b"
+        assert "part of b: codec int8: code -128" in str(failure)
+
+    _with_hosts(tmp_path, body)
+
+
+def test_bytes_that_were_not_committed_to_end_the_attempt(tmp_path: Path) -> None:
+    async def body(hosts: Hosts) -> None:
+        vectors = {peer: _vector(peer) for peer in PEERS}
+        vectors["b"][0] = 1.5  # changed after committing; piece 0 is reduced by a
+        results = await _average(hosts, vectors)
+        assert all(isinstance(result, ReduceError) for result in results.values())
+        assert "part of b: piece 0 is not what was committed to" in str(results["a"])
+
+    _with_hosts(tmp_path, body)
+
+
+def test_member_that_cannot_be_dialled_reduces_nothing(tmp_path: Path) -> None:
+    async def body(hosts: Hosts) -> None:
+        vectors = {peer: _vector(peer) for peer in PEERS}
+        results = await _average(hosts, vectors, group=_group(FP32, ends=(0, 3, PIECES)))
+        assert all(isinstance(result, AveragedVector) for result in results.values()), results
+        assert len({r.averaged_digest for r in results.values()}) == 1  # type: ignore[union-attr]
+
+    _with_hosts(tmp_path, body)
+
+
+def test_a_stopped_member_is_named_by_those_who_wait_for_it(tmp_path: Path) -> None:
+    async def body(hosts: Hosts) -> None:
+        reductions, end = {}, asyncio.Event()
+        for peer in ("a", "c"):
+            desk = ReductionDesk(hosts[peer])
+            await desk.start()
+            reductions[peer] = _reduction(hosts[peer], peer)
+            desk.open(reductions[peer])
+        await hosts["b"].serve_streams(PART_STREAM, lambda sender, stream: _wait(end))
+        runs = [asyncio.ensure_future(r.run()) for r in reductions.values()]
+        while not reductions["a"].silent_peer(0.2)[0]:
+            await asyncio.wait(runs, timeout=0.05)
+        peer_id, seconds = reductions["a"].silent_peer(0.2)
+        assert peer_id == "b" and seconds >= 0.2
+        assert reductions["a"].silent_peer(100.0) == ("", 0.0)
+        for reduction in reductions.values():
+            reduction.fail(ReduceError("b is silent", peer_id="b"))
+        for run in runs:
+            with pytest.raises(ReduceError, match="silent"):
+                await run
+        end.set()
+
+    _with_hosts(tmp_path, body)
+
+
+async def _wait(end: asyncio.Event) -> None:
+    await end.wait()
+
+
+def _reduction(host: Transport, peer: str) -> Reduction:
+    return Reduction(
+        host,
+        place=(1, 1, 0),
+        group=_group(FP32),
+        tokens_by_peer=TOKENS,
+        own_peer_id=peer,
+        codec=FP32,
+        num_values=NUM_VALUES,
+        own=EncodedVector.encode(FP32, _vector(peer)) if TOKENS[peer] else None,
+    )
 
 
 def test_dead_member_is_named(tmp_path: Path) -> None:
     async def body(hosts: Hosts) -> None:
         await hosts["b"].close()
-        reduction = Reduction(
-            hosts["a"],
-            place=(1, 1, 0),
-            group=_group(),
-            tokens_by_peer=TOKENS,
-            own_peer_id="a",
-            own_vector=_vector("a"),
-        )
+        reduction = _reduction(hosts["a"], "a")
         with pytest.raises(ReduceError) as caught:
             await asyncio.wait_for(reduction.run(), 20.0)
         assert caught.value.peer_id == "b"

@@ -1,0 +1,93 @@
+"""Batches of encoded pieces on a part stream, or the reason why there will be no more.
+
+Sizes follow from the codec, so a batch is: one byte 1, for reduced pieces the SHA-256 of each, then
+the pieces' bytes. A refusal is: one byte 0, u32 length, UTF-8 text. A member's own pieces travel
+without digests: it committed to them when it joined.
+"""
+
+from collections.abc import Sequence
+
+from peer.swarm.bulk_stream import BulkStream, StreamError
+from peer.swarm.codecs import EncodedVector, piece_bounds
+from peer.swarm.slice_sum import Batch
+from protos.contract.codecs_wire import Codec
+from protos.contract.digest import Float32Vector, piece_digest
+
+_DIGEST_BYTES = 32
+_MAX_REASON_BYTES = 2000
+_REFUSAL, _PIECES = b"\0", b"\1"
+
+
+class Refused(Exception):
+    """The other side gives the attempt up, with its reason."""
+
+
+def send_batch(
+    stream: BulkStream, encoded: EncodedVector, batch: Batch, digests: Sequence[bytes] = ()
+) -> None:
+    """Send one batch. Raises StreamError."""
+    stream.send(_PIECES + b"".join(digests))
+    stream.send(encoded.run(batch.begin_piece, batch.end_piece))
+
+
+def send_refusal(stream: BulkStream, reason: str) -> None:
+    """Say why no more batches follow. Raises StreamError."""
+    text = reason.encode()[:_MAX_REASON_BYTES]
+    stream.send(_REFUSAL + len(text).to_bytes(4, "big") + text)
+
+
+def read_mark(stream: BulkStream) -> None:
+    """Read what a batch begins with. Raises Refused with the other side's reason, StreamError."""
+    mark = bytes(stream.read_bytes(1))
+    if mark == _REFUSAL:
+        length = int.from_bytes(stream.read_bytes(4), "big")
+        text = stream.read_bytes(min(length, _MAX_REASON_BYTES))
+        raise Refused(text.decode(errors="replace"))
+    if mark != _PIECES:
+        raise StreamError(f"a batch begins with {mark!r}")
+
+
+def read_digests(stream: BulkStream, batch: Batch) -> list[bytes]:
+    """Digests of a reduced batch. Raises StreamError."""
+    size = batch.end_piece - batch.begin_piece
+    hashes = bytes(stream.read_bytes(_DIGEST_BYTES * size))
+    return [hashes[i : i + _DIGEST_BYTES] for i in range(0, len(hashes), _DIGEST_BYTES)]
+
+
+def read_pieces(
+    stream: BulkStream, batch: Batch, digests: Sequence[bytes], views: Sequence[memoryview]
+) -> None:
+    """Read a batch's pieces into `views` and hold each against its digest.
+
+    Raises StreamError, and ValueError naming the piece that differs.
+    """
+    for piece, digest, view in zip(
+        range(batch.begin_piece, batch.end_piece), digests, views, strict=True
+    ):
+        stream.read_into(view)
+        if piece_digest(view) != digest:
+            raise ValueError(f"piece {piece} is not what was committed to")
+
+
+def read_part(
+    stream: BulkStream,
+    codec: Codec,
+    batch: Batch,
+    digests: Sequence[bytes],
+    values: Float32Vector,
+) -> None:
+    """Read, check and decode a batch of a member's own pieces into `values`, which it fills.
+
+    A plain codec's bytes arrive in `values` themselves, and the sum finds what is not finite.
+    Raises StreamError, Refused, ValueError, CorruptDataError.
+    """
+    read_mark(stream)
+    bounds = [piece_bounds(i, i + 1, values.size) for i in range(len(digests))]
+    if codec.name == "fp32":
+        data = memoryview(values).cast("B")
+    else:
+        data = memoryview(bytearray(codec.encoded_bytes(values.size)))
+    views = [data[codec.encoded_bytes(low) : codec.encoded_bytes(high)] for low, high in bounds]
+    read_pieces(stream, batch, digests, views)
+    if codec.name != "fp32":
+        codec.decode(data, values)

@@ -1,0 +1,39 @@
+"""Patience follows what was measured: short where rounds are short, longer where they vary."""
+
+from peer.swarm.pace import Pace
+
+
+def _pace(reduce_seconds: list[float], *, wait_seconds: float = 0.05) -> Pace:
+    pace = Pace()
+    for seconds in reduce_seconds:
+        pace.add(form_seconds=0.5, reduce_seconds=seconds, agree_seconds=0.05)
+        pace.add_wait(wait_seconds)
+    return pace
+
+
+def test_generous_until_three_rounds_were_measured() -> None:
+    assert _pace([0.1, 0.1]).timing().reduce_wait_seconds == 60.0
+    assert _pace([0.1, 0.1]).stall_seconds == 15.0
+    assert Pace().call_seconds == 4.0
+
+
+def test_quick_rounds_make_short_deadlines() -> None:
+    pace = _pace([0.1] * 8)
+    for _ in range(64):
+        pace.add_call(0.002)
+    assert pace.stall_seconds < 2.0 and pace.call_seconds < 1.5
+    timing = pace.timing()
+    assert timing.reduce_wait_seconds == 4.0 and timing.agree_wait_seconds == 2.0
+    assert timing.exchange_wait_seconds + timing.rejoin_wait_seconds < 2.0
+
+
+def test_slow_and_uneven_rounds_make_long_ones() -> None:
+    even, uneven = _pace([20.0] * 8), _pace([10.0, 30.0] * 4)
+    assert even.timing().reduce_wait_seconds == 41.0
+    assert uneven.timing().reduce_wait_seconds == 81.0
+    assert _pace([1.0] * 4, wait_seconds=5.0).stall_seconds == 11.0
+
+
+def test_deadlines_follow_the_last_rounds_only() -> None:
+    pace = _pace([50.0] * 16 + [0.2] * 16)
+    assert pace.timing().reduce_wait_seconds == 4.0
