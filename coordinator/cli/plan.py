@@ -335,7 +335,7 @@ def _text(
 
 def _strategies(wanted: str) -> dict[str, Any]:
     from coordinator.scaling.links import Codec
-    from protos.contract.codecs_wire import CODEC_NAMES, encoded_bytes
+    from protos.contract.codecs_wire import CODEC_NAMES, codec_named
     from protos.contract.run_spec import STRATEGIES
 
     allowed = {"auto": STRATEGIES, "sync": ("sync",), "diloco": ("diloco",)}
@@ -344,10 +344,18 @@ def _strategies(wanted: str) -> dict[str, Any]:
             f"--strategy {wanted}", allowed=", ".join(allowed), remedy="name one of them"
         )
     values = 2**20
-    codecs = tuple(
-        Codec(name=name, bytes_per_value=encoded_bytes(name, values) / values)
-        for name in CODEC_NAMES
-    )
+
+    def codec(name: str) -> Codec:
+        layout = codec_named(name)
+        return Codec(
+            name=name,
+            bytes_per_value=layout.encoded_bytes(values) / values,
+            result_bytes_per_value=lambda num_parts: (
+                layout.for_result(num_parts).encoded_bytes(values) / values
+            ),
+        )
+
+    codecs = tuple(codec(name) for name in CODEC_NAMES)
     return {"strategies": allowed[wanted], "codecs": codecs}
 
 

@@ -1,11 +1,11 @@
 """What averaging costs on measured links, and the strategy that leaves the peers computing.
 
-A round is a butterfly: with n members and v encoded bytes every member sends and receives
-2 v (n - 1) / n bytes, and the slowest link decides; a few round trips agree on it. `sync` averages
-after every global batch. `diloco` averages one of P fragments every H / P inner steps while
-training goes on for `overlap` steps; what does not fit into them is waited for. Replicas that
-average rarely learn less from the same compute: M of them are worth C M^-0.17 (Charles et al. 2025,
-2503.09799, measured at H = 30 up to M = 8).
+A round is a butterfly: with n members every member sends and receives (n - 1) / n of an encoded
+contribution and of an encoded sum, and the slowest link decides; a few round trips agree on it.
+`sync` averages after every global batch. `diloco` averages one of P fragments every H / P inner
+steps while training goes on for `overlap` steps; what does not fit into them is waited for.
+Replicas that average rarely learn less from the same compute: M of them are worth C M^-0.17
+(Charles et al. 2025, 2503.09799, measured at H = 30 up to M = 8).
 
 Choice: `sync` or `diloco`, whichever leaves more effective compute (utilisation x replica factor).
 For `diloco` the richest codec that reaches 95 % of the time computing with some H <= 30, with the
@@ -13,7 +13,7 @@ smallest such H and the fewest fragments; failing that the leanest codec and the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.scaling.laws import PowerRule
@@ -33,10 +33,19 @@ ROUND_TRIPS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """A wire format by its size."""
+    """A wire format by its sizes."""
 
     name: str
     bytes_per_value: float
+    """Of a contribution."""
+    result_bytes_per_value: Callable[[int], float] | None = None
+    """Of the sum of so many contributions; None: the same."""
+
+    def moved_bytes_per_value(self, num_members: int) -> float:
+        """There and back: a contribution and the sum that returns."""
+        if self.result_bytes_per_value is None:
+            return 2 * self.bytes_per_value
+        return self.bytes_per_value + self.result_bytes_per_value(num_members)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +77,17 @@ class StrategyChoice:
         return self.utilisation_ratio * self.replica_ratio
 
 
-def sent_bytes(vector_bytes: float, num_members: int) -> float:
+def sent_bytes(num_values: float, codec: Codec, num_members: int) -> float:
     """Bytes that each member of a butterfly sends (and receives) for one vector."""
-    return 2 * vector_bytes * (num_members - 1) / num_members
+    share = (num_members - 1) / num_members
+    return num_values * codec.moved_bytes_per_value(num_members) * share
 
 
-def round_seconds(peers: Sequence[PoolPeer], vector_bytes: float) -> tuple[float, PoolPeer]:
+def round_seconds(
+    peers: Sequence[PoolPeer], num_values: float, codec: Codec
+) -> tuple[float, PoolPeer]:
     """Time of one round over the slowest link, and whose link that is."""
-    moved = sent_bytes(vector_bytes, len(peers))
+    moved = sent_bytes(num_values, codec, len(peers))
     slowest, seconds = peers[0], -1.0
     for peer in peers:
         link = min(peer.upload_bytes_per_second, peer.download_bytes_per_second)
@@ -95,12 +107,16 @@ def replica_ratio(rule: PowerRule, num_replicas: int, inner_steps_per_outer: int
 def plan_sync(
     peers: Sequence[PoolPeer], *, num_values: int, step_seconds: float, codecs: Sequence[Codec]
 ) -> StrategyChoice:
-    """`sync` with the richest codec that reaches the aim, else the leanest."""
+    """`sync` with the richest codec of at least a byte per value that reaches the aim, else the
+    leanest of them: coarser ones were made for pseudo-gradients.
+    """
+    codecs = [codec for codec in codecs if codec.bytes_per_value >= 1]
     best: StrategyChoice | None = None
     for codec in sorted(codecs, key=lambda codec: -codec.bytes_per_value):
-        vector_bytes = codec.bytes_per_value * num_values
-        seconds, slowest = round_seconds(peers, vector_bytes) if peers[1:] else (0.0, peers[0])
-        moved = sent_bytes(vector_bytes, len(peers))
+        seconds, slowest = 0.0, peers[0]
+        if peers[1:]:
+            seconds, slowest = round_seconds(peers, num_values, codec)
+        moved = sent_bytes(num_values, codec, len(peers))
         ratio = step_seconds / (step_seconds + seconds)
         reason = (
             f"sync computes {step_seconds:.3g} s and averages {seconds:.3g} s per step "
@@ -174,8 +190,9 @@ def _diloco_option(
     num_fragments: int,
     rule: PowerRule,
 ) -> StrategyChoice:
-    fragment_bytes = codec.bytes_per_value * num_values / num_fragments
-    seconds, slowest = round_seconds(peers, fragment_bytes)
+    fragment_values = num_values / num_fragments
+    seconds, slowest = round_seconds(peers, fragment_values, codec)
+    moved = sent_bytes(fragment_values, codec, len(peers))
     interval_steps = inner_steps / num_fragments
     interval_seconds = interval_steps * step_seconds
     may_overlap = num_fragments > 1
@@ -193,7 +210,7 @@ def _diloco_option(
     reason = (
         f"diloco with H = {inner_steps}, {num_fragments} fragment"
         f"{'s' if num_fragments > 1 else ''}, codec {codec.name}: a round of "
-        f"{sent_bytes(fragment_bytes, len(peers)) / 1e6:.3g} MB each way takes {seconds:.3g} s "
+        f"{moved / 1e6:.3g} MB each way takes {seconds:.3g} s "
         f"over {slowest.name}'s link beside {interval_seconds:.3g} s of computing"
         + (f", {overlap_steps} steps of it overlapped" if overlap_steps else "")
         + f": {utilisation:.1%} of the time computing; {len(peers)} replicas keep {kept:.0%} of "
@@ -210,7 +227,7 @@ def _diloco_option(
         num_replicas=len(peers),
         step_seconds=step_seconds,
         round_seconds=seconds,
-        round_wire_bytes=sent_bytes(fragment_bytes, len(peers)),
+        round_wire_bytes=moved,
         reason=reason,
     )
 

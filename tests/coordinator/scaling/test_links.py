@@ -37,10 +37,12 @@ def peers(number: int, *, mbit: float = 20.0, sites: tuple[str, ...] = ()) -> li
 
 
 def test_butterfly_bytes_and_the_slowest_link() -> None:
-    assert sent_bytes(1000, 2) == 1000
-    assert sent_bytes(1000, 4) == 1500
+    assert sent_bytes(250, FP32, 2) == 1000
+    assert sent_bytes(250, FP32, 4) == 1500
+    sparse = Codec(name="s", bytes_per_value=0.5, result_bytes_per_value=lambda parts: 0.25 * parts)
+    assert sent_bytes(1000, sparse, 4) == 0.75 * 1500, "a sum carries what all have sent"
     pool = [*peers(3), *peers(1, mbit=5.0)]
-    seconds, slowest = round_seconds(pool, 1e6)
+    seconds, slowest = round_seconds(pool, 250_000, FP32)
     assert slowest is pool[3]
     assert seconds == pytest.approx(1.5e6 / (5e6 / 8))
 
