@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from coordinator.scaling.observations import Convention, Observation, Observations
 
 from coordinator.scaling.laws import LossLaw
 from coordinator.scaling.links import Codec
+from coordinator.scaling.observations import Convention, Observation, Observations
 from coordinator.scaling.plan_observed import observed_law
 from coordinator.scaling.plan_types import PlanRequest
 from coordinator.scaling.planner import plan
