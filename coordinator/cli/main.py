@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import corpus, ledger, runs, serve, status, tokens, up_command
+from coordinator.cli import corpus, ledger, runs, serve, status, study, tokens, up_command
 from coordinator.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
@@ -60,6 +60,7 @@ app.add_typer(tokens.app, name="token")
 app.command("status")(status.status)
 app.command("peers")(status.peers)
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:
