@@ -121,6 +121,15 @@ def test_bad_input_is_explained(
     assert "allowed:" in done.stderr and "remedy:" in done.stderr
 
 
+def test_every_published_law_is_shown_with_its_source() -> None:
+    rows = ask("study", "laws")["laws"]
+    assert len(rows) > 40
+    assert all(row["source"] and row["confidence"] and row["constants"] for row in rows)
+    found = next(row for row in rows if row["name"] == "besiroglu" and "a" in row["constants"])
+    assert found["constants"]["a"] == 482.006
+    assert "Besiroglu" in run_here("study", "laws").stdout
+
+
 def test_missing_packages_are_named() -> None:
     study.need_scaling_extra("study fit", "json")
     with pytest.raises(MachineError, match="needs no_such_package") as caught:
