@@ -217,7 +217,7 @@ class _Batch:
             theta[active[better]] = tried[better]
             objective[active[better]] = new_objective[better]
             factor = np.where(better, 0.2, 8.0)
-            damping[active] = np.clip(damping[active] * factor, 1e-10, 1e9)
+            damping[active] = np.clip(damping[active] * factor, 1e-8, 1e9)
             stalls[active] = np.where(small, stalls[active] + 1, 0)
             residual = np.where(better[:, None], new_residual, residual)
             parts = tuple(
