@@ -30,7 +30,7 @@ _MIN_EXPONENT, _MAX_EXPONENT = 1e-3, 4.0
 _MIN_LOG_KAPPA, _MAX_LOG_KAPPA = float(np.log(0.05)), float(np.log(4.0))
 _MIN_LOG_E_RATIO = float(np.log(1e-4))
 _E, _P, _U, _Q, _V, _KAPPA = range(6)
-_LARGEST_BATCH_NUMBERS = 120_000
+_LARGEST_BATCH_NUMBERS = 16_000
 """Rows times draws that are worked on together, so that they stay in the cache."""
 
 
@@ -217,7 +217,7 @@ class _Batch:
             theta[active[better]] = tried[better]
             objective[active[better]] = new_objective[better]
             factor = np.where(better, 0.2, 8.0)
-            damping[active] = np.clip(damping[active] * factor, 1e-10, 1e9)
+            damping[active] = np.clip(damping[active] * factor, 1e-8, 1e9)
             stalls[active] = np.where(small, stalls[active] + 1, 0)
             residual = np.where(better[:, None], new_residual, residual)
             parts = tuple(

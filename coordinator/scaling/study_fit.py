@@ -39,6 +39,7 @@ Array = NDArray[np.float64]
 AUTO = "auto"
 MAX_EXTRAPOLATION_RATIO = 1000.0
 DEFAULT_DRAWS = 400
+_TOGETHER_CORRELATION = 0.995
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,7 @@ def fit_observations(
         if num_draws > 0 and (shares[each] > 0.01 or each in (chosen, allocation))
     }  # fmt: skip
     band = ErrorBand.of(_mixed(tests, shares))
-    reasons += [why, f"bands: {band.reason}"]
+    reasons += [why, f"bands: {band.reason}", *_warnings(near)]
     if form is None:
         reasons.append(
             f"N_opt and D_opt come from the {allocation.value} form: on public sweeps its N_opt "
@@ -214,6 +215,18 @@ def fit_observations(
         reasons=tuple(reasons),
         flop_per_param_token=near.flop_per_param_token(),
     )
+
+
+def _warnings(near: Observations) -> list[str]:
+    """What the rows cannot tell."""
+    log_n, log_d = np.log(near.params_n), np.log(near.tokens_d)
+    together = float(np.corrcoef(log_n, log_d)[0, 1])
+    if together < _TOGETHER_CORRELATION:
+        return []
+    return [
+        f"warning: N and D rise together (correlation {together:.3f}): losses can be predicted "
+        "along that line, but what N would be best is not in these rows"
+    ]
 
 
 def refuse_far(compute_flop: Sequence[float], largest_flop: float, *, is_forced: bool) -> None:

@@ -101,6 +101,21 @@ def test_a_small_table_says_that_it_is_untested() -> None:
     assert (said.high_nats > said.loss_nats).all() and (said.low_nats < said.loss_nats).all()
 
 
+def test_rows_of_one_ratio_predict_their_line_and_warn() -> None:
+    sizes = np.geomspace(3e7, 3e9, 24)
+    rows = [
+        Observation(
+            params_n=n, tokens_d=20 * n, compute_flop=120 * n * n,
+            loss_nats=float(TRUTH.loss_nats(n, 20 * n)),
+        )
+        for n in sizes.tolist()
+    ]  # fmt: skip
+    study = fit_observations(Observations.of(rows), num_draws=20)
+    said = study.predict(np.array([1e10]), np.array([2e11]), np.array([1.2e22]))
+    assert said.loss_nats[0] == pytest.approx(TRUTH.loss_nats(1e10, 2e11), rel=0.02)
+    assert any("rise together" in reason for reason in study.reasons)
+
+
 def test_refusals() -> None:
     table = made_up(num_budgets=3)
     with pytest.raises(UsageError, match="no row with at most"):
