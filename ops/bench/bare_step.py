@@ -75,7 +75,7 @@ def main() -> int:
         result = step.run(
             all_inputs_BT[at : at + num_sequences], all_labels_BT[at : at + num_sequences]
         )
-        total += step.host_grads()
+        total += step.parameters.grads.numpy()
         num_tokens += result.num_tokens
         count += 1
     seconds = time.monotonic() - begin_seconds

@@ -53,6 +53,39 @@ class ReferenceResult:
     """Mean training loss of each update's batch."""
 
 
+def iterate_windows(
+    spec: RunSpec, dataset_dir: Path, manifest: Manifest
+) -> Iterator[tuple[Int64Array, Int64Array]]:
+    """(inputs_T, labels_T) in the run's order, for ever."""
+    order = ScheduleOrder(spec.seed, manifest, spec.model.seq_len)
+    position = 0
+    while True:
+        data_pass, chunk_index = order.chunk_at(position)
+        chunk = manifest.training_chunks[chunk_index]
+        data = (dataset_dir / training_chunk_path(chunk_index)).read_bytes()
+        tokens = tokens_from_chunk(data, manifest=manifest, chunk=chunk)
+        indices = order.window_order(data_pass, chunk_index)
+        inputs_BT, labels_BT = windows_from_chunk(tokens, spec.model.seq_len, indices)
+        yield from zip(inputs_BT, labels_BT, strict=True)
+        position += 1
+
+
+def evaluate_model(
+    step: MicroStep, dataset_dir: Path, manifest: Manifest, *, eval_tokens: int = 0
+) -> EvalResult:
+    """Held-out loss of a model's present parameters."""
+    paths = [
+        dataset_dir / heldout_chunk_path(index) for index in range(len(manifest.heldout_chunks))
+    ]
+    return evaluate(
+        step.model,
+        heldout_paths=paths,
+        byte_lengths=token_byte_lengths(dataset_dir / TOKENIZER_FILE),
+        eval_tokens=eval_tokens,
+        autocast=step.autocast(),
+    )
+
+
 class ReferenceRun:
     """State of a one-process run; `advance` makes one update."""
 
@@ -74,21 +107,7 @@ class ReferenceRun:
         self.step = MicroStep(self.model, self.parameters)
         self.micro_batch_sequences = 8
         self._update = SyncUpdate(spec, num_threads=torch.get_num_threads())
-        self._windows = self._iterate_windows()
-
-    def _iterate_windows(self) -> Iterator[tuple[Int64Array, Int64Array]]:
-        """(inputs_T, labels_T) in the run's order, for ever."""
-        order = ScheduleOrder(self.spec.seed, self.manifest, self.spec.model.seq_len)
-        position = 0
-        while True:
-            data_pass, chunk_index = order.chunk_at(position)
-            chunk = self.manifest.training_chunks[chunk_index]
-            data = (self.dataset_dir / training_chunk_path(chunk_index)).read_bytes()
-            tokens = tokens_from_chunk(data, manifest=self.manifest, chunk=chunk)
-            indices = order.window_order(data_pass, chunk_index)
-            inputs_BT, labels_BT = windows_from_chunk(tokens, self.spec.model.seq_len, indices)
-            yield from zip(inputs_BT, labels_BT, strict=True)
-            position += 1
+        self._windows = iterate_windows(spec, dataset_dir, self.manifest)
 
     @property
     def is_finished(self) -> bool:
@@ -139,17 +158,7 @@ class ReferenceRun:
 
     def evaluate(self, *, eval_tokens: int = 0) -> EvalResult:
         """Held-out loss of the present parameters."""
-        paths = [
-            self.dataset_dir / heldout_chunk_path(index)
-            for index in range(len(self.manifest.heldout_chunks))
-        ]
-        return evaluate(
-            self.model,
-            heldout_paths=paths,
-            byte_lengths=token_byte_lengths(self.dataset_dir / TOKENIZER_FILE),
-            eval_tokens=eval_tokens,
-            autocast=self.step.autocast(),
-        )
+        return evaluate_model(self.step, self.dataset_dir, self.manifest, eval_tokens=eval_tokens)
 
 
 def run_reference(
