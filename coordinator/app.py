@@ -33,6 +33,7 @@ from coordinator.operations.admin import list_runs
 from coordinator.operations.common import BeginRecovery, OperationContext, begin_recovery
 from coordinator.operations.requests_admin import ListRunsRequest
 from coordinator.operations.writer import Operation, Writer
+from coordinator.ports import require_free
 from coordinator.rendezvous import Rendezvous
 from coordinator.store.sqlite import SqliteStore
 from coordinator.store.sqlite_table import full_disk_is_fatal
@@ -125,7 +126,9 @@ class Coordinator:
         writer = self._writer = Writer(store, context=context, clock=self._clock).start()
         on_stop.callback(writer.stop)
         await self._begin_recovery()
-        await self._start_rendezvous()
+        require_free(config.host, config.port, what="the coordinator", flag="--port")
+        require_free(config.http_host, config.http_port, what="the page", flag="--http-port")
+        await self._start_rendezvous()  # takes seconds: a port taken by somebody is said before
         cache = StatusCache(writer)
         metrics = CoordinatorMetrics()
         sampler = RunSampler(

@@ -1,10 +1,10 @@
 """Key files of a coordinator: made once, at the first start, and the reason why a data directory
 must be kept private.
 
-| file | what it is | |---|---| | ca.pem, ca.key | TLS certificate (its own CA; join strings carry
-its fingerprint) and key | | signing.key | raw Ed25519 key that signs leases, directives,
-incarnation records and votes | | admin.key | 32 random bytes; whoever can read it may command the
-running coordinator | | coordinator.json | where the running coordinator is; absent when none runs |
+- ca.pem, ca.key: TLS certificate (its own CA; join strings carry its fingerprint) and key
+- signing.key: raw Ed25519 key that signs leases, directives, incarnation records and votes
+- admin.key: 32 random bytes; whoever can read it may command the running coordinator
+- coordinator.json: where the running coordinator is; absent when none runs
 
 Files are written whole (temporary name, fsync, rename) and readable by their owner only.
 """

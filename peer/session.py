@@ -79,7 +79,7 @@ class SessionMachine:
             case ev.DatasetReady():
                 facts.is_dataset_ready = True
             case ev.ChildReady():
-                self._on_child_ready(event.child)
+                self._on_child_ready(event)
             case ev.ChildDied():
                 self._on_child_died(event)
             case ev.StateReached():
@@ -138,14 +138,15 @@ class SessionMachine:
             self._do(ev.TellSwarmCoordinator(is_reachable=event.is_reachable))
             self._set_trainer_pause()
 
-    def _on_child_ready(self, child: ev.ChildName) -> None:
-        self._facts.proven_children.add(child)
-        if child is ev.ChildName.SWARM:
+    def _on_child_ready(self, event: ev.ChildReady) -> None:
+        self._facts.proven_children.add(event.child)
+        if event.child is ev.ChildName.SWARM:
             self._facts.is_swarm_ready = True
             self._do(ev.TellSwarmCoordinator(is_reachable=self._link.is_reachable))
             self._do(ev.TellSwarmIdle(is_idle=self._facts.is_swarm_told_idle))
         else:
             self._facts.is_trainer_ready = True
+            self._facts.micro_batch_sequences = event.micro_batch_sequences
             self._set_trainer_pause()
             self._send_leases()
 
@@ -153,6 +154,7 @@ class SessionMachine:
         facts = self._facts
         if facts.drain_reason is not None:
             return
+        was_training = facts.is_trainer_ready
         if event.child is ev.ChildName.SWARM:
             facts.is_swarm_ready = False
             facts.position = None
@@ -170,6 +172,11 @@ class SessionMachine:
                 self._tell_swarm_idle(True)
             if facts.duty is not None and facts.duty.event.kind is ev.DutyKind.EVALUATE:
                 facts.duty.is_begun = False
+        if event.is_out_of_memory and event.child is ev.ChildName.TRAINER:
+            self._on_out_of_memory(
+                event, sequences=max(1, facts.micro_batch_sequences * was_training)
+            )
+            return
         if event.exit_code in HOPELESS_EXIT_CODES and event.child not in facts.proven_children:
             self._begin_drain(event.reason, exit_code=event.exit_code)
             return
@@ -185,6 +192,23 @@ class SessionMachine:
             self._begin_drain(reason, exit_code=7)
         else:
             self._do(ev.Respawn(child=event.child, reason=event.reason))
+
+    def _on_out_of_memory(self, event: ev.ChildDied, *, sequences: int) -> None:
+        """Half the micro-batch takes about half the memory. A trainer that never got ready has
+        probed single windows only. Halving ends by itself, so it does not count as a death.
+        """
+        if sequences > 1:
+            half = sequences // 2
+            reason = f"{event.reason}; micro-batches of {half} windows from now on, not {sequences}"
+            action = ev.Respawn(child=event.child, reason=reason, max_micro_batch_sequences=half)
+            self._do(action)
+            return
+        error = MachineError(
+            f"the trainer is out of memory with one window at a time: {event.reason}",
+            allowed="a model whose training step with one window fits this machine's memory",
+            remedy="free memory, lend a larger machine, or join a run with a smaller model",
+        )
+        self._begin_drain(str(error), exit_code=error.exit_code)
 
     def _on_state(self, event: ev.StateReached) -> None:
         facts = self._facts

@@ -63,6 +63,8 @@ class ChildReady:
     """A child has been configured and answers."""
 
     child: ChildName
+    micro_batch_sequences: int = 0
+    """Windows in one micro-batch of the trainer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class ChildDied:
     reason: str
     exit_code: int | None = None
     """Of the error that it named, if it named one (protos/contract/errors.py)."""
+    is_out_of_memory: bool = False
+    """True if it said so, or if the kernel ended it for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,6 +366,8 @@ class Respawn:
 
     child: ChildName
     reason: str
+    max_micro_batch_sequences: int | None = None
+    """Bound on the trainer's micro-batch from now on; None leaves it as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

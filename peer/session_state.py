@@ -41,6 +41,8 @@ class SessionFacts:
     is_dataset_ready: bool = False
     is_swarm_ready: bool = False
     is_trainer_ready: bool = False
+    micro_batch_sequences: int = 0
+    """Windows in one micro-batch of the trainer that was ready last."""
     position: Position | None = None
     """The swarm process's state; None while it has none."""
     is_run_paused: bool = False

@@ -22,7 +22,7 @@ import pytest
 
 from tests.source_tree import PRODUCT_PACKAGES, ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420), pytest.mark.xdist_group("install")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 MAX_ENVIRONMENT_BYTES = 230 * 10**6
 FORBIDDEN = ("torch", "hivemind", "scipy", "transformers", "pandas")

@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import corpus, ledger, runs, serve, status, tokens, up_command
+from coordinator.cli import (
+    begin_normal_interrupts,
+    corpus,
+    ledger,
+    plan,
+    runs,
+    serve,
+    status,
+    study,
+    tokens,
+    up_command,
+)
 from coordinator.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
@@ -57,13 +68,16 @@ app.command("serve")(serve.serve)
 app.add_typer(corpus.app, name="corpus")
 app.add_typer(runs.app, name="run")
 app.add_typer(tokens.app, name="token")
+app.command("plan")(plan.plan)
 app.command("status")(status.status)
 app.command("peers")(status.peers)
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:
     """Entry point of the console script."""
+    begin_normal_interrupts()
     try:
         app()
     except MusterError as error:

@@ -30,12 +30,23 @@ def print_json(plain: Any) -> None:
     sys.stdout.write(json.dumps(plain) + "\n")
 
 
+MAX_CELL_CHARACTERS = 100
+"""A longer reason is cut in tables; `--json` has it whole."""
+
+
 def print_table(titles: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their contents; plain text, so that it can be piped."""
+    """Columns as wide as their contents, one line a row; plain text, so that it can be piped."""
+    rows = [[_cut(text) for text in row] for row in rows]
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     for row in [titles, *rows]:
         line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
         sys.stdout.write(line.rstrip() + "\n")
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    short = line[: MAX_CELL_CHARACTERS - 3].rstrip() + "..."
+    return line if len(line) <= MAX_CELL_CHARACTERS else short
 
 
 def say(text: str) -> None:

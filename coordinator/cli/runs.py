@@ -102,7 +102,7 @@ def list_runs(data_dir: DataDir = DEFAULT_DATA_DIR, is_json: AsJson = False) -> 
         [
             run.run_id,
             run.state,
-            f"{run.incarnation}.{run.outer_step}",
+            f"{run.outer_step} (incarnation {run.incarnation})",
             f"{run.credited_tokens:,}",
             f"{run.budget_tokens:,}",
             str(run.num_live_peers),
@@ -150,7 +150,7 @@ def stop(
 @app.command("evict")
 def evict(
     peer_id: Annotated[
-        str, typer.Argument(metavar="PEER", help="Peer id, or an unmistakable beginning.")
+        str, typer.Argument(metavar="PEER", help="Name, id or unmistakable beginning of an id.")
     ],
     run_id: RunId = "",
     reason: _Reason = "evicted by the operator",

@@ -10,6 +10,7 @@ from protos.contract.errors import ErrorCode, MachineError, UsageError
 from protos.contract.run_spec import (
     MODEL_PRESETS,
     ModelSpec,
+    ObjectiveSpec,
     RunSpec,
     floor_to_windows,
     parse_fields,
@@ -65,10 +66,13 @@ def build_spec(
     Raises UsageError for what a person can correct, unknown keys with the nearest match included.
     """
     plain = _read_toml(spec_path) if spec_path is not None else {}
-    if model or "model" not in plain:
+    is_vocab_ours = bool(model) or "model" not in plain
+    if is_vocab_ours:
         plain["model"] = plain_fields(parse_model(model, vocab_size=manifest.vocab_size))
     for setting in settings:
         _set_value(plain, setting)
+    if is_vocab_ours and plain["model"]["vocab_size"] == manifest.vocab_size:
+        plain["model"]["vocab_size"] += _num_extra_tokens(plain)
     if seed is not None or "seed" not in plain:
         plain["seed"] = seed or 0
     data = plain.setdefault("data", {})
@@ -88,6 +92,12 @@ def build_spec(
     if isinstance(plain["budget_tokens"], int) and plain["budget_tokens"] >= seq_len:
         plain["budget_tokens"] = floor_to_windows(plain["budget_tokens"], seq_len)
     return parse_fields(RunSpec, plain, where="run spec")
+
+
+def _num_extra_tokens(plain: dict[str, Any]) -> int:
+    """Ids that the objective needs beside the tokenizer's."""
+    objective = parse_fields(ObjectiveSpec, plain.get("objective", {}), where="run spec: objective")
+    return objective.num_extra_tokens(_checked_seq_len(plain["model"]))
 
 
 def _checked_seq_len(model: Any) -> int:

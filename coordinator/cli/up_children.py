@@ -37,20 +37,25 @@ class PeerChild:
     async def start(
         cls, *, name: str, home: Path, join_string: str, num_threads: int
     ) -> "PeerChild":
-        """Start a peer that logs into its home."""
+        """Start a peer that logs into its home. The join string goes through a pipe: arguments of
+        processes can be read by everybody on the machine.
+        """
         home.mkdir(parents=True, exist_ok=True)
         command = peer_command(
-            "join", join_string, "--name", name, "--home", str(home), "--threads", str(num_threads),
+            "join", "-", "--name", name, "--home", str(home), "--threads", str(num_threads),
             "--listen-host", "127.0.0.1", "--metrics-port", "0",
         )  # fmt: skip
         with (home / "join.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *command,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 process_group=0,
             )
+        assert process.stdin is not None
+        process.stdin.write(join_string.encode() + b"\n")  # fits into the pipe: nobody waits
+        process.stdin.close()
         return cls(name=name, home=home, process=process)
 
     @property

@@ -100,10 +100,12 @@ def _planned_spec(request: CreateRunRequest) -> tuple[RunSpec, ScheduleOrder, st
             remedy="correct data.dataset_id or --corpus",
             code=ErrorCode.DIGEST_MISMATCH,
         )
-    if spec.model.vocab_size < manifest.vocab_size:
+    extra_tokens = spec.objective.num_extra_tokens(spec.model.seq_len)
+    if spec.model.vocab_size < manifest.vocab_size + extra_tokens:
         raise UsageError(
             f"model.vocab_size = {spec.model.vocab_size}",
-            allowed=f"at least the tokenizer's {manifest.vocab_size}",
+            allowed=f"at least the tokenizer's {manifest.vocab_size} and the {extra_tokens} "
+            f"of the objective {spec.objective.name}",
             remedy="raise model.vocab_size",
         )
     order = ScheduleOrder(spec.seed, manifest, spec.model.seq_len)
@@ -271,14 +273,22 @@ def evict_peer(
     context: OperationContext,
     now_unix_seconds: float,
 ) -> EvictPeerResponse:
-    """End a membership for good. Raises UsageError unless exactly one peer fits."""
+    """End a membership for good. Raises UsageError unless exactly one peer fits by name or by the
+    beginning of its id: a name that looks like another's id fits both.
+    """
     run = find_run(tx, request.run_id)
-    found = [row for row in tx.peers(run.run_id) if row.peer_id.startswith(request.peer_id)]
-    if len(found) != 1 or not request.peer_id:
+    wanted = request.peer_id
+    found = [
+        row
+        for row in tx.peers(run.run_id)
+        if row.peer_id.startswith(wanted) or (row.name == wanted and row.name)
+    ]
+    if len(found) != 1 or not wanted:
+        which = ", ".join(f"{row.peer_id[:12]} ({row.name})" for row in found[:8])
         raise UsageError(
-            f"{len(found)} peers of run {run.run_id!r} have an id that begins with "
-            f"{request.peer_id!r}",
-            allowed="the beginning of exactly one peer's id",
+            f"{len(found)} peers of run {run.run_id!r} have the name {wanted!r} or an id that "
+            f"begins so" + (f": {which}" if which and wanted else ""),
+            allowed="one peer's name, or the beginning of exactly one peer's id",
             remedy="see `muster-coordinator peers`",
         )
     if found[0].state == PeerState.EVICTED:

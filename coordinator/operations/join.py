@@ -201,7 +201,7 @@ def _check_capabilities(request: JoinRequest, spec: RunSpec) -> None:
         needs=(
             ("strategy", spec.strategy.name, capabilities.strategies),
             ("codec", spec.strategy.codec, capabilities.codecs),
-            ("objective", spec.objective, capabilities.objectives),
+            ("objective", spec.objective.name, capabilities.objectives),
         )
     )
     if missing:

@@ -118,7 +118,11 @@ def end_leases(
             lease=lease,
         )
         windows = (lease.begin_window, lease.end_window)
-        credited = tx.live_credits_of_chunk(run_id, lease.schedule_position, windows=windows)
+        credited = (  # a lease gets windows that nobody was credited with, and alone until it ends
+            tx.live_credits_of_chunk(run_id, lease.schedule_position, windows=windows)
+            if lease.credited_windows
+            else []
+        )
         left = open_intervals(windows, [(row.begin_window, row.end_window) for row in credited])
         free = [
             FreeRange(

@@ -8,6 +8,7 @@ books from those lines.
 from dataclasses import replace
 
 from coordinator.domain.lease_book import (
+    MAX_LEASES_PER_ANSWER,
     BookState,
     Demand,
     FreeRange,
@@ -46,8 +47,8 @@ from protos.contract.errors import ErrorCode, RefusedError, UsageError
 from protos.contract.telemetry import LeaseState, RunState
 from protos.muster.v1 import common_pb2, leases_pb2
 
-_NUM_RETURNED_RANGES = 64
-"""Returned ranges looked at per request; more than the leases that one answer may hold."""
+_NUM_RETURNED_RANGES = MAX_LEASES_PER_ANSWER + 1
+"""Returned ranges looked at per request: an answer cannot use them all, so a cut list is seen."""
 _MAX_EXPIRED_PER_TICK = 256
 _GRANTING_STATES = frozenset({RunState.RUNNING, RunState.STALLED})
 

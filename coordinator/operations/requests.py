@@ -47,6 +47,8 @@ class Claims:
     clock_offset_seconds: float = 0.0
     memory_bytes: int = 0
     trained_tokens: int = 0
+    upload_bytes_per_second: float = 0.0
+    download_bytes_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

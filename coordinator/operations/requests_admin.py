@@ -301,6 +301,13 @@ class PeersResponse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRequest:
+    """The live peers of a run as a pool to plan with."""
+
+    run_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventsRequest:
     """Events after an id, oldest first; with after_event_id = -1 the newest `max_events`, oldest
     first.

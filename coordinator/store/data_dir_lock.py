@@ -1,5 +1,6 @@
 """One coordinator per data directory: an exclusive flock on its lock file, which names the holder's
-process.
+process. The directory is its owner's alone (mode 0700): its files hold keys of peers' sessions and
+of the coordinator.
 
 The lock dies with the process, so a SIGKILL leaves nothing to clean up.
 """
@@ -7,6 +8,7 @@ The lock dies with the process, so a SIGKILL leaves nothing to clean up.
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from protos.contract.errors import ErrorCode, MachineError
@@ -39,6 +41,16 @@ def machine_error_from_os_error(error: OSError, *, doing: str) -> MachineError:
     )
 
 
+def make_private(directory: Path) -> None:
+    """Make the directory, or take the rights of others away from it if it is this user's. Raises
+    OSError.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.stat()
+    if stat.S_IMODE(found.st_mode) & 0o077 and found.st_uid == os.geteuid():
+        directory.chmod(0o700)
+
+
 class DataDirLock:
     """Held from construction to `release`."""
 
@@ -47,7 +59,7 @@ class DataDirLock:
         the holder).
         """
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
+            make_private(data_dir)
             self._file = os.open(
                 data_dir / LOCK_FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )

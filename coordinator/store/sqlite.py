@@ -6,6 +6,7 @@ connection writes, readers have their own, so a slow page never holds up a lease
 one connection behind a lock, for tests.
 """
 
+import os
 import queue
 import sqlite3
 import threading
@@ -40,7 +41,7 @@ class _HopefulScope:
     statement.
     """
 
-    __slots__ = ("_connection", "_kept", "_mark", "_num_changes")
+    __slots__ = ("_connection", "_kept", "_num_changes", "_num_unwritten")
 
     def __init__(self, connection: sqlite3.Connection, kept: KeptRows) -> None:
         self._connection = connection
@@ -48,7 +49,7 @@ class _HopefulScope:
 
     def __enter__(self) -> None:
         self._num_changes = self._connection.total_changes
-        self._mark = self._kept.unwritten.mark()
+        self._num_unwritten = self._kept.unwritten.num_changes
 
     def __exit__(
         self,
@@ -59,7 +60,7 @@ class _HopefulScope:
         if error is None:
             return
         is_changed = self._connection.total_changes != self._num_changes
-        if is_changed or self._kept.unwritten.mark() != self._mark:
+        if is_changed or self._kept.unwritten.num_changes != self._num_unwritten:
             raise UndoNeededError from error
 
 
@@ -86,6 +87,8 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
     def flush(self) -> None:
         """Write what waits for the commit."""
         self.write_books()
+        self.write_leases()
+        self.write_returned()
         self.write_journal()
         self.write_requests()
 
@@ -96,13 +99,13 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """See base.Transaction.savepoint."""
+        self.flush()
         run_sql(self._connection, "SAVEPOINT operation")
-        mark = self._kept.unwritten.mark()
         try:
             yield
         except BaseException:
             self._kept.forget()
-            self._kept.unwritten.return_to(mark)
+            self._kept.unwritten = Unwritten()
             if self._connection.in_transaction:
                 run_sql(self._connection, "ROLLBACK TO operation")
                 run_sql(self._connection, "RELEASE operation")
@@ -173,6 +176,23 @@ def _connect(location: str, *, is_uri: bool = False) -> sqlite3.Connection:
     return connection
 
 
+def _make_files_private(data_dir: Path) -> None:
+    """Make the database file with mode 0600 before SQLite would use the umask's; its log and index
+    then get the same. Files of an earlier version lose the rights of others.
+    """
+    try:
+        path = data_dir / STORE_FILE_NAME
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        for suffix in ("", "-wal", "-shm"):
+            file = path.with_name(path.name + suffix)
+            if file.exists():
+                file.chmod(0o600)
+    except OSError as error:
+        raise machine_error_from_os_error(
+            error, doing=f"opening the store in {data_dir}"
+        ) from error
+
+
 def has_store(data_dir: Path) -> bool:
     """True if a coordinator has worked here. Raises MachineError when this user may not look."""
     try:
@@ -209,6 +229,7 @@ class SqliteStore:
         try:
             location = str(data_dir / STORE_FILE_NAME)
             with full_disk_is_fatal():
+                _make_files_private(data_dir)
                 writer = _connect(location)
                 run_sql(writer, "PRAGMA journal_mode = WAL")
                 _tune(writer)

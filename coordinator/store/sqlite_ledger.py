@@ -18,12 +18,17 @@ from coordinator.store.rows import (
     ReturnedRow,
     UncreditedRow,
 )
-from coordinator.store.sqlite_kept import KeptRows
+from coordinator.store.sqlite_kept import KeptRows, ReturnedRanges, lease_key, range_key
 from coordinator.store.sqlite_table import Table, run_sql
 
 BOOKS = Table("books", BookRow, key=("run_id",))
 PEER_TOTALS = Table("peer_totals", PeerTotalRow, key=("run_id", "peer_id"))
-LEASES = Table("leases", LeaseRow, key=("run_id", "incarnation", "peer_id", "lease_number"))
+LEASES = Table(
+    "leases",
+    LeaseRow,
+    key=("run_id", "incarnation", "peer_id", "lease_number"),
+    changing=("state", "credited_windows", "expire_unix_ms", "end_reason"),
+)
 RETURNED = Table(
     "returned_ranges", ReturnedRow, key=("run_id", "schedule_position", "begin_window")
 )
@@ -51,7 +56,9 @@ class SqliteLedger:
         BOOKS.insert(self._connection, row)
 
     def update_book(self, row: BookRow) -> None:
-        self._kept.unwritten.book_by_run[row.run_id] = row
+        unwritten = self._kept.unwritten
+        unwritten.book_by_run[row.run_id] = row
+        unwritten.num_changes += 1
 
     def book(self, run_id: str) -> BookRow | None:
         kept = self._kept
@@ -85,8 +92,10 @@ class SqliteLedger:
         return PEER_TOTALS.where(self._connection, "run_id = ? ORDER BY peer_id", run_id)
 
     def insert_leases(self, rows: Iterable[LeaseRow]) -> None:
+        unwritten = self._kept.unwritten
         for row in rows:
-            LEASES.insert(self._connection, row)
+            unwritten.new_leases[lease_key(row)] = row
+            unwritten.num_changes += 1
             self._kept.change_lease(row)
             key = (row.run_id, row.incarnation, row.peer_id)
             newest = self._kept.lease_number_by_key.get(key)
@@ -94,24 +103,37 @@ class SqliteLedger:
                 self._kept.keep_lease_number(key, max(newest, row.lease_number))
 
     def update_lease(self, row: LeaseRow) -> None:
-        sql = (
-            "UPDATE leases SET state = ?, credited_windows = ?, expire_unix_ms = ?, end_reason = ? "
-            "WHERE run_id = ? AND incarnation = ? AND peer_id = ? AND lease_number = ?"
-        )
-        values = (row.state, row.credited_windows, row.expire_unix_ms, row.end_reason)
-        key = (row.run_id, row.incarnation, row.peer_id, row.lease_number)
-        run_sql(self._connection, sql, values + key)
+        unwritten, key = self._kept.unwritten, lease_key(row)
+        if key in unwritten.new_leases:
+            unwritten.new_leases[key] = row
+        else:
+            unwritten.changed_leases[key] = row
+        unwritten.num_changes += 1
         self._kept.change_lease(row)
+
+    def write_leases(self) -> None:
+        """Write the leases that wait."""
+        unwritten = self._kept.unwritten
+        LEASES.insert_many(self._connection, list(unwritten.new_leases.values()))
+        LEASES.upsert_many(self._connection, list(unwritten.changed_leases.values()))
+        unwritten.new_leases.clear()
+        unwritten.changed_leases.clear()
 
     def lease(
         self, run_id: str, incarnation: int, peer_id: str, lease_number: int
     ) -> LeaseRow | None:
-        return LEASES.one(self._connection, run_id, incarnation, peer_id, lease_number)
+        active = self._kept.active_by_peer.get((run_id, peer_id), {})
+        row = active.get((incarnation, lease_number))
+        if row is None:
+            self.write_leases()
+            row = LEASES.one(self._connection, run_id, incarnation, peer_id, lease_number)
+        return row
 
     def newest_lease_number(self, run_id: str, incarnation: int, peer_id: str) -> int:
         key = (run_id, incarnation, peer_id)
         newest = self._kept.lease_number_by_key.get(key)
         if newest is None:
+            self.write_leases()
             sql = (
                 "SELECT MAX(lease_number) FROM leases "
                 "WHERE run_id = ? AND incarnation = ? AND peer_id = ?"
@@ -123,6 +145,7 @@ class SqliteLedger:
     def active_leases(self, run_id: str, peer_id: str) -> list[LeaseRow]:
         kept = self._kept.active_by_peer.get((run_id, peer_id))
         if kept is None:
+            self.write_leases()
             condition = "run_id = ? AND peer_id = ? AND state = 'ACTIVE'"
             rows = LEASES.where(
                 self._connection, condition, run_id, peer_id, index="leases_active_by_peer"
@@ -131,12 +154,14 @@ class SqliteLedger:
         return sorted(kept.values(), key=_LEASE_NUMBER)
 
     def all_active_leases(self, run_id: str) -> list[LeaseRow]:
+        self.write_leases()
         condition = "run_id = ? AND state = 'ACTIVE' ORDER BY peer_id, lease_number"
         return LEASES.where(self._connection, condition, run_id)
 
     def expired_candidates(
         self, run_id: str, *, now_unix_ms: int, num_leases: int
     ) -> list[LeaseRow]:
+        self.write_leases()
         condition = (
             "run_id = ? AND expire_unix_ms <= ? AND state = 'ACTIVE' ORDER BY expire_unix_ms "
             "LIMIT ?"
@@ -146,6 +171,7 @@ class SqliteLedger:
     def leases_of_chunk(
         self, run_id: str, incarnation: int, schedule_position: int, *, windows: tuple[int, int]
     ) -> list[LeaseRow]:
+        self.write_leases()
         condition = (
             "run_id = ? AND incarnation = ? AND schedule_position = ? "
             "AND end_window > ? AND begin_window < ?"
@@ -162,69 +188,96 @@ class SqliteLedger:
         *,
         expire_unix_ms: int,
     ) -> None:
-        sql = (
-            "UPDATE leases SET expire_unix_ms = ? "
-            "WHERE run_id = ? AND incarnation = ? AND peer_id = ? AND lease_number = ? AND state "
-            "= 'ACTIVE'"
-        )
-        kept = self._kept.active_by_peer.get((run_id, peer_id), {})
+        active = {
+            row.lease_number: row
+            for row in self.active_leases(run_id, peer_id)
+            if row.incarnation == incarnation
+        }
         for number in lease_numbers:
-            run_sql(self._connection, sql, (expire_unix_ms, run_id, incarnation, peer_id, number))
-            row = kept.get((incarnation, number))
-            if row is not None:
-                kept[incarnation, number] = replace(row, expire_unix_ms=expire_unix_ms)
+            if number in active:
+                self.update_lease(replace(active[number], expire_unix_ms=expire_unix_ms))
 
     def num_leases_by_state(self, run_id: str, incarnation: int) -> dict[str, int]:
+        self.write_leases()
         sql = (
             "SELECT state, COUNT(*) FROM leases WHERE run_id = ? AND incarnation = ? GROUP BY state"
         )
         return dict(run_sql(self._connection, sql, (run_id, incarnation)).fetchall())
 
     def leases(self, run_id: str) -> list[LeaseRow]:
+        self.write_leases()
         condition = "run_id = ? ORDER BY incarnation, peer_id, lease_number"
         return LEASES.where(self._connection, condition, run_id)
 
     def insert_returned(self, rows: Iterable[ReturnedRow]) -> None:
-        RETURNED.insert_all(self._connection, rows)
+        for row in rows:
+            self._touch_returned(row).put(row)
 
     def delete_returned(self, rows: Iterable[ReturnedRow]) -> None:
-        sql = (
+        for row in rows:
+            self._touch_returned(row).drop(range_key(row))
+
+    def _returned(self, run_id: str) -> ReturnedRanges:
+        ranges = self._kept.returned_by_run.get(run_id)
+        if ranges is None:
+            rows = RETURNED.where(self._connection, "run_id = ?", run_id)
+            ranges = self._kept.returned_by_run[run_id] = ReturnedRanges(rows)
+        return ranges
+
+    def _touch_returned(self, row: ReturnedRow) -> ReturnedRanges:
+        """The ranges of its run, of which the one that begins with it is about to change."""
+        ranges, key, unwritten = self._returned(row.run_id), range_key(row), self._kept.unwritten
+        unwritten.returned_before.setdefault(row.run_id, {}).setdefault(key, ranges.row(key))
+        unwritten.num_changes += 1
+        return ranges
+
+    def write_returned(self) -> None:
+        """Write the returned ranges that differ from what is stored."""
+        delete = (
             "DELETE FROM returned_ranges WHERE run_id = ? AND schedule_position = ? AND "
             "begin_window = ?"
         )
-        for row in rows:
-            run_sql(self._connection, sql, (row.run_id, row.schedule_position, row.begin_window))
+        changed: list[ReturnedRow] = []
+        for run_id, stored_by_key in self._kept.unwritten.returned_before.items():
+            ranges = self._kept.returned_by_run[run_id]
+            for key, stored in stored_by_key.items():
+                row = ranges.row(key)
+                if row is None and stored is not None:
+                    run_sql(self._connection, delete, (run_id, *key))
+                elif row is not None and row != stored:
+                    changed.append(row)
+        RETURNED.upsert_many(self._connection, changed)
+        self._kept.unwritten.returned_before.clear()
 
     def returned(self, run_id: str, cause: str, *, num_ranges: int) -> list[ReturnedRow]:
-        condition = "run_id = ? AND cause = ? ORDER BY schedule_position, begin_window LIMIT ?"
-        values = (run_id, cause, num_ranges)
-        return RETURNED.where(
-            self._connection, condition, *values, index="returned_ranges_by_cause"
-        )
+        return self._returned(run_id).first(cause, num_ranges)
 
     def returned_of_chunk(self, run_id: str, schedule_position: int) -> list[ReturnedRow]:
-        condition = "run_id = ? AND schedule_position = ? ORDER BY begin_window"
-        return RETURNED.where(self._connection, condition, run_id, schedule_position)
+        return self._returned(run_id).of_chunk(schedule_position)
 
     def all_returned(self, run_id: str) -> list[ReturnedRow]:
+        self.write_returned()
         condition = "run_id = ? ORDER BY schedule_position, begin_window"
         return RETURNED.where(self._connection, condition, run_id)
 
     def insert_journal(self, row: JournalRow) -> None:
-        self._kept.unwritten.lines.append(row)
+        unwritten = self._kept.unwritten
+        unwritten.lines.append(row)
+        unwritten.num_changes += 1
 
     def write_journal(self) -> None:
-        """Write the lines that wait for the commit."""
-        unwritten = self._kept.unwritten
-        JOURNAL.insert_many(self._connection, unwritten.lines[unwritten.num_lines_written :])
-        unwritten.num_lines_written = len(unwritten.lines)
+        """Write the lines that wait."""
+        lines = self._kept.unwritten.lines
+        JOURNAL.insert_many(self._connection, lines)
+        lines.clear()
 
     def write_books(self) -> None:
-        """Write the books that wait for the commit."""
+        """Write the books that wait."""
         books = self._kept.unwritten.book_by_run
         for row in books.values():
             BOOKS.update(self._connection, row)
         self._kept.book_by_run |= books
+        books.clear()
 
     def journal(self, run_id: str) -> list[JournalRow]:
         self.write_journal()

@@ -50,7 +50,12 @@ class SqliteRuns:
         DIRECTIVES.insert(self._connection, row)
 
     def directive(self, run_id: str, directive_number: int) -> DirectiveRow | None:
-        return DIRECTIVES.one(self._connection, run_id, directive_number)
+        row = self._kept.directive_by_key.get((run_id, directive_number))
+        if row is None:
+            row = DIRECTIVES.one(self._connection, run_id, directive_number)
+            if row is not None:
+                self._kept.keep_directive(row)
+        return row
 
     def directives(self, run_id: str) -> list[DirectiveRow]:
         return DIRECTIVES.where(self._connection, "run_id = ? ORDER BY directive_number", run_id)
@@ -75,19 +80,18 @@ class SqliteRuns:
 
     def insert_request(self, row: RequestRow) -> None:
         unwritten = self._kept.unwritten
-        unwritten.requests.append(row)
         unwritten.request_by_key[row.caller, row.request_id] = row
+        unwritten.num_changes += 1
 
     def request(self, caller: str, request_id: str) -> RequestRow | None:
         unwritten = self._kept.unwritten.request_by_key.get((caller, request_id))
         return unwritten or REQUESTS.one(self._connection, caller, request_id)
 
     def write_requests(self) -> None:
-        """Write the answers that wait for the commit."""
-        unwritten = self._kept.unwritten
-        REQUESTS.insert_many(self._connection, unwritten.requests[unwritten.num_requests_written :])
-        unwritten.num_requests_written = len(unwritten.requests)
-        unwritten.request_by_key = {}
+        """Write the answers that wait."""
+        rows = self._kept.unwritten.request_by_key
+        REQUESTS.insert_many(self._connection, list(rows.values()))
+        rows.clear()
 
     def prune_requests(self, *, before_unix_ms: int, num_requests: int) -> int:
         self.write_requests()

@@ -98,10 +98,16 @@ class Table(Generic[Row]):
     """Statements of one table over one row class."""
 
     def __init__(
-        self, name: str, row_class: type[Row], *, key: Sequence[str], has_rowid: bool = False
+        self,
+        name: str,
+        row_class: type[Row],
+        *,
+        key: Sequence[str],
+        has_rowid: bool = False,
+        changing: Sequence[str] = (),
     ) -> None:
         """`key` names the primary key's columns; `has_rowid` says that the first column is given by
-        the store.
+        the store; `changing` names the columns that an upsert replaces, all but the key's if empty.
         """
         columns = [field.name for field in fields(row_class)]  # type: ignore[arg-type]
         self.name = name
@@ -114,15 +120,13 @@ class Table(Generic[Row]):
         self._marks = f"({', '.join('?' * len(columns))})"
         self._insert_sql = f"INSERT INTO {name} ({self.columns}) VALUES {self._marks}"
         others = [column for column in columns if column not in key]
-        updates = ", ".join(f"{column} = excluded.{column}" for column in others)
+        updates = ", ".join(f"{column} = excluded.{column}" for column in changing or others)
         self._update_sql = (
             f"UPDATE {name} SET {', '.join(f'{column} = ?' for column in others)} WHERE "
             + " AND ".join(f"{k} = ?" for k in key)
         )
         self._update_values = attrgetter(*others, *key)
-        self._upsert_sql = (
-            f"{self._insert_sql} ON CONFLICT ({', '.join(key)}) DO UPDATE SET {updates}"
-        )
+        self._on_conflict = f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {updates}"
         self._one_sql = f"SELECT {self.columns} FROM {name} WHERE " + " AND ".join(
             f"{k} = ?" for k in key
         )
@@ -150,9 +154,18 @@ class Table(Generic[Row]):
 
     def insert_many(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
         """Insert rows in order, many with one statement."""
+        self._write_many(connection, rows, "")
+
+    def upsert_many(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+        """`upsert` for each row, many with one statement."""
+        self._write_many(connection, rows, self._on_conflict)
+
+    def _write_many(
+        self, connection: sqlite3.Connection, rows: Sequence[Row], on_conflict: str
+    ) -> None:
         for begin in range(0, len(rows), _ROWS_PER_STATEMENT):
             part = rows[begin : begin + _ROWS_PER_STATEMENT]
-            sql = self._insert_sql + f", {self._marks}" * (len(part) - 1)
+            sql = self._insert_sql + f", {self._marks}" * (len(part) - 1) + on_conflict
             run_sql(connection, sql, [value for row in part for value in self._parameters(row)])
 
     def update(self, connection: sqlite3.Connection, row: Row) -> None:
@@ -162,8 +175,8 @@ class Table(Generic[Row]):
         run_sql(connection, self._update_sql, self._update_values(row))
 
     def upsert(self, connection: sqlite3.Connection, row: Row) -> None:
-        """Insert the row or replace every other column of the one with its key."""
-        run_sql(connection, self._upsert_sql, self._parameters(row))
+        """Insert the row or replace the other columns of the one with its key."""
+        run_sql(connection, self._insert_sql + self._on_conflict, self._parameters(row))
 
     def one(self, connection: sqlite3.Connection, *key: Any) -> Row | None:
         """Row with this primary key."""

@@ -16,6 +16,7 @@ import torch
 
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
+from peer.model.objectives import Examples
 from peer.parallel.devices import keep_freed_memory
 from peer.train.step import MicroStep, Precision, probe_plan
 from protos.contract.chunk_format import (
@@ -72,9 +73,9 @@ def main() -> int:
         if count == _WARM_UP_MICRO_BATCHES:
             num_tokens, begin_seconds = 0, time.monotonic()
         at = (count * num_sequences) % (len(all_inputs_BT) - num_sequences)
-        result = step.run(
-            all_inputs_BT[at : at + num_sequences], all_labels_BT[at : at + num_sequences]
-        )
+        rows = slice(at, at + num_sequences)
+        examples = Examples(inputs_BT=all_inputs_BT[rows], labels_BT=all_labels_BT[rows])
+        result = step.run(examples)
         total += step.parameters.grads.numpy()
         num_tokens += result.num_tokens
         count += 1

@@ -33,6 +33,7 @@ _VERSIONED_PACKAGES = (
     "hivemind",
     "safetensors",
     "tokenizers",
+    "scipy",
 )
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 

@@ -39,6 +39,20 @@ class OpenedCheckpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Run, step and digest, as far as known."""
 
+    @property
+    def objective_name(self) -> str:
+        """What the model was trained to predict; exported folders are causal."""
+        return self.run_spec.objective.name if self.run_spec is not None else "causal"
+
+    def require_objective(self, *names: str, purpose: str) -> None:
+        """Raises UsageError if the model was trained on another objective than these."""
+        if self.objective_name not in names:
+            raise UsageError(
+                f"a model trained on the objective {self.objective_name}: {purpose}",
+                allowed="models of the objective " + " or ".join(names),
+                remedy="`muster-peer eval` works with every objective",
+            )
+
     def build_model(self) -> "Decoder":
         """The model with these parameters, for inference."""
         import torch

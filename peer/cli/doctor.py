@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from peer.cli.options import AsJson, ConfigPath, HomeDir, print_json, print_line
+from peer.cli.options import (
+    AsJson,
+    ConfigPath,
+    HomeDir,
+    JoinFile,
+    print_json,
+    print_line,
+    read_join_text,
+)
 
 _EXIT_MACHINE = 4
 
@@ -14,9 +22,11 @@ def doctor(
         str,
         typer.Argument(
             metavar="[STRING]",
-            help="Join string of the coordinator to check. [default: the last one]",
+            help="Join string of the coordinator to check; - reads it from standard input. "
+            "[default: the last one]",
         ),
     ] = "",
+    join_file: JoinFile = None,
     home: HomeDir = None,
     config_path: ConfigPath = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for the probe.")] = None,
@@ -49,7 +59,8 @@ def doctor(
         "disk_limit": disk_limit,
     }
     config = load_config(flags=flags, config_path=config_path)
-    decoded = JoinString.decode(join_string) if join_string else None
+    text = read_join_text(join_string, join_file)
+    decoded = JoinString.decode(text) if text else None
     checks = all_checks(config, decoded, has_probe=has_probe, is_fresh=is_fresh)
     is_ok = all(check.is_ok for check in checks)
     if is_json:

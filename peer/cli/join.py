@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peer.cli.options import ConfigPath, HomeDir, print_json, print_line, say, set_up_logging
+from peer.cli.options import (
+    ConfigPath,
+    HomeDir,
+    JoinFile,
+    print_json,
+    print_line,
+    read_join_text,
+    say,
+    set_up_logging,
+)
 
 if TYPE_CHECKING:
     from peer.config import PeerConfig
@@ -19,9 +28,11 @@ def join(
         typer.Argument(
             metavar="[STRING]",
             help="Line that `muster-coordinator token create` printed; not needed to rejoin the "
-            "last run.",
+            "last run. - reads it from standard input. Given here, others on this machine may see "
+            "it in `ps`.",
         ),
     ] = "",
+    join_file: JoinFile = None,
     name: Annotated[str | None, typer.Option(help="Name for people. [default: host name]")] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads for training. [default: all]")
@@ -81,7 +92,7 @@ def join(
     }
     config = load_config(flags=flags, config_path=config_path)
     set_up_logging(config.log_level)
-    exit_code = _run(config, join_string, is_json=is_json)
+    exit_code = _run(config, read_join_text(join_string, join_file), is_json=is_json)
     raise typer.Exit(exit_code)
 
 

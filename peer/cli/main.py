@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from peer.cli import doctor, join, model, reference, rendezvous, status
+from peer.cli import begin_normal_interrupts, doctor, join, model, reference, rendezvous, status
 from peer.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
@@ -74,6 +74,7 @@ app.command("reference", hidden=True)(reference.reference)
 
 def main() -> None:
     """Entry point of the console script."""
+    begin_normal_interrupts()
     try:
         app()
     except MusterError as error:

@@ -44,6 +44,9 @@ def generate(
     from peer.eval.generate import Sampling, generate_tokens
 
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
+    opened.require_objective(
+        "causal", "prefix", purpose="generating goes on from a prompt, token by token"
+    )
     tokenizer = _load_tokenizer(opened)
     prompt_tokens = [opened.eos_token_id, *tokenizer.encode(prompt).ids]
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -54,6 +57,7 @@ def generate(
             max_new_tokens=max_tokens,
             sampling=sampling,
             eos_token_id=opened.eos_token_id,
+            is_prompt_prefix=opened.objective_name == "prefix",
         )
     )
     text = prompt + tokenizer.decode(tokens)
@@ -81,8 +85,11 @@ def evaluate(
     from peer.cli.checkpoints import open_checkpoint
     from peer.eval.evaluate import evaluate as run_evaluation
     from peer.eval.evaluate import token_byte_lengths
+    from peer.model.objectives import ExampleBuilder
 
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
+    byte_lengths = token_byte_lengths(opened.tokenizer_path)
+    run_spec = opened.run_spec
     with tempfile.TemporaryDirectory(prefix="muster-eval-") as folder:
         paths = (
             _heldout_paths(opened, dataset)
@@ -92,10 +99,12 @@ def evaluate(
         result = run_evaluation(
             opened.build_model(),
             heldout_paths=paths,
-            byte_lengths=token_byte_lengths(opened.tokenizer_path),
+            byte_lengths=byte_lengths,
             eval_tokens=eval_tokens,
+            builder=ExampleBuilder.for_run(run_spec, byte_lengths) if run_spec else None,
         )
     plain = {
+        "objective": run_spec.objective.name if run_spec else "causal",
         "loss_nats": result.loss_nats,
         "bits_per_byte": result.bits_per_byte,
         "perplexity": result.perplexity,
@@ -105,9 +114,8 @@ def evaluate(
     if is_json:
         print_json(plain | opened.provenance)
         return
-    print_line(
-        f"loss           {result.loss_nats:.4f} nats per token (perplexity {result.perplexity:.2f})"
-    )
+    what = f"nats per predicted token, objective {plain['objective']}"
+    print_line(f"loss           {result.loss_nats:.4f} {what} (perplexity {result.perplexity:.2f})")
     print_line(f"bits per byte  {result.bits_per_byte:.4f}")
     print_line(f"evaluated      {result.num_tokens:,} tokens, {result.num_bytes:,} bytes")
 
@@ -130,6 +138,7 @@ def export(
             allowed="a state file (*.safetensors)",
             remedy="copy the folder instead",
         )
+    opened.require_objective("causal", purpose="LlamaForCausalLM attends causally")
     provenance = {
         key: str(value) for key, value in opened.provenance.items() if key != "run_digest"
     }
@@ -187,6 +196,7 @@ def _heldout_paths(opened: "OpenedCheckpoint", dataset: Path | None) -> list[Pat
 
 
 def _chunk_from_text(opened: "OpenedCheckpoint", text_path: Path, target: Path) -> Path:
+    from peer.eval.evaluate import token_byte_lengths
     from protos.contract.chunk_format import chunk_from_tokens
     from protos.contract.errors import UsageError
 
@@ -198,7 +208,7 @@ def _chunk_from_text(opened: "OpenedCheckpoint", text_path: Path, target: Path) 
             allowed="a UTF-8 text file",
             remedy="check the path",
         ) from error
-    vocab_size = opened.model_spec.vocab_size
+    vocab_size = token_byte_lengths(opened.tokenizer_path).size
     ids = [opened.eos_token_id, *_load_tokenizer(opened).encode(text).ids, opened.eos_token_id]
     if len(ids) <= opened.model_spec.seq_len:
         raise UsageError(

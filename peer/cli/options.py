@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from protos.contract.errors import MusterError
+from protos.contract.errors import MusterError, UsageError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 HomeDir = Annotated[
@@ -23,6 +23,43 @@ ConfigPath = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file. [default: peer.toml in the home]", readable=False),
 ]
+
+
+JoinFile = Annotated[
+    Path | None,
+    typer.Option("--join-file", help="File whose first line is the join string.", readable=False),
+]
+STDIN_MARK = "-"
+
+
+def read_join_text(text: str, join_file: Path | None) -> str:
+    """The join string of the argument, of standard input for `-`, or of a file, none of which but
+    the first shows in `ps`. Raises UsageError.
+    """
+    if join_file is None:
+        return sys.stdin.readline().strip() if text == STDIN_MARK else text
+    if text:
+        raise UsageError(
+            "a join string and --join-file",
+            allowed="one of STRING, - (standard input) and --join-file PATH",
+            remedy="leave one out",
+        )
+    try:
+        with join_file.open(encoding="utf-8") as file:
+            line = file.readline().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--join-file {join_file} cannot be read: {error}",
+            allowed="a text file that this user may read",
+            remedy="check its path and mode",
+        ) from error
+    if not line:
+        raise UsageError(
+            f"the first line of {join_file} is empty",
+            allowed="the line that `muster-coordinator token create` printed",
+            remedy="write the join string into it",
+        )
+    return line
 
 
 def print_json(plain: Any) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from peer.model.decoder import Decoder, FlatParameters
+from peer.model.objectives import Examples
 from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
 from peer.train.step import MicroStep, probe_plan
 from protos.contract.errors import MusterError
@@ -42,9 +43,10 @@ def main(arguments: list[str]) -> int:
     plan = probe_plan(step)
     shape = (plan.micro_batch_sequences, TINY_MODEL.seq_len)
     tokens_BT = np.random.default_rng(0).integers(0, TINY_MODEL.vocab_size, shape)
+    examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
     num_tokens, began_seconds = 0, time.monotonic()
     while time.monotonic() - began_seconds < MEASURE_SECONDS:
-        num_tokens += step.run(tokens_BT, tokens_BT).num_tokens
+        num_tokens += step.run(examples).num_tokens
     tokens_per_second = num_tokens / (time.monotonic() - began_seconds)
     info = describe_device(device, num_threads=torch.get_num_threads())
     plain = {

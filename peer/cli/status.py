@@ -31,7 +31,11 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
             ("state", f"{found['state']}: {found['state_reason']}"),
             ("step", f"{found['outer_step']} of incarnation {found['incarnation']}"),
             ("loss", f"{found['loss_nats']:.4f} nats per token"),
-            ("speed", f"{found['tokens_per_second']:,.0f} tokens/s on {found['device'] or '-'}"),
+            (
+                "speed",
+                f"{found['tokens_per_second']:,.0f} tokens/s on {found['device'] or '-'}, "
+                f"{found.get('micro_batch_sequences', 0)} windows a micro-batch",
+            ),
             (
                 "tokens",
                 f"{found['trained_tokens']:,} trained, {found['committed_tokens']:,} committed",

@@ -9,8 +9,10 @@ is told with the last lines of its output.
 import asyncio
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,33 @@ from peer.supervisor import Child, Supervisor
 from protos.contract.telemetry import LogField
 
 _LOGGER = logging.getLogger(__name__)
+_VMSTAT = Path("/proc/vmstat")
 _CLOSED_GRACE_SECONDS = 3.0
 CHECKPOINT_INTERVAL_SECONDS = 60.0
 _MODULE_BY_CHILD = {ChildName.SWARM: "peer.swarm", ChildName.TRAINER: "peer.train"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildFailure:
+    """Why a child ended, as far as it could say."""
+
+    reason: str = ""
+    exit_code: int | None = None
+    """Of an error that has one."""
+    is_out_of_memory: bool = False
+
+
+def num_kernel_oom_kills() -> int:
+    """Processes that this kernel has ended for want of memory since its start; 0 if it does not
+    tell.
+    """
+    try:
+        for line in _VMSTAT.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
 
 
 class Children:
@@ -40,7 +66,7 @@ class Children:
         *,
         tasks: BackgroundTasks,
         on_message: Callable[[ChildName, Message], None],
-        on_death: Callable[[ChildName, str, int | None], None],
+        on_death: Callable[[ChildName, ChildFailure], None],
     ) -> None:
         self._supervisor = supervisor
         self._vectors = vectors
@@ -48,7 +74,7 @@ class Children:
         self._on_message = on_message
         self._on_death = on_death
         self._child_by_name: dict[ChildName, Child] = {}
-        self._failure_by_name: dict[ChildName, tuple[str, int | None]] = {}
+        self._failure_by_name: dict[ChildName, ChildFailure] = {}
         self._is_configured: dict[ChildName, bool] = {}
 
     async def start(self, name: ChildName) -> None:
@@ -85,9 +111,16 @@ class Children:
         with contextlib.suppress(ChannelClosed):
             child.channel.send(kind, **fields)
 
-    def note_failure(self, name: ChildName, reason: str, exit_code: int | None) -> None:
-        """What a child said before it ended, with the code of an error that has one."""
-        self._failure_by_name[name] = (reason, exit_code)
+    def note_failure(self, name: ChildName, failure: ChildFailure) -> None:
+        """What a child said before it ended."""
+        self._failure_by_name[name] = failure
+
+    def kill(self, name: ChildName, reason: str) -> None:
+        """End a child that does not answer any more; its death is told with this reason."""
+        child = self._child_by_name.get(name)
+        if child is not None and child.is_alive:
+            self.note_failure(name, ChildFailure(reason=reason))
+            child.process.kill()
 
     async def stop(self, name: ChildName, *, grace_seconds: float, **fields: Any) -> None:
         """Ask a child to end and see that it does."""
@@ -100,6 +133,7 @@ class Children:
         await self._supervisor.stop(child, grace_seconds=grace_seconds)
 
     async def _listen(self, name: ChildName, child: Child) -> None:
+        oom_kills_before = num_kernel_oom_kills()
         try:
             while True:
                 self._on_message(name, await child.channel.receive())
@@ -116,12 +150,17 @@ class Children:
         await child.channel.close()
         if child.is_expected_to_end:
             return
-        said, exit_code = self._failure_by_name.get(name, ("", None))
-        reason = f"the {name} process {child.describe_end()}" + (f": {said}" if said else "")
+        said = self._failure_by_name.get(name)
+        was_killed = child.process.returncode == -signal.SIGKILL
+        if said is None and was_killed and num_kernel_oom_kills() > oom_kills_before:
+            said = ChildFailure(reason="the kernel ran out of memory", is_out_of_memory=True)
+        said = said or ChildFailure()
+        reason = f"the {name} process {child.describe_end()}"
+        reason += f": {said.reason}" if said.reason else ""
         _LOGGER.warning(
             "%s=%s %s; last output:\n%s", LogField.PROCESS, name, reason, child.last_lines()
         )
-        self._on_death(name, reason, exit_code)
+        self._on_death(name, replace(said, reason=reason))
 
 
 def swarm_settings(
@@ -156,8 +195,9 @@ def trainer_settings(
     membership: Membership,
     heldout_paths: tuple[Path, ...],
     tokenizer_path: Path,
+    max_micro_batch_sequences: int | None,
 ) -> dict[str, Any]:
-    """Fields of the trainer's `configure`."""
+    """Fields of the trainer's `configure`; the last one bounds its own choice."""
     return {
         "run_spec": membership.response.run_spec,
         "num_threads": config.threads,
@@ -165,4 +205,5 @@ def trainer_settings(
         "heldout_paths": [str(path) for path in heldout_paths],
         "tokenizer_path": str(tokenizer_path),
         "seed": membership.spec.seed,
+        "max_micro_batch_sequences": max_micro_batch_sequences,
     }

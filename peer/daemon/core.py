@@ -71,7 +71,7 @@ class Core:
 
     def note(self, text: str) -> None:
         """Warn the owner."""
-        _LOGGER.warning("%s", text)
+        _LOGGER.debug("%s", text)  # the report is printed
         self.report(Report(kind="warning", text=text))
 
     def show_leases(self) -> None:
@@ -101,6 +101,6 @@ class Core:
             return
         self._shown_state, self._shown_reason = state, reason
         self.metrics.show_state(state)
-        _LOGGER.info("%s=%s %s=%s", LogField.STATE, state, LogField.REASON, reason)
+        _LOGGER.debug("%s=%s %s=%s", LogField.STATE, state, LogField.REASON, reason)  # reported too
         fields = {"state": state.value, "reason": reason, "outer_step": numbers.outer_step}
         self.report(Report(kind="state", text=f"{state.value}: {reason}", fields=fields))

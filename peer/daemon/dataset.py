@@ -60,9 +60,10 @@ class Dataset:
         )
         path = await self._fetch(manifest_file, corpus_pb2.DATASET_FILE_MANIFEST)
         manifest = Manifest.from_bytes(path.read_bytes())
-        if manifest.vocab_size > self._spec.model.vocab_size:
+        extra_tokens = self._spec.objective.num_extra_tokens(self._spec.model.seq_len)
+        if manifest.vocab_size + extra_tokens > self._spec.model.vocab_size:
             raise CorruptDataError(
-                f"the dataset has {manifest.vocab_size} token ids",
+                f"{manifest.vocab_size} token ids of the dataset, {extra_tokens} of the objective",
                 allowed=f"at most the model's {self._spec.model.vocab_size}",
                 remedy="the run was created wrongly; tell its operator",
             )

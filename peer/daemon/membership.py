@@ -8,6 +8,7 @@ votes; its leases died with its old process.
 
 import base64
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -134,11 +135,11 @@ def is_same_run(left: JoinString, right: JoinString) -> bool:
 
 
 def package_version() -> str:
-    """Version of this package, "0" when it runs from a source tree."""
+    """Version of this package; "source" when it runs from a checkout."""
     try:
         return metadata.version("muster")
     except metadata.PackageNotFoundError:
-        return "0"
+        return "source"
 
 
 def installed_version(package: str) -> str:
@@ -149,6 +150,11 @@ def installed_version(package: str) -> str:
         return ""
 
 
+def physical_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def describe_capabilities(
     config: PeerConfig, *, tokens_per_second: float = 0.0
 ) -> membership_pb2.PeerCapabilities:
@@ -157,7 +163,7 @@ def describe_capabilities(
         package_version=package_version(),
         torch_version=installed_version("torch"),
         tokens_per_second=tokens_per_second,
-        memory_bytes=config.memory_limit_bytes or 0,
+        memory_bytes=config.memory_limit_bytes or physical_memory_bytes(),
         can_accept_connections=True,
         addresses=config.announce,
         codecs=CODEC_NAMES,

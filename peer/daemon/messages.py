@@ -10,11 +10,13 @@ import logging
 from collections.abc import Callable
 
 from peer import session_events as ev
+from peer.daemon.children import ChildFailure
 from peer.daemon.coordinator_tasks import CoordinatorTasks
 from peer.daemon.core import Core
 from peer.daemon.duties import Duties
 from peer.daemon.outbox import Outbox
 from peer.daemon.reports import Report
+from peer.daemon.trainer_watch import TrainerWatch
 from peer.ipc import Message
 from peer.lease_holdings import UsedRange
 from peer.session_events import ChildName
@@ -40,7 +42,8 @@ class MessageDesk:
         duties: Duties,
         send: Send,
         start_task: Callable[[Message], None],
-        note_failure: Callable[[ChildName, str, int | None], None],
+        note_failure: Callable[[ChildName, ChildFailure], None],
+        watch: TrainerWatch,
     ) -> None:
         """`start_task` serves messages that need a call to the coordinator."""
         self._core = core
@@ -50,6 +53,7 @@ class MessageDesk:
         self._send = send
         self._start_task = start_task
         self._note_failure = note_failure
+        self._watch = watch
         self._offered: Message = {}
         self._contribution: Message = {}
         """In the round under way."""
@@ -57,7 +61,12 @@ class MessageDesk:
     def take(self, child: ChildName, message: Message) -> None:
         """Take in one message."""
         if message["kind"] == "failed":
-            self._note_failure(child, message["reason"], message.get("exit_code"))
+            failure = ChildFailure(
+                reason=message["reason"],
+                exit_code=message.get("exit_code"),
+                is_out_of_memory=message.get("is_out_of_memory", False),
+            )
+            self._note_failure(child, failure)
         elif child is ChildName.SWARM:
             self._take_from_swarm(message)
         else:
@@ -101,6 +110,7 @@ class MessageDesk:
                 )
             case "attempt_timeline":
                 core.numbers.last_timeline = AttemptTimeline.from_plain(message)
+                core.numbers.note_links(core.numbers.last_timeline)
             case kind if kind in _FOR_TASKS:
                 self._start_task(message)
             case kind:
@@ -184,7 +194,10 @@ class MessageDesk:
         match message["kind"]:
             case "ready":
                 core.numbers.device = message["device"]
-                core.feed(ev.ChildReady(child=ChildName.TRAINER))
+                core.numbers.micro_batch_sequences = sequences = message["micro_batch_sequences"]
+                core.feed(ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=sequences))
+            case "turn":
+                self._watch.turn(message["longest_turn_seconds"])
             case "progress":
                 self._take_progress(message)
             case "need_leases":

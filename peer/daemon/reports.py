@@ -14,8 +14,11 @@ from typing import Any
 
 from peer.home import write_atomically
 from peer.swarm.timeline import AttemptTimeline
-from protos.contract.telemetry import SessionState
+from protos.contract.telemetry import RoundPhase, SessionState
 from protos.muster.v1 import membership_pb2
+
+_LINK_FADING = 0.9
+"""What is left of the best link speed after a round that did not reach it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,9 @@ class SessionNumbers:
     num_attempts_discarded: int = 0
     round_seconds: float = 0.0
     last_timeline: AttemptTimeline | None = None
+    upload_bytes_per_second: float = 0.0
+    download_bytes_per_second: float = 0.0
+    """Best of recent rounds while averaging: the link is at least as fast."""
     held_leases: int = 0
     held_tokens: int = 0
     unreported_certificates: int = 0
@@ -65,6 +71,7 @@ class SessionNumbers:
     is_coordinator_reachable: bool = True
     metrics_port: int | None = None
     device: str = ""
+    micro_batch_sequences: int = 0
     addresses: list[str] = field(default_factory=list)
 
     def claims(self) -> membership_pb2.PeerClaims:
@@ -83,7 +90,21 @@ class SessionNumbers:
             clock_offset_seconds=self.clock_offset_seconds,
             memory_bytes=self.memory_bytes,
             trained_tokens=self.trained_tokens,
+            upload_bytes_per_second=self.upload_bytes_per_second,
+            download_bytes_per_second=self.download_bytes_per_second,
         )
+
+    def note_links(self, timeline: AttemptTimeline) -> None:
+        """Take the speeds of a round's averaging; an old best fades by a tenth per round."""
+        spans = [s for s in timeline.spans if s.phase in (RoundPhase.EXCHANGE, RoundPhase.REDUCE)]
+        seconds = sum(span.seconds for span in spans)
+        if seconds <= 0:
+            return
+        sent = sum(span.sent_bytes for span in spans) / seconds
+        received = sum(span.received_bytes for span in spans) / seconds
+        kept = _LINK_FADING
+        self.upload_bytes_per_second = max(sent, kept * self.upload_bytes_per_second)
+        self.download_bytes_per_second = max(received, kept * self.download_bytes_per_second)
 
     def progress_text(self) -> str:
         """One line of progress."""

@@ -18,7 +18,7 @@ from peer import session_events as ev
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CoordinatorClient
 from peer.daemon.background import BackgroundTasks
-from peer.daemon.children import Children, swarm_settings, trainer_settings
+from peer.daemon.children import ChildFailure, Children, swarm_settings, trainer_settings
 from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks
 from peer.daemon.core import Core
 from peer.daemon.dataset import Dataset
@@ -27,6 +27,7 @@ from peer.daemon.membership import Membership, check_can_honour, join_run, save_
 from peer.daemon.messages import MessageDesk
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
+from peer.daemon.trainer_watch import TrainerWatch
 from peer.home import Home
 from peer.identity import Identity
 from peer.ipc import Message
@@ -34,11 +35,7 @@ from peer.session_events import ChildName
 from peer.shared_vectors import SharedVectors
 from peer.supervisor import Supervisor
 from protos.contract import telemetry
-from protos.contract.errors import (
-    MachineError,
-    MusterError,
-    UnavailableError,
-)
+from protos.contract.errors import MachineError, MusterError, UnavailableError
 from protos.contract.telemetry import SessionState
 from protos.muster.v1 import membership_pb2
 
@@ -92,6 +89,8 @@ class RunningSession:
             on_message=self._take_message,
             on_death=self._on_death,
         )
+        self._watch = TrainerWatch()
+        self._max_micro_batch_sequences: int | None = None
         self._outbox = Outbox()
         self._calls = CoordinatorTasks(
             client,
@@ -126,6 +125,7 @@ class RunningSession:
             send=self._children.send,
             start_task=self._serve_swarm,
             note_failure=self._children.note_failure,
+            watch=self._watch,
         )
         self._held_digest_by_lease: dict[tuple[int, int], bytes] = {}
         self._path_by_lease: dict[tuple[int, int], Path] = {}
@@ -148,6 +148,10 @@ class RunningSession:
         core = self._core
         core.feed(ev.Tick(jitter_ratio=random.random()))
         core.show_leases()
+        stalled = self._watch.tick(time.monotonic())
+        if stalled:
+            self._watch.forget()
+            self._children.kill(ChildName.TRAINER, stalled)
         if self._is_due("status", STATUS_SECONDS):
             self._forget_ended_leases()
             core.numbers.save(self._home.run / "status.json")
@@ -162,6 +166,7 @@ class RunningSession:
         at most.
         """
         began_seconds = time.monotonic()
+        self._watch.forget()
         await self._children.stop(ChildName.TRAINER, grace_seconds=_TRAINER_STOP_SECONDS)
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
@@ -328,6 +333,8 @@ class RunningSession:
 
     async def _respawn(self, action: ev.Respawn) -> None:
         child = action.child
+        if action.max_micro_batch_sequences is not None:
+            self._max_micro_batch_sequences = action.max_micro_batch_sequences
         self._core.note(f"{action.reason}; starting it again")
         self._core.metrics.add(telemetry.PEER_CHILD_RESTARTS, 1, {"process": child.value})
         try:
@@ -376,10 +383,17 @@ class RunningSession:
     def _take_message(self, child: ChildName, message: Message) -> None:
         self._desk.take(child, message)
 
-    def _on_death(self, child: ChildName, reason: str, exit_code: int | None) -> None:
+    def _on_death(self, child: ChildName, failure: ChildFailure) -> None:
         if child is ChildName.TRAINER:
+            self._watch.forget()
             self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
-        self._core.feed(ev.ChildDied(child=child, reason=reason, exit_code=exit_code))
+        event = ev.ChildDied(
+            child=child,
+            reason=failure.reason,
+            exit_code=failure.exit_code,
+            is_out_of_memory=failure.is_out_of_memory,
+        )
+        self._core.feed(event)
 
     def _keep_membership(self, membership: Membership) -> None:
         old, new = self._membership.response, membership.response
@@ -424,6 +438,7 @@ class RunningSession:
             membership=self._membership,
             heldout_paths=self._dataset.heldout_paths,
             tokenizer_path=self._dataset.tokenizer_path,
+            max_micro_batch_sequences=self._max_micro_batch_sequences,
         )
         self._children.configure(ChildName.TRAINER, **settings)
 

@@ -14,14 +14,12 @@ import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from peer.data.reader import LeasedRange
-from protos.contract.chunk_format import Int64Array
+from peer.model.objectives import Examples
 from protos.contract.errors import CorruptDataError
 
-ReadWindows = Callable[[LeasedRange, int, int], tuple[Int64Array, Int64Array]]
-"""(lease, begin window, end window) -> (inputs_BT, labels_BT); ChunkReader.read_windows."""
+ReadWindows = Callable[[LeasedRange, int, int], Examples]
+"""(lease, begin window, end window) -> their examples; ChunkReader.read_windows."""
 
 FeedPosition = tuple[int, int]
 """(lease number, next window): everything before is trained or given up. Plain data; resumes a
@@ -45,14 +43,8 @@ class LeaseUnreadableError(CorruptDataError):
 class MicroBatch:
     """Windows to train in one forward pass, and where the feed stands after them."""
 
-    inputs_BT: Int64Array
-    labels_BT: Int64Array
+    examples: Examples
     position: FeedPosition
-
-    @property
-    def num_tokens(self) -> int:
-        """Labels in the batch."""
-        return int(self.labels_BT.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +145,7 @@ class Feed:
             self._position = (lease.lease_number, end)
         self._held = [lease for lease in self._held if self._next_window(lease) < lease.end_window]
         return MicroBatch(
-            inputs_BT=np.concatenate([inputs for inputs, _ in parts]),
-            labels_BT=np.concatenate([labels for _, labels in parts]),
+            examples=Examples.concatenate(parts),
             position=self._position,
         )
 
@@ -212,7 +203,7 @@ class Feed:
             return lease.begin_window
         return min(max(lease.begin_window, next_window), lease.end_window)
 
-    def _read(self, lease: LeasedRange, begin: int, end: int) -> tuple[Int64Array, Int64Array]:
+    def _read(self, lease: LeasedRange, begin: int, end: int) -> Examples:
         try:
             return self._read_windows(lease, begin, end)
         except CorruptDataError as error:

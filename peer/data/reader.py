@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from peer.model.objectives import ExampleBuilder, Examples
 from protos.contract import chunk_format
-from protos.contract.chunk_format import Int64Array, TokenArray
+from protos.contract.chunk_format import TokenArray
 from protos.contract.errors import CorruptDataError
 from protos.contract.schedule_order import window_order
 from protos.muster.v1 import common_pb2
@@ -131,18 +132,19 @@ def load_tokens(path: Path, *, vocab_size: int, digest: bytes | None = None) -> 
 class ChunkReader:
     """Windows of leased chunks, in the run's order; keeps the last chunk, since leases share it."""
 
-    def __init__(self, *, seed: int, seq_len: int, vocab_size: int) -> None:
-        """`seed` and `seq_len` are the RunSpec's."""
+    def __init__(
+        self, builder: ExampleBuilder, *, seed: int, seq_len: int, vocab_size: int
+    ) -> None:
+        """`seed` and `seq_len` are the RunSpec's, `vocab_size` the tokenizer's."""
+        self._builder = builder
         self._seed = seed
         self._seq_len = seq_len
         self._vocab_size = vocab_size
         self._last_digest = b""
         self._last_tokens: TokenArray = np.empty(0, np.uint16)
 
-    def read_windows(
-        self, leased: LeasedRange, begin_window: int, end_window: int
-    ) -> tuple[Int64Array, Int64Array]:
-        """(inputs_BT, labels_BT) of some windows of a lease. Raises CorruptDataError."""
+    def read_windows(self, leased: LeasedRange, begin_window: int, end_window: int) -> Examples:
+        """Examples of some windows of a lease. Raises CorruptDataError."""
         if leased.chunk_digest != self._last_digest:
             self._last_tokens = load_tokens(
                 leased.path, vocab_size=self._vocab_size, digest=leased.chunk_digest
@@ -160,9 +162,10 @@ class ChunkReader:
             chunk_index=leased.chunk_index,
             chunk_windows=chunk_windows,
         )
-        return chunk_format.windows_from_chunk(
-            self._last_tokens, self._seq_len, order[begin_window:end_window]
-        )
+        indices = order[begin_window:end_window]
+        windows = chunk_format.windows_from_chunk(self._last_tokens, self._seq_len, indices)
+        keys = [(leased.data_pass, leased.chunk_index, int(index)) for index in indices]
+        return self._builder.build(*windows, keys)
 
 
 def _not_the_run(found: str, allowed: str) -> CorruptDataError:

@@ -9,7 +9,7 @@ which it waits for others.
 Letters: B sequences, T positions.
 """
 
-import json
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,9 @@ import numpy.typing as npt
 import torch
 
 from peer.model.decoder import Decoder
-from peer.model.loss import summed_loss
+from peer.model.loss import examples_on, summed_loss
+from peer.model.objectives import HELDOUT_PASS, IGNORED, ExampleBuilder
+from protos.contract import chunk_format
 from protos.contract.chunk_format import (
     Int64Array,
     TokenArray,
@@ -29,6 +31,7 @@ from protos.contract.chunk_format import (
     windows_from_chunk,
 )
 from protos.contract.errors import CorruptDataError, UsageError
+from protos.contract.run_spec import ObjectiveSpec
 
 _SLICE_SEQUENCES = 8
 
@@ -58,27 +61,15 @@ class EvalResult:
 
 
 def token_byte_lengths(tokenizer_path: Path) -> npt.NDArray[np.int64]:
-    """Bytes of text that each token id stands for, from a byte-level BPE `tokenizer.json`; 0 for
-    special tokens.
-
-    In the byte-level alphabet each character stands for one byte. Raises CorruptDataError for
-    another format.
-    """
+    """chunk_format.token_byte_lengths of a file: 0 for special tokens. Raises CorruptDataError."""
     try:
-        plain = json.loads(tokenizer_path.read_bytes())
-        id_by_token = {str(token): int(index) for token, index in plain["model"]["vocab"].items()}
-        special_ids = [int(token["id"]) for token in plain.get("added_tokens", [])]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return chunk_format.token_byte_lengths(tokenizer_path.read_bytes())
+    except OSError as error:
         raise CorruptDataError(
-            f"tokenizer {tokenizer_path}: {error!r}",
-            allowed="a Hugging Face tokenizer.json with a byte-level BPE model",
+            f"{tokenizer_path}: {error.strerror or error}",
+            allowed="the tokenizer.json of the run's dataset",
             remedy="fetch it or build the corpus again",
         ) from error
-    lengths = np.zeros(max([*id_by_token.values(), *special_ids], default=-1) + 1, dtype=np.int64)
-    for token, index in id_by_token.items():
-        lengths[index] = len(token)
-    lengths[special_ids] = 0
-    return lengths
 
 
 def load_chunk_tokens(path: Path, *, vocab_size: int) -> TokenArray:
@@ -116,20 +107,25 @@ class Evaluation:
         heldout_paths: Sequence[Path],
         byte_lengths: npt.NDArray[np.int64],
         eval_tokens: int = 0,
+        builder: ExampleBuilder | None = None,
         autocast: torch.autocast | None = None,
     ) -> None:
         """Evaluate `model` as it is; its parameters must not change meanwhile.
 
-        Raises UsageError without windows.
+        `builder` makes the run's objective of the windows; None evaluates the next token. Raises
+        UsageError without windows.
         """
         self._model = model
         self._byte_lengths = byte_lengths
+        self._builder = builder or ExampleBuilder(
+            ObjectiveSpec(), seed=0, num_text_tokens=byte_lengths.size, eos_token_id=-1
+        )
         self._autocast = autocast
         spec = model.spec
-        chunks = [load_chunk_tokens(path, vocab_size=spec.vocab_size) for path in heldout_paths]
+        chunks = [load_chunk_tokens(path, vocab_size=byte_lengths.size) for path in heldout_paths]
         windows = [
-            (chunk, index)
-            for chunk in chunks
+            (chunk, (HELDOUT_PASS, chunk_index, index))
+            for chunk_index, chunk in enumerate(chunks)
             for index in range(num_windows(chunk.size, spec.seq_len))
         ]
         if not windows:
@@ -150,21 +146,21 @@ class Evaluation:
         """Evaluate some more windows; the result once all are done."""
         part = self._windows[self._num_done : self._num_done + _SLICE_SEQUENCES]
         pairs = [
-            windows_from_chunk(chunk, self._model.spec.seq_len, [index]) for chunk, index in part
+            windows_from_chunk(chunk, self._model.spec.seq_len, [key[2]]) for chunk, key in part
         ]
-        inputs_BT = np.concatenate([inputs for inputs, _ in pairs])
-        labels_BT = np.concatenate([labels for _, labels in pairs])
-        device = self._model.norm.weight.device
-        tokens_BT = torch.from_numpy(inputs_BT).to(device)
-        targets_BT = torch.from_numpy(labels_BT).to(device)
-        if self._autocast is None:
-            total_nats = summed_loss(self._model(tokens_BT), targets_BT)
-        else:
-            with self._autocast:
-                total_nats = summed_loss(self._model(tokens_BT), targets_BT)
+        examples = self._builder.build(
+            np.concatenate([inputs for inputs, _ in pairs]),
+            np.concatenate([labels for _, labels in pairs]),
+            [key for _, key in part],
+        )
+        tokens_BT, targets_BT, _, mask = examples_on(examples, self._model.norm.weight.device)
+        with self._autocast or contextlib.nullcontext():
+            total_nats = summed_loss(self._model(tokens_BT, mask=mask), targets_BT)
         self._total_nats += float(total_nats)
-        self._num_tokens += int(labels_BT.size)
-        self._num_bytes += int(self._byte_lengths[labels_BT].sum())
+        self._num_tokens += examples.num_predicted
+        text_labels = examples.labels_BT[examples.labels_BT != IGNORED]
+        text_labels = text_labels[text_labels < self._byte_lengths.size]
+        self._num_bytes += int(self._byte_lengths[text_labels].sum())
         self._num_done += len(part)
         if self._num_done < len(self._windows):
             return None
@@ -179,6 +175,7 @@ def evaluate(
     heldout_paths: Sequence[Path],
     byte_lengths: npt.NDArray[np.int64],
     eval_tokens: int = 0,
+    builder: ExampleBuilder | None = None,
     autocast: torch.autocast | None = None,
 ) -> EvalResult:
     """A whole evaluation at once."""
@@ -187,6 +184,7 @@ def evaluate(
         heldout_paths=heldout_paths,
         byte_lengths=byte_lengths,
         eval_tokens=eval_tokens,
+        builder=builder,
         autocast=autocast,
     )
     while (result := evaluation.advance()) is None:

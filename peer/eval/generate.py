@@ -57,12 +57,14 @@ def generate_tokens(
     max_new_tokens: int,
     sampling: Sampling,
     eos_token_id: int | None = None,
+    is_prompt_prefix: bool = False,
 ) -> Iterator[int]:
     """Yield new tokens until EOS (not yielded) or `max_new_tokens`; deterministic for a seed on one
     machine.
 
     The model sees at most its seq_len newest tokens: when that is full, the older half is
-    forgotten.
+    forgotten. `is_prompt_prefix`: the prompt (and what is left after forgetting) is seen in both
+    directions, as a model of the objective `prefix` was trained to.
     """
     if not prompt_tokens:
         raise UsageError(
@@ -78,7 +80,10 @@ def generate_tokens(
         if len(context) > seq_len:
             context = context[-(seq_len // 2) :]
             cache, fresh = model.empty_cache(), context
-        logits_BTV = model(torch.tensor([fresh], device=device), cache)
+        mask_TS = None
+        if is_prompt_prefix and len(fresh) == len(context):
+            mask_TS = torch.zeros(len(fresh), len(fresh), device=device)
+        logits_BTV = model(torch.tensor([fresh], device=device), cache, mask_TS)
         ratios_V = next_token_ratios(logits_BTV[0, -1].cpu(), sampling)
         token = int(torch.multinomial(ratios_V, 1, generator=generator))
         if token == eos_token_id:

@@ -43,15 +43,20 @@ def apply_rope(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK.to(x_BHTK.dtype) + rotated * sin_TK.to(x_BHTK.dtype)
 
 
+def per_head(mask: Tensor, num_head_axes: int) -> Tensor:
+    """mask_TS as it is, mask_BTS with axes of size 1 for the heads behind B."""
+    return mask if mask.dim() == 2 else mask[(slice(None), *[None] * num_head_axes)]
+
+
 def explicit_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor) -> Tensor:
     """Softmax(q k / sqrt(K) + mask) v as separate products; mask is 0 where allowed and -inf
-    elsewhere.
+    elsewhere, one mask_TS for all sequences or a mask_BTS of their own.
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BGSK.shape[1], k_BGSK.shape[2]
     R = H // G
     q = (q_BHTK * K**-0.5).reshape(B, G, R * T, K)
-    scores = (q @ k_BGSK.transpose(-1, -2)).view(B, G, R, T, S) + mask_TS.to(q.dtype)
+    scores = (q @ k_BGSK.transpose(-1, -2)).view(B, G, R, T, S) + per_head(mask_TS, 2).to(q.dtype)
     ratios = scores.softmax(dim=-1)
     out_BHTK: Tensor = (ratios.view(B, G, R * T, S) @ v_BGSK).view(B, H, T, K)
     return out_BHTK
@@ -76,9 +81,11 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask_TS: Tensor,
         cache: list[Tensor] | None = None,
+        *,
+        is_causal: bool = False,
     ) -> Tensor:
         """Attend from T new positions to all S so far; `cache` holds earlier keys and values and is
-        extended.
+        extended. `is_causal` says that the mask is the plain causal one over T = S positions.
         """
         B, T, _ = x_BTD.shape
 
@@ -101,8 +108,8 @@ class Attention(nn.Module):
                 q_BHTK,
                 k_BGSK,
                 v_BGSK.to(q_BHTK.dtype),
-                attn_mask=mask_TS.to(q_BHTK.dtype) if cache is not None else None,
-                is_causal=cache is None,
+                attn_mask=None if is_causal else per_head(mask_TS, 1).to(q_BHTK.dtype),
+                is_causal=is_causal,
                 enable_gqa=self.num_heads != self.num_kv_heads,
             )
         return F.linear(out_BHTK.transpose(1, 2).reshape(B, T, -1), self.wo.weight)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer.model.attention import Attention, Weight, rope_tables
+from peer.model.masks import attention_mask
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import ModelSpec
 
@@ -63,8 +64,11 @@ class Layer(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask_TS: Tensor,
         cache: list[Tensor] | None,
+        *,
+        is_causal: bool,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask_TS, cache)
+        normed_BTD = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + self.attention(normed_BTD, rope, mask_TS, cache, is_causal=is_causal)
         mlp_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + mlp_BTD
 
@@ -82,24 +86,27 @@ class Decoder(nn.Module):
         if not spec.has_tied_embeddings:
             self.output = Weight(spec.vocab_size, spec.d_model)
         self._rope = rope_tables(spec, num_positions=spec.seq_len, device=device)
-        blocked_TT = torch.ones(spec.seq_len, spec.seq_len, dtype=torch.bool).triu(1)
-        self._mask_TT = torch.zeros(spec.seq_len, spec.seq_len).masked_fill(blocked_TT, -math.inf)
-        self._mask_TT = self._mask_TT.to(device)
+        self._mask_TT = attention_mask(spec.seq_len, device=device)
 
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Logits_BTV of the next token at each position; with a cache, of the T positions after the
         cached ones.
 
-        At most seq_len positions in all.
+        At most seq_len positions in all. `mask`: mask_TS or mask_BTS of peer/model/masks.py instead
+        of the causal one, S being all positions so far.
         """
         begin = cache[0][0].shape[2] if cache is not None and cache[0] else 0
         end = begin + tokens_BT.shape[1]
         assert end <= self.spec.seq_len, f"{end} positions; the model has {self.spec.seq_len}"
         rope = (self._rope[0][begin:end], self._rope[1][begin:end])
-        mask_TS = self._mask_TT[begin:end, :end]
+        is_causal = mask is None and cache is None
+        mask_TS = self._mask_TT[begin:end, :end] if mask is None else mask
         x_BTD = F.embedding(tokens_BT, self.tok_embeddings.weight)
         for index, layer in enumerate(self.layers.values()):
-            x_BTD = layer(x_BTD, rope, mask_TS, None if cache is None else cache[index])
+            layer_cache = None if cache is None else cache[index]
+            x_BTD = layer(x_BTD, rope, mask_TS, layer_cache, is_causal=is_causal)
         is_tied = self.spec.has_tied_embeddings
         head = self.tok_embeddings.weight if is_tied else self.output.weight
         return F.linear(self.norm(x_BTD), head)

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -63,9 +64,16 @@ async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
     from peer.swarm.config_message import SwarmConfig  # late: hivemind takes seconds to import
     from peer.swarm.dht import Dht
     from peer.swarm.node import SwarmNode
+    from peer.swarm.old_runs import prune_old_runs
+    from peer.swarm.record_file import run_folder_name
     from peer.swarm.transport import Transport
 
     config = SwarmConfig.from_message(message)
+    own_run_folder = run_folder_name(config.run_id, config.coordinator_public_key)
+    for done in prune_old_runs(
+        config.home, own_run_folder=own_run_folder, now_unix_seconds=time.time()
+    ):
+        logger.warning("%s", done)
     transport = await Transport.create(
         home=config.home,
         identity_path=config.p2p_key_path,

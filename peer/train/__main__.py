@@ -17,8 +17,10 @@ import torch
 
 from peer.data.feed import Feed
 from peer.data.reader import ChunkReader
+from peer.eval.evaluate import token_byte_lengths
 from peer.ipc import Channel, Message
 from peer.model.decoder import Decoder, FlatParameters
+from peer.model.objectives import ExampleBuilder
 from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
 from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
@@ -53,8 +55,12 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
     step = MicroStep(model, parameters)
     plan = probe_plan(step)
     _LOGGER.info("step plan: %s", plan.reason)
-    seq_len, vocab_size = spec.model.seq_len, spec.model.vocab_size
-    reader = ChunkReader(seed=spec.seed, seq_len=seq_len, vocab_size=vocab_size)
+    bound = message["max_micro_batch_sequences"] or plan.micro_batch_sequences
+    sequences = min(plan.micro_batch_sequences, bound)
+    seq_len = spec.model.seq_len
+    byte_lengths = token_byte_lengths(Path(message["tokenizer_path"]))
+    builder = ExampleBuilder.for_run(spec, byte_lengths)
+    reader = ChunkReader(builder, seed=spec.seed, seq_len=seq_len, vocab_size=byte_lengths.size)
     loop = TrainLoop(
         step=step,
         strategy=build_strategy(spec, model, parameters, vectors),
@@ -62,16 +68,18 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
         vectors=vectors,
         link=link,
         desk=EvaluationDesk(
-            step, vectors=vectors, link=link, tokenizer_path=Path(message["tokenizer_path"])
+            step, vectors=vectors, link=link, byte_lengths=byte_lengths, builder=builder
         ),
-        micro_batch_sequences=plan.micro_batch_sequences,
+        micro_batch_sequences=sequences,
     )
+    loop.reports.expect_batches_of(sequences * plan.sequence_seconds)
     info = describe_device(device, num_threads=torch.get_num_threads())
     link.send(
         "ready",
         torch_version=torch.__version__,
         device=f"{info.device} {info.name} {plan.precision.value}",
         num_threads=info.num_threads,
+        micro_batch_sequences=sequences,
     )
     return loop
 
@@ -132,7 +140,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """True for torch's and Python's ways to say so."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    words = ("not enough memory", "can't allocate memory")  # torch on CPU: Windows, Linux
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 if __name__ == "__main__":

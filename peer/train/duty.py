@@ -6,10 +6,10 @@ goes on meanwhile.
 """
 
 import logging
-from pathlib import Path
 
-from peer.eval.evaluate import Evaluation, token_byte_lengths
+from peer.eval.evaluate import Evaluation
 from peer.model.decoder import Decoder, FlatParameters
+from peer.model.objectives import ExampleBuilder
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.strategy import load_params
 from peer.train.link import DaemonLink
@@ -25,13 +25,20 @@ class EvaluationDesk:
     """Works through evaluation orders."""
 
     def __init__(
-        self, step: MicroStep, *, vectors: SharedVectors, link: DaemonLink, tokenizer_path: Path
+        self,
+        step: MicroStep,
+        *,
+        vectors: SharedVectors,
+        link: DaemonLink,
+        byte_lengths: Int64Array,
+        builder: ExampleBuilder,
     ) -> None:
+        """`byte_lengths` of the tokenizer's ids, `builder` of the run's objective."""
         self._step = step
         self._vectors = vectors
         self._link = link
-        self._tokenizer_path = tokenizer_path
-        self._byte_lengths: Int64Array | None = None
+        self._byte_lengths = byte_lengths
+        self._builder = builder
         self._copy: tuple[Decoder, FlatParameters] | None = None
         self._evaluation: Evaluation | None = None
         self._order: EvaluationOrder | None = None
@@ -62,8 +69,6 @@ class EvaluationDesk:
         return True
 
     def _begin(self, order: EvaluationOrder) -> None:
-        if self._byte_lengths is None:
-            self._byte_lengths = token_byte_lengths(self._tokenizer_path)
         if self._copy is None:
             device = self._step.device
             model = Decoder(self._step.model.spec, device=device)
@@ -75,6 +80,7 @@ class EvaluationDesk:
             heldout_paths=order.heldout_paths,
             byte_lengths=self._byte_lengths,
             eval_tokens=order.eval_tokens,
+            builder=self._builder,
             autocast=self._step.autocast(),
         )
 

@@ -127,7 +127,7 @@ class TrainLoop:
 
     def _train(self, batch: MicroBatch) -> None:
         begin_seconds = self._clock()
-        result = self.step.run(batch.inputs_BT, batch.labels_BT)
+        result = self.step.run(batch.examples)
         if not result.is_finite:
             self._drop_bad(result.total_nats)
             return
@@ -180,6 +180,7 @@ class TrainLoop:
 
     def _listen(self, *, wait_seconds: float = 0.0) -> None:
         """Fold in what has come and act on what cannot wait."""
+        self.reports.turn()
         for message in self.link.receive(wait_seconds=wait_seconds):
             self.state.fold(message)
         self.feed.drop(self.state.take_lost())

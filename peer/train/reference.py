@@ -19,6 +19,7 @@ import torch
 from peer.eval.evaluate import EvalResult, evaluate, token_byte_lengths
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
+from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import planned_cooldown_start_tokens
 from peer.parallel.devices import keep_freed_memory
 from peer.swarm.exact_update import SyncUpdate
@@ -54,9 +55,9 @@ class ReferenceResult:
 
 
 def iterate_windows(
-    spec: RunSpec, dataset_dir: Path, manifest: Manifest
-) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """(inputs_T, labels_T) in the run's order, for ever."""
+    spec: RunSpec, dataset_dir: Path, manifest: Manifest, builder: ExampleBuilder
+) -> Iterator[Examples]:
+    """Examples of one window each, in the run's order, for ever."""
     order = ScheduleOrder(spec.seed, manifest, spec.model.seq_len)
     position = 0
     while True:
@@ -64,14 +65,20 @@ def iterate_windows(
         chunk = manifest.training_chunks[chunk_index]
         data = (dataset_dir / training_chunk_path(chunk_index)).read_bytes()
         tokens = tokens_from_chunk(data, manifest=manifest, chunk=chunk)
-        indices = order.window_order(data_pass, chunk_index)
-        inputs_BT, labels_BT = windows_from_chunk(tokens, spec.model.seq_len, indices)
-        yield from zip(inputs_BT, labels_BT, strict=True)
+        for index in order.window_order(data_pass, chunk_index):
+            window = windows_from_chunk(tokens, spec.model.seq_len, [index])
+            yield builder.build(*window, [(data_pass, chunk_index, int(index))])
         position += 1
 
 
 def evaluate_model(
-    step: MicroStep, dataset_dir: Path, manifest: Manifest, *, eval_tokens: int = 0
+    step: MicroStep,
+    dataset_dir: Path,
+    manifest: Manifest,
+    *,
+    eval_tokens: int = 0,
+    byte_lengths: Int64Array,
+    builder: ExampleBuilder,
 ) -> EvalResult:
     """Held-out loss of a model's present parameters."""
     paths = [
@@ -80,8 +87,9 @@ def evaluate_model(
     return evaluate(
         step.model,
         heldout_paths=paths,
-        byte_lengths=token_byte_lengths(dataset_dir / TOKENIZER_FILE),
+        byte_lengths=byte_lengths,
         eval_tokens=eval_tokens,
+        builder=builder,
         autocast=step.autocast(),
     )
 
@@ -107,7 +115,9 @@ class ReferenceRun:
         self.step = MicroStep(self.model, self.parameters)
         self.micro_batch_sequences = 8
         self._update = SyncUpdate(spec, num_threads=torch.get_num_threads())
-        self._windows = iterate_windows(spec, dataset_dir, self.manifest)
+        self._byte_lengths = token_byte_lengths(dataset_dir / TOKENIZER_FILE)
+        self._builder = ExampleBuilder.for_run(spec, self._byte_lengths)
+        self._windows = iterate_windows(spec, dataset_dir, self.manifest, self._builder)
 
     @property
     def is_finished(self) -> bool:
@@ -127,10 +137,8 @@ class ReferenceRun:
         total_nats, num_tokens = 0.0, num_windows * seq_len
         for begin in range(0, num_windows, self.micro_batch_sequences):
             size = min(self.micro_batch_sequences, num_windows - begin)
-            pairs = [next(self._windows) for _ in range(size)]
-            inputs_BT = np.stack([inputs for inputs, _ in pairs])
-            labels_BT = np.stack([labels for _, labels in pairs])
-            result = self.step.run(inputs_BT, labels_BT)
+            parts = [next(self._windows) for _ in range(size)]
+            result = self.step.run(Examples.concatenate(parts))
             if not result.is_finite:
                 raise RunFailedError(
                     f"loss or gradient not finite in update {self.outer_step + 1}",
@@ -158,7 +166,14 @@ class ReferenceRun:
 
     def evaluate(self, *, eval_tokens: int = 0) -> EvalResult:
         """Held-out loss of the present parameters."""
-        return evaluate_model(self.step, self.dataset_dir, self.manifest, eval_tokens=eval_tokens)
+        return evaluate_model(
+            self.step,
+            self.dataset_dir,
+            self.manifest,
+            eval_tokens=eval_tokens,
+            byte_lengths=self._byte_lengths,
+            builder=self._builder,
+        )
 
 
 def run_reference(

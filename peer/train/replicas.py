@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from peer.data.feed import TrainedRange
-from peer.eval.evaluate import EvalResult
+from peer.eval.evaluate import EvalResult, token_byte_lengths
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
+from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import planned_cooldown_start_tokens
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.codecs import EncodedVector
@@ -29,14 +30,14 @@ from peer.swarm.strategy import OfferedContribution, load_params
 from peer.train.reference import evaluate_model, iterate_windows
 from peer.train.step import MicroStep, Precision
 from peer.train.strategies import build_strategy
-from protos.contract.chunk_format import MANIFEST_FILE, Int64Array, Manifest
+from protos.contract.chunk_format import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from protos.contract.codecs_wire import codec_named
 from protos.contract.digest import Float32Vector
 from protos.contract.errors import RunFailedError
 from protos.contract.run_spec import RunSpec
 
-NextWindows = Callable[[int], tuple[Int64Array, Int64Array]]
-"""Most windows wanted -> (inputs_BT, labels_BT)."""
+NextWindows = Callable[[int], list[Examples]]
+"""Most windows wanted -> examples of one window each."""
 
 
 class Replica:
@@ -64,17 +65,17 @@ class Replica:
     def train(self, next_windows: NextWindows) -> None:
         """Train what the strategy wants now. Raises RunFailedError for values not finite."""
         while (wanted := self.strategy.wanted_tokens() // self._seq_len) > 0:
-            inputs_BT, labels_BT = next_windows(min(wanted, self._max_sequences))
-            if not len(inputs_BT):
+            parts = next_windows(min(wanted, self._max_sequences))
+            if not parts:
                 return
-            result = self.step.run(inputs_BT, labels_BT)
+            result = self.step.run(Examples.concatenate(parts))
             if not result.is_finite:
                 raise RunFailedError(
                     f"loss or gradient not finite after {self.vectors.position()}",
                     allowed="finite values",
                     remedy="lower optimizer.peak_lr",
                 )
-            self._num_windows += len(inputs_BT)
+            self._num_windows += len(parts)
             self.strategy.after_micro_batch(
                 num_tokens=result.num_tokens, total_nats=result.total_nats
             )
@@ -126,7 +127,9 @@ class ReplicaRun:
         """`round_tokens` is each peer's budget, as a directive would give it."""
         self.spec, self.dataset_dir = spec, dataset_dir
         self.manifest = Manifest.from_bytes((dataset_dir / MANIFEST_FILE).read_bytes())
-        self._windows = iterate_windows(spec, dataset_dir, self.manifest)
+        self._byte_lengths = token_byte_lengths(dataset_dir / TOKENIZER_FILE)
+        self._builder = ExampleBuilder.for_run(spec, self._byte_lengths)
+        self._windows = iterate_windows(spec, dataset_dir, self.manifest, self._builder)
         self._left_windows = spec.budget_tokens // spec.model.seq_len
         self._plan = FragmentPlan(spec)
         self._planned_round_tokens = sum(round_tokens)
@@ -168,14 +171,11 @@ class ReplicaRun:
         is_under_way = any(r.strategy.due(is_feed_empty=True) for r in self.replicas)
         return self._left_windows == 0 and not is_under_way
 
-    def _next_windows(self, num_windows: int) -> tuple[Int64Array, Int64Array]:
-        """(inputs_BT, labels_BT) of up to so many windows; fewer or none at the budget's end."""
+    def _next_windows(self, num_windows: int) -> list[Examples]:
+        """Up to so many windows; fewer or none at the budget's end."""
         size = min(num_windows, self._left_windows)
         self._left_windows -= size
-        if not size:
-            return np.empty((0, 0), dtype=np.int64), np.empty((0, 0), dtype=np.int64)
-        pairs = [next(self._windows) for _ in range(size)]
-        return np.stack([inputs for inputs, _ in pairs]), np.stack([labels for _, labels in pairs])
+        return [next(self._windows) for _ in range(size)]
 
     def advance(self) -> float:
         """Train a round, average, update; returns the mean loss of its contributions in nats."""
@@ -204,7 +204,14 @@ class ReplicaRun:
         parameters = FlatParameters(model, has_grads=False)
         load_params(self.replicas[0].vectors, parameters)
         step = MicroStep(model, parameters, precision=self.replicas[0].step.precision)
-        return evaluate_model(step, self.dataset_dir, self.manifest, eval_tokens=eval_tokens)
+        return evaluate_model(
+            step,
+            self.dataset_dir,
+            self.manifest,
+            eval_tokens=eval_tokens,
+            byte_lengths=self._byte_lengths,
+            builder=self._builder,
+        )
 
 
 def averaged_of(contributions: Sequence[EncodedVector], tokens: Sequence[int]) -> EncodedVector:

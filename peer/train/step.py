@@ -18,9 +18,9 @@ from enum import StrEnum
 import torch
 
 from peer.model.decoder import Decoder, FlatParameters
-from peer.model.loss import summed_loss
+from peer.model.loss import examples_on, summed_loss
+from peer.model.objectives import Examples
 from peer.parallel.devices import available_memory_bytes
-from protos.contract.chunk_format import Int64Array
 from protos.contract.run_spec import ModelSpec
 
 _MIN_SPEEDUP_RATIO = 1.15
@@ -44,6 +44,8 @@ class StepPlan:
 
     precision: Precision
     micro_batch_sequences: int
+    sequence_seconds: float
+    """What one sequence took alone, of one thread's CPU time on CPU."""
     reason: str
 
 
@@ -76,20 +78,19 @@ class MicroStep:
         is_bf16 = self.precision is Precision.BF16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
-    def run(self, inputs_BT: Int64Array, labels_BT: Int64Array) -> StepResult:
+    def run(self, examples: Examples) -> StepResult:
         """Forward and backward; replaces the gradients of the micro-batch before."""
-        tokens_BT = torch.from_numpy(inputs_BT).to(self.device)
-        targets_BT = torch.from_numpy(labels_BT).to(self.device)
+        inputs_BT, labels_BT, weights_B, mask = examples_on(examples, self.device)
         self.parameters.grads.zero_()
         with self.autocast():
-            loss = summed_loss(self.model(tokens_BT), targets_BT)
+            loss = summed_loss(self.model(inputs_BT, mask=mask), labels_BT, weights_B)
         total_nats = float(loss.detach())
         is_finite = bool(torch.isfinite(loss.detach()))
         if is_finite:
             loss.backward()
             is_finite = bool(torch.isfinite(self.parameters.grads.sum()))
         return StepResult(
-            total_nats=total_nats, num_tokens=int(inputs_BT.size), is_finite=is_finite
+            total_nats=total_nats, num_tokens=examples.num_tokens, is_finite=is_finite
         )
 
 
@@ -109,6 +110,7 @@ def probe_plan(step: MicroStep) -> StepPlan:
     spec = step.model.spec
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(spec.vocab_size, (1, spec.seq_len), generator=generator).numpy()
+    examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
     num_threads = torch.get_num_threads()
     is_cpu = step.device.type == "cpu"
     if is_cpu:
@@ -117,7 +119,7 @@ def probe_plan(step: MicroStep) -> StepPlan:
     for precision in (Precision.BF16, Precision.FP32):
         step.precision = precision
         clock = time.thread_time if is_cpu else time.perf_counter
-        seconds_by_precision[precision] = _measure_seconds(step, tokens_BT, clock=clock)
+        seconds_by_precision[precision] = _measure_seconds(step, examples, clock=clock)
     torch.set_num_threads(num_threads)
     bf16_seconds = seconds_by_precision[Precision.BF16]
     fp32_seconds = seconds_by_precision[Precision.FP32]
@@ -134,17 +136,20 @@ def probe_plan(step: MicroStep) -> StepPlan:
         f"(time allows {by_time}, memory {by_memory})"
     )
     step.parameters.grads.zero_()
-    return StepPlan(precision=step.precision, micro_batch_sequences=sequences, reason=reason)
+    return StepPlan(
+        precision=step.precision,
+        micro_batch_sequences=sequences,
+        sequence_seconds=seconds,
+        reason=reason,
+    )
 
 
-def _measure_seconds(
-    step: MicroStep, tokens_BT: Int64Array, *, clock: Callable[[], float]
-) -> float:
+def _measure_seconds(step: MicroStep, examples: Examples, *, clock: Callable[[], float]) -> float:
     """Best of two runs after one to warm up; only the first if that is slow already."""
     best_seconds = float("inf")
     for index in range(3):
         begin = clock()
-        step.run(tokens_BT, tokens_BT)
+        step.run(examples)
         seconds = clock() - begin
         if index > 0 or seconds > _SLOW_SECONDS:
             best_seconds = min(best_seconds, seconds)

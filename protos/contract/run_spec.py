@@ -13,17 +13,29 @@ import json
 import math
 import tomllib
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, TypeVar
 
-from protos.contract import codecs_wire
-from protos.contract.digest import STATE_LAYOUTS, canonical_json
+from protos.contract.digest import canonical_json
 from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape, NormKind
+from protos.contract.strategy_spec import STRATEGIES as STRATEGIES
+from protos.contract.strategy_spec import StrategySpec as StrategySpec
+from protos.contract.strategy_spec import check_setting
 
-OBJECTIVES: tuple[str, ...] = ("causal",)
-STRATEGIES: tuple[str, ...] = ("sync", "diloco")
-FRAGMENT_ORDERS: tuple[str, ...] = ("strided", "sequential")
+
+class Objective(StrEnum):
+    """What is predicted; see peer/model/objectives.py."""
+
+    CAUSAL = "causal"
+    PREFIX = "prefix"
+    SPAN = "span"
+    MASKED = "masked"
+
+
+OBJECTIVES: tuple[str, ...] = tuple(Objective)
 _DIGEST_TAG = b"muster run spec 1\n"
+MIN_SPAN_SEQ_LEN = 16
 
 _Spec = TypeVar("_Spec")
 
@@ -53,19 +65,23 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        _check(2 <= self.vocab_size < 2**32, "model.vocab_size", self.vocab_size, "2 to 4294967295")
-        _check(self.seq_len >= 2, "model.seq_len", self.seq_len, "at least 2")
-        _check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
+            check_setting(
+                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1"
+            )
+        check_setting(
+            2 <= self.vocab_size < 2**32, "model.vocab_size", self.vocab_size, "2 to 4294967295"
+        )
+        check_setting(self.seq_len >= 2, "model.seq_len", self.seq_len, "at least 2")
+        check_setting(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         divides = self.num_heads % self.num_kv_heads == 0
-        _check(
+        check_setting(
             divides,
             "model.num_kv_heads",
             self.num_kv_heads,
             f"a divisor of num_heads = {self.num_heads}",
         )
-        _check(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "above 1")
-        _check(
+        check_setting(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "above 1")
+        check_setting(
             0 < self.norm_epsilon < 1, "model.norm_epsilon", self.norm_epsilon, "between 0 and 1"
         )
 
@@ -100,15 +116,19 @@ class OptimizerSpec:
 
     def __post_init__(self) -> None:
         for name in ("peak_lr", "epsilon", "clip_norm"):
-            _check(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
+            check_setting(
+                getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0"
+            )
         for name in ("beta1", "beta2"):
-            _check(
+            check_setting(
                 0 <= getattr(self, name) < 1,
                 f"optimizer.{name}",
                 getattr(self, name),
                 "0 <= value < 1",
             )
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        check_setting(
+            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,117 +140,15 @@ class ScheduleSpec:
     """Share of the budget that the cooldown takes."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_setting(
             self.lr_warmup_tokens >= 0,
             "schedule.lr_warmup_tokens",
             self.lr_warmup_tokens,
             "at least 0",
         )
-        _check(
+        check_setting(
             0 <= self.cooldown_ratio <= 1, "schedule.cooldown_ratio", self.cooldown_ratio, "0 to 1"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategySpec:
-    """How peers train together."""
-
-    name: str = "sync"
-    global_batch_tokens: int = 4_096
-    """sync: tokens of one outer step over the whole swarm. diloco: batch of the one-process run
-    that a result is compared with.
-    """
-    codec: str = "fp32"
-    """How averaged vectors travel; see codecs_wire."""
-    inner_steps: int = 30
-    """diloco: inner steps of an average peer between two outer steps of the same fragment (H)."""
-    inner_batch_tokens: int = 1_024
-    """diloco: tokens of one inner step of one peer; whole windows."""
-    outer_lr: float = 0.7
-    """diloco: learning rate of the outer Nesterov momentum."""
-    outer_momentum: float = 0.9
-    num_fragments: int = 1
-    """diloco: parts of the model that take turns, one per outer step (Streaming DiLoCo's P)."""
-    fragment_order: str = "strided"
-    """strided: layer i is in fragment i mod num_fragments; sequential: runs of layers."""
-    overlap_inner_steps: int = 0
-    """diloco: inner steps that may be trained while a fragment travels (Streaming DiLoCo's tau)."""
-    mix_ratio: float = 0.0
-    """diloco: share of the own local parameters that stays when a fragment arrives (Streaming
-    DiLoCo's alpha); 0 = they are replaced.
-    """
-
-    def __post_init__(self) -> None:
-        _check(
-            self.name in STRATEGIES, "strategy.name", self.name, "one of " + ", ".join(STRATEGIES)
-        )
-        _check(
-            self.global_batch_tokens >= 1,
-            "strategy.global_batch_tokens",
-            self.global_batch_tokens,
-            ">= 1",
-        )
-        codecs_wire.check_codec(self.codec)
-        if self.name == "diloco":
-            self._check_diloco()
-        else:
-            self._check_diloco_is_unset()
-
-    def _check_diloco(self) -> None:
-        for name in ("inner_steps", "inner_batch_tokens", "num_fragments"):
-            _check(getattr(self, name) >= 1, f"strategy.{name}", getattr(self, name), "at least 1")
-        _check(self.outer_lr > 0, "strategy.outer_lr", self.outer_lr, "above 0")
-        for name in ("outer_momentum", "mix_ratio"):
-            value = getattr(self, name)
-            _check(0 <= value < 1, f"strategy.{name}", value, "0 <= value < 1")
-        _check(
-            self.fragment_order in FRAGMENT_ORDERS,
-            "strategy.fragment_order",
-            self.fragment_order,
-            "one of " + ", ".join(FRAGMENT_ORDERS),
-        )
-        _check(
-            self.inner_steps % self.num_fragments == 0,
-            "strategy.num_fragments",
-            self.num_fragments,
-            f"a divisor of strategy.inner_steps = {self.inner_steps}",
-        )
-        _check(
-            0 <= self.overlap_inner_steps < self.inner_steps // self.num_fragments,
-            "strategy.overlap_inner_steps",
-            self.overlap_inner_steps,
-            f"0 to {self.inner_steps // self.num_fragments - 1}, less than the inner steps of one"
-            " outer step (inner_steps / num_fragments)",
-        )
-
-    def _check_diloco_is_unset(self) -> None:
-        """A setting without effect is a mistake, not a detail."""
-        for spec_field in dataclasses.fields(self):
-            if spec_field.name in ("name", "global_batch_tokens", "codec"):
-                continue
-            value = getattr(self, spec_field.name)
-            _check(
-                value == spec_field.default,
-                f"strategy.{spec_field.name}",
-                value,
-                f"left out with strategy.name = {self.name!r}; it belongs to diloco",
-            )
-
-    @property
-    def state_vectors(self) -> tuple[str, ...]:
-        """Names of the replicated vectors, in the order of the state's digest."""
-        return STATE_LAYOUTS[self.name]
-
-    def round_tokens(self, num_contributors: int) -> int:
-        """Planned tokens of one outer step over the whole swarm."""
-        if self.name == "sync":
-            return self.global_batch_tokens
-        inner_steps = self.inner_steps // self.num_fragments
-        return num_contributors * inner_steps * self.inner_batch_tokens
-
-    def round_unit_tokens(self, seq_len: int) -> int:
-        """Round budgets are multiples of this: windows, or whole inner steps."""
-        return seq_len if self.name == "sync" else self.inner_batch_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,11 +164,51 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         is_digest = len(self.dataset_id) == 64 and set(self.dataset_id) <= set("0123456789abcdef")
-        _check(is_digest, "data.dataset_id", self.dataset_id, "64 lower-case hex digits")
-        _check(
+        check_setting(is_digest, "data.dataset_id", self.dataset_id, "64 lower-case hex digits")
+        check_setting(
             self.max_data_passes >= 1, "data.max_data_passes", self.max_data_passes, "at least 1"
         )
-        _check(self.eval_tokens >= 0, "data.eval_tokens", self.eval_tokens, "at least 0")
+        check_setting(self.eval_tokens >= 0, "data.eval_tokens", self.eval_tokens, "at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveSpec:
+    """What is predicted, and what attention may see."""
+
+    name: str = Objective.CAUSAL
+    corruption_ratio: float = 0.15
+    """Share of a window's tokens that `span` and `masked` corrupt."""
+    mean_span_tokens: float = 3.0
+    """Mean length of a corrupted span of `span`."""
+    has_document_mask: bool = False
+    """True if no token attends across the end of a document."""
+
+    def __post_init__(self) -> None:
+        allowed = "one of " + ", ".join(OBJECTIVES)
+        check_setting(self.name in OBJECTIVES, "objective.name", self.name, allowed)
+        check_setting(
+            0 < self.corruption_ratio <= 0.5,
+            "objective.corruption_ratio",
+            self.corruption_ratio,
+            "above 0, at most 0.5",
+        )
+        check_setting(
+            self.mean_span_tokens >= 1,
+            "objective.mean_span_tokens",
+            self.mean_span_tokens,
+            "at least 1",
+        )
+
+    def num_spans(self, seq_len: int) -> int:
+        """Spans of a window of `span`; two positions of it go to each one's sentinels."""
+        per_span = self.mean_span_tokens / self.corruption_ratio + 2
+        return max(1, round(seq_len / per_span))
+
+    def num_extra_tokens(self, seq_len: int) -> int:
+        """Ids after the tokenizer's that the objective needs: sentinels, or the mask."""
+        if self.name == Objective.SPAN:
+            return self.num_spans(seq_len) + 1
+        return 1 if self.name == Objective.MASKED else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,8 +224,8 @@ class RunSpec:
     """Decides initial values and the order of data."""
     budget_tokens: int
     """Tokens to be credited; whole windows."""
-    objective: str = "causal"
     model: ModelSpec
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
     strategy: StrategySpec = field(default_factory=StrategySpec)
@@ -275,23 +233,23 @@ class RunSpec:
     security: SecuritySpec = field(default_factory=SecuritySpec)
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
-        _check(
-            self.objective in OBJECTIVES,
-            "objective",
-            self.objective,
-            "one of " + ", ".join(OBJECTIVES),
-        )
+        check_setting(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         seq_len = self.model.seq_len
+        check_setting(
+            self.objective.name != Objective.SPAN or seq_len >= MIN_SPAN_SEQ_LEN,
+            "model.seq_len",
+            seq_len,
+            f"at least {MIN_SPAN_SEQ_LEN} for the objective `span`",
+        )
         is_whole = self.budget_tokens >= seq_len and self.budget_tokens % seq_len == 0
-        _check(
+        check_setting(
             is_whole,
             "budget_tokens",
             self.budget_tokens,
             f"a positive multiple of model.seq_len = {seq_len}",
         )
         batch_tokens = self.strategy.global_batch_tokens
-        _check(
+        check_setting(
             batch_tokens >= seq_len,
             "strategy.global_batch_tokens",
             batch_tokens,
@@ -302,14 +260,14 @@ class RunSpec:
 
     def _check_diloco(self) -> None:
         strategy, seq_len = self.strategy, self.model.seq_len
-        _check(
+        check_setting(
             strategy.inner_batch_tokens % seq_len == 0,
             "strategy.inner_batch_tokens",
             strategy.inner_batch_tokens,
             f"a multiple of model.seq_len = {seq_len}",
         )
         num_units = self.model.num_layers + (1 if self.model.has_tied_embeddings else 2)
-        _check(
+        check_setting(
             strategy.num_fragments <= num_units,
             "strategy.num_fragments",
             strategy.num_fragments,
@@ -430,15 +388,6 @@ def _parse_value(kind: Any, value: Any, *, where: str) -> Any:
             f"{where} = {value!r}", allowed=f"a value of type {kind.__name__}", remedy="correct it"
         )
     return value
-
-
-def _check(is_allowed: bool, name: str, value: object, allowed: str) -> None:
-    if not is_allowed:
-        raise UsageError(
-            f"{name} = {value!r}",
-            allowed=f"{name} must be {allowed}",
-            remedy="correct the run spec",
-        )
 
 
 def _toml_line(name: str, value: bool | float | str) -> str:

@@ -252,14 +252,6 @@ COORDINATOR_ROUND_SECONDS = _histogram(
     "Time between certified outer steps.",
     ROUND_BUCKETS_SECONDS,
 )
-COORDINATOR_CERTIFICATES = _counter(
-    "muster_coordinator_certificates_total", "Reported certificates by outcome.", "outcome"
-)
-COORDINATOR_HALF_VOTES = _counter(
-    "muster_coordinator_half_votes_total",
-    "Times that the coordinator's vote was asked for, by outcome.",
-    "outcome",
-)
 COORDINATOR_LEASES = _gauge(
     "muster_coordinator_leases", "Leases of the incarnation by state.", "state"
 )
@@ -287,9 +279,6 @@ COORDINATOR_RUN_STATE = _gauge(
 )
 COORDINATOR_STATE = _gauge(
     "muster_coordinator_state", "1 for the coordinator's state, 0 for the others.", "state"
-)
-COORDINATOR_DUTIES = _counter(
-    "muster_coordinator_duties_total", "Duties by kind and outcome.", "kind", "outcome"
 )
 COORDINATOR_EVENTS = _counter("muster_coordinator_events_total", "Recorded events by kind.", "kind")
 COORDINATOR_RPC_SECONDS = _histogram(
@@ -319,8 +308,6 @@ COORDINATOR_METRICS: tuple[Metric, ...] = (
     COORDINATOR_INCARNATION,
     COORDINATOR_DIRECTIVE_NUMBER,
     COORDINATOR_ROUND_SECONDS,
-    COORDINATOR_CERTIFICATES,
-    COORDINATOR_HALF_VOTES,
     COORDINATOR_LEASES,
     COORDINATOR_LEASE_EVENTS,
     COORDINATOR_PEERS,
@@ -329,7 +316,6 @@ COORDINATOR_METRICS: tuple[Metric, ...] = (
     COORDINATOR_PEER_LOSS_NATS,
     COORDINATOR_RUN_STATE,
     COORDINATOR_STATE,
-    COORDINATOR_DUTIES,
     COORDINATOR_EVENTS,
     COORDINATOR_RPC_SECONDS,
     COORDINATOR_STORE_SECONDS,

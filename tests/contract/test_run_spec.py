@@ -1,6 +1,7 @@
 """RunSpec: golden digest, both forms, strictness."""
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -18,13 +19,11 @@ from protos.contract.run_spec import (
     StrategySpec,
     floor_to_windows,
     parse_fields,
-    plain_fields,
 )
 
 GOLDEN_SPEC = RunSpec(
     seed=7,
     budget_tokens=1_024_000,
-    objective="causal",
     model=ModelSpec(
         vocab_size=4096,
         d_model=64,
@@ -45,7 +44,7 @@ GOLDEN_SPEC = RunSpec(
     strategy=StrategySpec(name="sync", global_batch_tokens=32_768, codec="fp32"),
     data=DataSpec(dataset_id="ab" * 32, max_data_passes=4, eval_tokens=0),
 )
-GOLDEN_DIGEST = "a5244d080ceaab32c26c5585d2a6aa6b92ca6c55b7985064e8e37a8db8e4a0b9"
+GOLDEN_DIGEST = "8fcf99ea63ad231b3612b157c13af2bcfe4d2ac0530558b58f499d7ff261ef0c"
 
 
 def test_digest_is_golden() -> None:
@@ -102,8 +101,14 @@ def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
         ('"sync"', '"dilco"', "strategy.name = 'dilco'.*sync, diloco"),
         ("inner_steps = 30", "inner_steps = 50", "inner_steps = 50.*belongs to diloco"),
         ("mix_ratio = 0.0", "mix_ratio = 0.5", "mix_ratio = 0.5.*belongs to diloco"),
+        ('"causal"', '"maskd"', "objective.name = 'maskd'.*masked"),
+        ("mean_span_tokens = 3.0", "mean_span_tokens = 0.5", "objective.mean_span_tokens = 0.5"),
+        (
+            "corruption_ratio = 0.15",
+            "corruption_ratio = 0.9",
+            "corruption_ratio = 0.9.*at most 0.5",
+        ),
         ('"fp32"', '"int3"', "codec 'int3'.*fp32.*int8"),
-        ('"causal"', '"masked"', "objective = 'masked'"),
         ("num_kv_heads = 2", "num_kv_heads = 3", "num_kv_heads = 3.*divisor of num_heads = 4"),
         ("head_dim = 16", "head_dim = 15", "head_dim = 15.*even"),
         ("budget_tokens = 1024000", "budget_tokens = 1024001", "multiple of model.seq_len = 128"),
@@ -141,7 +146,7 @@ def test_bad_toml_is_refused_with_the_place(old: str, new: str, message: str) ->
 )
 def test_diloco_settings(settings: dict[str, object], message: str) -> None:
     table = {"name": "diloco", **settings}
-    plain = plain_fields(GOLDEN_SPEC)
+    plain = json.loads(GOLDEN_SPEC.to_wire())
     plain["strategy"] |= table
     if message:
         with pytest.raises(UsageError, match=message):

@@ -31,7 +31,7 @@ from tests.e2e.harness import (
     running_swarm,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 _DROP = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """Without these capabilities even root is bound by permissions."""

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.harness import ROOT, Swarm, is_alive, running_swarm, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ def test_stopped_past_its_lease_then_continued(swarm: Swarm, corpus: Path) -> No
 
 
 def test_asked_to_leave(swarm: Swarm, corpus: Path) -> None:
-    """One signal: leases returned, left within 5 s, exit code 0; the last peer ends the run
-    alone.
+    """One signal: leases returned, left within 5 s, exit code 0; the last peer ends the run alone,
+    though its trainer stops: the daemon notices the silence, says so, kills and replaces it.
     """
     start(swarm, corpus, num_peers=3, budget_tokens=60_000)
     for name, sent_signal in (("peer-0", signal.SIGTERM), ("peer-1", signal.SIGINT)):
@@ -168,7 +168,13 @@ def test_asked_to_leave(swarm: Swarm, corpus: Path) -> None:
             what="nothing is left of it",
             deadline_seconds=5,
         )
+    children = json.loads((swarm.directory / "homes/peer-2/run/children.json").read_text())
+    trainer = next(child["pid"] for child in children if child["name"] == "trainer")
+    _signal(trainer, signal.SIGSTOP)
+    swarm.wait(lambda: not is_alive(trainer), "the stopped trainer is killed", 40)
     check_books(swarm, swarm.wait_for_end(120))
+    said = swarm.peers["peer-2"].log.read_text(errors="replace")
+    assert "no progress for" in said and "starting it again" in said, said
     check_no_tracebacks(swarm)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.harness import ROOT, TINY_MODEL, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 SUMMARY_TYPES: dict[str, type | tuple[type, ...]] = {
     "run_digest": str,

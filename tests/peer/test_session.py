@@ -356,6 +356,30 @@ def test_a_child_that_keeps_dying_ends_the_session(training: Timeline) -> None:
     assert "out of memory" in drains[0].reason
 
 
+def test_out_of_memory_halves_the_micro_batch_and_ends_at_one_window(training: Timeline) -> None:
+    """8, 4, 2, 1: more deaths than are forgiven otherwise; then nothing is left to try."""
+    death = ev.ChildDied(child=ChildName.TRAINER, reason="no memory", is_out_of_memory=True)
+    for sequences in (8, 4, 2):
+        training.feed(ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=sequences))
+        training.feed(death)
+        (respawn,) = training.take(ev.Respawn)
+        assert respawn.max_micro_batch_sequences == sequences // 2
+        assert f"{sequences // 2} windows from now on, not {sequences}" in respawn.reason
+    training.feed(ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=1))
+    training.feed(death)
+    (drain,) = training.take(ev.BeginDrain)
+    assert drain.exit_code == 4 and training.take(ev.Respawn) == []
+    for part in ("one window at a time", "fits this machine", "free memory"):
+        assert part in drain.reason
+
+
+def test_out_of_memory_before_the_first_micro_batch_is_refused(training: Timeline) -> None:
+    """Not ready means that it was still probing single windows."""
+    death = ev.ChildDied(child=ChildName.TRAINER, reason="no memory", is_out_of_memory=True)
+    training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="killed"), death)
+    assert [action.exit_code for action in training.take(ev.BeginDrain)] == [4]
+
+
 def test_a_child_that_this_machine_cannot_run_ends_the_session_at_once() -> None:
     timeline = Timeline()
     event = ev.ChildDied(child=ChildName.SWARM, reason="the port is taken", exit_code=4)

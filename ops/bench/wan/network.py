@@ -56,6 +56,7 @@ def problem() -> str:
 @contextlib.contextmanager
 def network(wan: Wan) -> Iterator[list[Host]]:
     """Hosts with these links, for as long as the block runs."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     tag = f"mu{os.getpid() % 10000}x"
     names = [f"{tag}{index}" for index in range(len(wan.rates_mbit))]
     with tempfile.TemporaryDirectory(prefix="muster-wan") as folder:

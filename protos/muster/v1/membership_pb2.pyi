@@ -106,7 +106,7 @@ class JoinResponse(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., session_key: _Optional[bytes] = ..., session_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., run_spec: _Optional[bytes] = ..., coordinator_public_key: _Optional[bytes] = ..., dht_prefix: _Optional[str] = ..., initial_peers: _Optional[_Iterable[str]] = ..., incarnation_record: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., outer_step: _Optional[int] = ..., dataset_id: _Optional[bytes] = ..., heartbeat_interval_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., now_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_lease_number: _Optional[int] = ...) -> None: ...
 
 class PeerClaims(_message.Message):
-    __slots__ = ("state", "state_reason", "outer_step", "loss_nats", "tokens_per_second", "sent_bytes", "received_bytes", "num_rounds_committed", "num_attempts_discarded", "round_seconds", "clock_offset_seconds", "memory_bytes", "trained_tokens")
+    __slots__ = ("state", "state_reason", "outer_step", "loss_nats", "tokens_per_second", "sent_bytes", "received_bytes", "num_rounds_committed", "num_attempts_discarded", "round_seconds", "clock_offset_seconds", "memory_bytes", "trained_tokens", "upload_bytes_per_second", "download_bytes_per_second")
     STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_REASON_FIELD_NUMBER: _ClassVar[int]
     OUTER_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,8 @@ class PeerClaims(_message.Message):
     CLOCK_OFFSET_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     state: str
     state_reason: str
     outer_step: int
@@ -133,7 +135,9 @@ class PeerClaims(_message.Message):
     clock_offset_seconds: float
     memory_bytes: int
     trained_tokens: int
-    def __init__(self, state: _Optional[str] = ..., state_reason: _Optional[str] = ..., outer_step: _Optional[int] = ..., loss_nats: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_rounds_committed: _Optional[int] = ..., num_attempts_discarded: _Optional[int] = ..., round_seconds: _Optional[float] = ..., clock_offset_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., trained_tokens: _Optional[int] = ...) -> None: ...
+    upload_bytes_per_second: float
+    download_bytes_per_second: float
+    def __init__(self, state: _Optional[str] = ..., state_reason: _Optional[str] = ..., outer_step: _Optional[int] = ..., loss_nats: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_rounds_committed: _Optional[int] = ..., num_attempts_discarded: _Optional[int] = ..., round_seconds: _Optional[float] = ..., clock_offset_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., upload_bytes_per_second: _Optional[float] = ..., download_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("request_id", "claims", "attestations", "lease_numbers", "directive_number", "incarnation", "addresses")

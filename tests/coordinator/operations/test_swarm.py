@@ -150,10 +150,19 @@ def test_lost_quorum_begins_an_incarnation_at_the_survivors_state() -> None:
     status = world.status()
     assert (status.incarnation, status.outer_step, status.rolled_back_tokens) == (2, 2, 0)
     assert world.voters() == [0]
-    world.notice()
+    reply = world.beat(0)
+    assert reply.incarnation_record is not None
+    record = common_pb2.IncarnationRecord.FromString(reply.incarnation_record.payload)
+    assert record.base_state_digest == digest_of(1, 2), "one survivor's word, now signed: a proof"
     world.attest(0)
     world.commit()
     assert world.status().outer_step == 3
+    world.join(3)  # a newcomer takes the survivor's state, attests it, and has a vote
+    world.beat(3)
+    world.peer(3).outer_step = 3
+    world.attest(0, 3)
+    world.tick(2.0)
+    assert world.voters() == [0, 3] and world.status().state == RunState.RUNNING
     assert_books_are_right(world)
 
 
@@ -220,6 +229,19 @@ def test_evicting_the_majority_begins_an_incarnation_without_it() -> None:
         world.do(admin.evict_peer, EvictPeerRequest(peer_id=world.id_of(index)))
     world.tick()
     assert world.status().incarnation == 2 and world.voters() == [0]
+
+
+def test_a_peer_is_evicted_by_its_name_if_that_is_unmistakable() -> None:
+    world = SwarmWorld.create(policy=PATIENT)
+    world.join(0, name="anna")
+    world.join(1, name="ben")
+    world.join(2, name="ben")
+    for wanted in ("ben", "nobody", ""):
+        with pytest.raises(MusterError) as refused:
+            world.do(admin.evict_peer, EvictPeerRequest(peer_id=wanted, reason="test"))
+        assert refused.value.allowed and refused.value.remedy
+    found = world.do(admin.evict_peer, EvictPeerRequest(peer_id="anna", reason="test"))
+    assert found.peer_id == world.id_of(0) and world.row(0).state == "EVICTED"
 
 
 def test_recovering_loses_nobody_and_expires_nothing() -> None:

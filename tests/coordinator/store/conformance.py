@@ -269,6 +269,39 @@ class StoreConformance:
             tx.delete_returned([RETURNED])
             assert tx.all_returned("r") == [expired, later]
 
+    def test_leases_and_returned_ranges_follow_savepoints_and_rollbacks(self, store: Store) -> None:
+        """A store may write these with the commit; what was undone neither shows nor is written."""
+        moved = replace(RETURNED, end_window=RETURNED.end_window + 3, fence=7)
+        later = replace(RETURNED, schedule_position=2)
+        released = replace(LEASE, state="RELEASED", end_reason="asked")
+        with store.write() as tx:
+            fill(tx)
+            tx.insert_leases([LEASE])
+            tx.insert_returned([RETURNED])
+            with pytest.raises(KeyError), tx.savepoint():
+                tx.update_lease(released)
+                tx.delete_returned([RETURNED])
+                tx.insert_returned([later])
+                assert (tx.active_leases("r", "a"), tx.all_returned("r")) == ([], [later])
+                raise KeyError
+            assert (tx.active_leases("r", "a"), tx.lease("r", 1, "a", 1)) == ([LEASE], LEASE)
+            assert tx.returned("r", "RELEASED", num_ranges=9) == [RETURNED]
+            tx.insert_returned([later])
+            tx.delete_returned([later, RETURNED])
+            tx.insert_returned([moved])
+        with pytest.raises(KeyError), store.write() as tx:
+            tx.update_lease(released)
+            tx.delete_returned([moved])
+            raise KeyError
+        with store.read() as tx:
+            assert (tx.leases("r"), tx.all_returned("r")) == ([LEASE], [moved])
+        with store.write() as tx:
+            assert tx.returned_of_chunk("r", 0) == [moved]
+            tx.update_lease(released)
+            tx.delete_returned([moved])
+        with store.read() as tx:
+            assert (tx.leases("r"), tx.all_returned("r")) == ([released], [])
+
     def test_journal_keeps_its_order(self, store: Store) -> None:
         with store.write() as tx:
             fill(tx)

@@ -40,6 +40,26 @@ class TestMemory(StoreConformance):
         store.close()
 
 
+def test_only_the_owner_can_read_a_store(tmp_path: Path) -> None:
+    """Session keys are in it. A store and a directory of an earlier version are tightened too."""
+    data_dir = tmp_path / "data"
+    for _ in range(2):
+        old_umask = os.umask(0o022)
+        try:
+            store = SqliteStore.open(data_dir)
+            with store.write() as tx:
+                tx.set_meta("key", "value")
+            modes = {path.name: path.stat().st_mode & 0o777 for path in data_dir.iterdir()}
+            assert {f"{STORE_FILE_NAME}{suffix}" for suffix in ("", "-wal", "-shm")} <= set(modes)
+            assert set(modes.values()) == {0o600}
+            assert data_dir.stat().st_mode & 0o777 == 0o700
+            store.close()
+        finally:
+            os.umask(old_umask)
+        data_dir.chmod(0o755)
+        (data_dir / STORE_FILE_NAME).chmod(0o644)
+
+
 def test_rows_and_schema_name_the_same_columns_in_the_same_order() -> None:
     connection = sqlite3.connect(":memory:")
     for _, script in migrations():

@@ -2,6 +2,7 @@
 for each mistake.
 """
 
+import io
 import json
 import os
 import resource
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from peer.cli.options import read_join_text
 from peer.home import Home
 from protos.contract.channel import JoinString
+from protos.contract.errors import UsageError
 
 HELP_CPU_SECONDS = 0.5
 JOIN_FLAGS = {
     "--name", "--threads", "--memory-limit", "--disk-limit", "--upload-limit-mbit", "--home",
-    "--listen-host",
+    "--listen-host", "--join-file",
     "--listen-port", "--announce", "--metrics-port", "--device", "--config", "--log-level",
     "--json-events", "--help",
 }  # fmt: skip
@@ -129,3 +132,31 @@ def test_doctor_finds_seeded_faults(tmp_path: Path) -> None:
     }
     assert set(bad) == {"leftovers", "memory", "disk", "coordinator"}
     assert all(check["found"] and check["remedy"] for check in bad.values())
+
+
+def test_join_strings_come_from_a_file_or_standard_input_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "join"
+    file.write_text("muster1:from-a-file\nmore\n")
+    assert read_join_text("", file) == "muster1:from-a-file"
+    monkeypatch.setattr("sys.stdin", io.StringIO("muster1:from-stdin\n"))
+    assert read_join_text("-", None) == "muster1:from-stdin"
+    assert read_join_text("muster1:given", None) == "muster1:given"
+    assert read_join_text("", None) == ""
+    empty = tmp_path / "empty"
+    empty.touch()
+    for text, path in (("muster1:given", file), ("", tmp_path / "missing"), ("", empty)):
+        with pytest.raises(UsageError) as refused:
+            read_join_text(text, path)
+        assert refused.value.allowed and refused.value.remedy
+
+
+@pytest.mark.parametrize("program", ["peer.cli", "coordinator.cli"])
+def test_an_interrupt_during_imports_is_no_traceback(program: str) -> None:
+    """The handler is there before the imports that take half a second."""
+    code = f"import sys; sys.argv = ['-m']; import {program}; import os; os.kill(os.getpid(), 2)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from peer.data.reader import LeasedRange
-from protos.contract.chunk_format import Int64Array
+from peer.model.objectives import ExampleBuilder, Examples
+from protos.contract.run_spec import ObjectiveSpec
 from protos.muster.v1 import common_pb2
 
 SEQ_LEN = 4
@@ -46,8 +47,13 @@ def made_up_lease(lease_number: int, begin: int, end: int) -> LeasedRange:
     )
 
 
-def numbered_windows(leased: LeasedRange, begin: int, end: int) -> tuple[Int64Array, Int64Array]:
+def causal_builder() -> ExampleBuilder:
+    """Builder of examples that predict the next token."""
+    return ExampleBuilder(ObjectiveSpec(), seed=7, num_text_tokens=VOCAB_SIZE, eos_token_id=-1)
+
+
+def numbered_windows(leased: LeasedRange, begin: int, end: int) -> Examples:
     """Windows whose inputs are the lease number and whose labels are the window's index."""
     windows_B1 = np.arange(begin, end, dtype=np.int64)[:, None]
     inputs_BT = np.full((end - begin, SEQ_LEN), leased.lease_number, dtype=np.int64)
-    return inputs_BT, np.repeat(windows_B1, SEQ_LEN, axis=1)
+    return Examples(inputs_BT=inputs_BT, labels_BT=np.repeat(windows_B1, SEQ_LEN, axis=1))

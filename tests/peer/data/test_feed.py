@@ -11,11 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from peer.data.feed import START, Feed, LeaseUnreadableError, MicroBatch, TrainedRange
 from peer.data.reader import ChunkReader, LeasedRange, leased_range_from_signed
-from protos.contract.chunk_format import Int64Array
+from peer.model.objectives import Examples
 from protos.contract.errors import CorruptDataError
 from tests.peer.data.chunks import (
     SEQ_LEN,
     VOCAB_SIZE,
+    causal_builder,
     made_up_lease,
     numbered_windows,
     signed_lease,
@@ -35,8 +36,9 @@ def new_feed(*leases: LeasedRange, position: tuple[int, int] = START) -> Feed:
 
 def windows_of(batch: MicroBatch) -> list[Window]:
     """Which windows a batch of numbered windows holds."""
-    assert batch.inputs_BT.shape == batch.labels_BT.shape
-    pairs = zip(batch.inputs_BT[:, 0], batch.labels_BT[:, 0], strict=True)
+    examples = batch.examples
+    assert examples.inputs_BT.shape == examples.labels_BT.shape
+    pairs = zip(examples.inputs_BT[:, 0], examples.labels_BT[:, 0], strict=True)
     return [(int(lease_number), int(window)) for lease_number, window in pairs]
 
 
@@ -83,7 +85,7 @@ def test_windows_are_yielded_once_in_order(
     while (batch := feed.next_micro_batch(max_windows=sizes[step % len(sizes)])) is not None:
         windows = windows_of(batch)
         assert 1 <= len(windows) <= sizes[step % len(sizes)]
-        assert batch.num_tokens == len(windows) * SEQ_LEN
+        assert batch.examples.num_tokens == len(windows) * SEQ_LEN
         yielded += windows
         assert feed.trained_tokens == (len(yielded) - len(contributed)) * SEQ_LEN
         if step in cuts:
@@ -207,7 +209,7 @@ def test_reset_begins_a_new_incarnation() -> None:
 
 
 def test_an_unreadable_lease_is_named_and_nothing_moves() -> None:
-    def read(leased: LeasedRange, begin: int, end: int) -> tuple[Int64Array, Int64Array]:
+    def read(leased: LeasedRange, begin: int, end: int) -> Examples:
         if leased.lease_number == 2:
             raise CorruptDataError("chunk is damaged", allowed="a whole one", remedy="fetch it")
         return numbered_windows(leased, begin, end)
@@ -228,7 +230,7 @@ def test_a_batch_has_windows() -> None:
 
 
 def test_real_chunks_through_a_feed(tmp_path: Path) -> None:
-    chunk_reader = ChunkReader(seed=1, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE)
+    chunk_reader = ChunkReader(causal_builder(), seed=1, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE)
     feed = Feed(seq_len=SEQ_LEN, read_windows=chunk_reader.read_windows)
     path = write_chunk(tmp_path)
     for number, (begin, end) in enumerate(((0, 4), (4, 10)), start=1):
@@ -237,9 +239,9 @@ def test_real_chunks_through_a_feed(tmp_path: Path) -> None:
     batches = []
     while (batch := feed.next_micro_batch(max_windows=3)) is not None:
         batches.append(batch)
-    tokens = np.concatenate([batch.inputs_BT for batch in batches]).ravel()
+    tokens = np.concatenate([batch.examples.inputs_BT for batch in batches]).ravel()
     assert sorted(tokens) == list(range(40))
-    assert [batch.inputs_BT.shape[0] for batch in batches] == [3, 3, 3, 1]
+    assert [batch.examples.inputs_BT.shape[0] for batch in batches] == [3, 3, 3, 1]
     parts = [(part.lease_number, part.begin_window, part.end_window) for part in feed.cut()]
     assert parts == [(1, 0, 4), (2, 4, 10)]
 

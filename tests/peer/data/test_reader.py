@@ -13,12 +13,12 @@ from peer.data.reader import (
 )
 from protos.contract.errors import CorruptDataError
 from protos.contract.schedule_order import window_order
-from tests.peer.data.chunks import SEQ_LEN, VOCAB_SIZE, signed_lease, write_chunk
+from tests.peer.data.chunks import SEQ_LEN, VOCAB_SIZE, causal_builder, signed_lease, write_chunk
 
 
 def reader() -> ChunkReader:
     """Reader of a run with seed 7."""
-    return ChunkReader(seed=7, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE)
+    return ChunkReader(causal_builder(), seed=7, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE)
 
 
 def test_windows_come_in_permuted_order(tmp_path: Path) -> None:
@@ -26,7 +26,8 @@ def test_windows_come_in_permuted_order(tmp_path: Path) -> None:
     signed = signed_lease(path, lease_number=1, begin=2, end=6)
     leased = leased_range_from_signed(signed, path=path)
     assert (leased.lease, leased.num_windows, leased.data_pass) == (signed, 4, 1)
-    inputs_BT, labels_BT = reader().read_windows(leased, 3, 6)
+    examples = reader().read_windows(leased, 3, 6)
+    inputs_BT, labels_BT = examples.inputs_BT, examples.labels_BT
     order = window_order(7, data_pass=1, chunk_index=3, chunk_windows=10)
     expected_BT = order[3:6, None] * SEQ_LEN + np.arange(SEQ_LEN)
     np.testing.assert_array_equal(inputs_BT, expected_BT)
@@ -40,7 +41,7 @@ def test_a_reader_changes_chunks(tmp_path: Path) -> None:
         path = write_chunk(tmp_path, first=first)
         signed = signed_lease(path, lease_number=1, begin=0, end=10)
         leased = leased_range_from_signed(signed, path=path)
-        inputs_BT, _ = chunk_reader.read_windows(leased, 0, 10)
+        inputs_BT = chunk_reader.read_windows(leased, 0, 10).inputs_BT
         assert sorted(inputs_BT.ravel()) == list(range(first, first + 40))
 
 

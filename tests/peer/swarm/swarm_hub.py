@@ -81,6 +81,9 @@ class Daemon:
     key: SigningKey
     p2p_peer_id: str
     vectors: SharedVectors
+    host: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+    """Before the command of its process, such as `ip netns exec NAME`."""
     process: asyncio.subprocess.Process | None = None
     channel: AsyncChannel | None = None
     reader: asyncio.Task[None] | None = None
@@ -242,6 +245,7 @@ class Hub:
         fds = (theirs.fileno(), daemon.vectors.fd)
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
         daemon.process = await asyncio.create_subprocess_exec(
+            *daemon.prefix,
             sys.executable,
             "-m",
             "peer.swarm",
@@ -272,7 +276,7 @@ class Hub:
             initial_peers=known[:2],
             listen_port=0,
             announce=[],
-            host="127.0.0.1",
+            host=daemon.host,
             upload_limit_mbit=None,
             incarnation_record=self.record.SerializeToString(),
             directive=self.directive.SerializeToString(),

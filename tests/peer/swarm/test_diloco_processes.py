@@ -13,6 +13,7 @@ import pytest
 from peer.data.feed import TrainedRange
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
+from peer.model.objectives import Examples
 from peer.shared_vectors import SharedVectors
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.diloco import DilocoStrategy
@@ -60,7 +61,8 @@ class Trainer:
         while (windows := self.strategy.wanted_tokens() // SEQ_LEN) > 0:
             shape = (windows, SEQ_LEN)
             inputs_BT = self._rng.integers(0, 50, shape)
-            result = self._step.run(inputs_BT, (inputs_BT + 1) % 50)
+            examples = Examples(inputs_BT=inputs_BT, labels_BT=(inputs_BT + 1) % 50)
+            result = self._step.run(examples)
             self._windows += windows
             self.strategy.after_micro_batch(
                 num_tokens=result.num_tokens, total_nats=result.total_nats

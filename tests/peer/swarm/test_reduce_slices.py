@@ -1,7 +1,7 @@
 """Slices of the vector: they cover it, follow the links, and are even where nothing is known."""
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from peer.swarm.reduce_slices import Link, slice_ends
@@ -62,6 +62,7 @@ def test_a_boast_counts_for_four_times_the_median_at_most() -> None:
     num_pieces=st.integers(min_value=1, max_value=3000),
     data=st.data(),
 )
+@settings(deadline=None)
 def test_runs_cover_the_vector_and_beat_equal_slices(
     rates: list[float], num_pieces: int, data: st.DataObject
 ) -> None:

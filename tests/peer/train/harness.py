@@ -21,7 +21,8 @@ from peer.data.reader import ChunkReader, leased_range_from_signed
 from peer.ipc import Channel, Message
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
-from peer.model.loss import summed_loss
+from peer.model.loss import examples_on, summed_loss
+from peer.model.objectives import ExampleBuilder
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.fragments import FragmentPlan
 from peer.swarm.outer_update import exact_update_for
@@ -75,6 +76,7 @@ class FakeDaemon:
             "heldout_paths": [str(self.chunk_path)],
             "tokenizer_path": str(self.folder / "tokenizer.json"),
             "seed": 1,
+            "max_micro_batch_sequences": None,
         }
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -173,7 +175,14 @@ class FakeDaemon:
 
     def mean_gradient(self, contribution: Message) -> Float32Vector:
         """What the ranges of a contribution should give on the state in shared memory, in fp32."""
+        builder = ExampleBuilder(
+            self.spec.objective,
+            seed=self.spec.seed,
+            num_text_tokens=self.spec.model.vocab_size,
+            eos_token_id=0,
+        )
         reader = ChunkReader(
+            builder,
             seed=self.spec.seed,
             seq_len=self.spec.model.seq_len,
             vocab_size=self.spec.model.vocab_size,
@@ -184,11 +193,10 @@ class FakeDaemon:
         num_tokens = 0
         for part in contribution["ranges"]:
             leased = leased_range_from_signed(part["lease"], path=self.chunk_path)
-            inputs_BT, labels_BT = reader.read_windows(
-                leased, part["begin_window"], part["end_window"]
-            )
-            summed_loss(model(torch.from_numpy(inputs_BT)), torch.from_numpy(labels_BT)).backward()
-            num_tokens += labels_BT.size
+            examples = reader.read_windows(leased, part["begin_window"], part["end_window"])
+            inputs_BT, labels_BT, _, _ = examples_on(examples, torch.device("cpu"))
+            summed_loss(model(inputs_BT), labels_BT).backward()
+            num_tokens += examples.num_tokens
         assert num_tokens == contribution["num_tokens"]
         return flat.grads.numpy() / np.float32(num_tokens)
 

@@ -3,7 +3,6 @@ down a second time with plain torch.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +11,11 @@ import pytest
 import torch
 
 from peer.data.feed import TrainedRange
+from peer.eval.evaluate import token_byte_lengths
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
-from peer.model.loss import summed_loss
+from peer.model.loss import examples_on, summed_loss
+from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import lr_ratio
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.diloco import DilocoStrategy
@@ -51,9 +52,9 @@ class Definition:
     def __init__(self, spec: RunSpec, folder: Path, round_tokens: list[int]) -> None:
         self.spec, self.round_tokens = spec, round_tokens
         manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
-        self.windows: Iterator[tuple[np.ndarray, np.ndarray]] = iterate_windows(
-            spec, folder, manifest
-        )
+        lengths = token_byte_lengths(folder / "tokenizer.json")
+        builder = ExampleBuilder.for_run(spec, lengths)
+        self.windows = iterate_windows(spec, folder, manifest, builder)
         self.anchors = torch.from_numpy(initial_vector(spec))
         self.outer_step = self.schedule_tokens = 0
         self.plan = FragmentPlan(spec)
@@ -83,11 +84,11 @@ class Definition:
 
     def _inner(self, peer: int, batch_tokens: int, done_tokens: int, *, ahead_tokens: int) -> None:
         model, flat, adamw = self.peers[peer]
-        pairs = [next(self.windows) for _ in range(batch_tokens // SEQ_LEN)]
-        inputs = torch.from_numpy(np.stack([i for i, _ in pairs]))
-        labels = torch.from_numpy(np.stack([o for _, o in pairs]))
+        parts = [next(self.windows) for _ in range(batch_tokens // SEQ_LEN)]
+        examples = Examples.concatenate(parts)
+        inputs, labels, weights, mask = examples_on(examples, flat.values.device)
         flat.grads.zero_()
-        (summed_loss(model(inputs), labels) / batch_tokens).backward()
+        (summed_loss(model(inputs, mask=mask), labels, weights) / batch_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.spec.optimizer.clip_norm)
         middle = (done_tokens + batch_tokens / 2) / self.round_tokens[peer]
         position = self.schedule_tokens + ahead_tokens + middle * sum(self.round_tokens)

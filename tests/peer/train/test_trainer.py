@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from peer.ipc import ChannelClosed
+from peer.train.__main__ import is_out_of_memory
 from protos.contract.errors import RunFailedError
 from protos.contract.run_spec import StrategySpec
 from tests.peer.model.tiny import SPEC
@@ -27,8 +29,9 @@ def drain(daemon: FakeDaemon) -> None:
 
 def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
     with trainer_process(tmp_path) as daemon:
-        daemon.send("configure", **daemon.configuration)
+        daemon.send("configure", **daemon.configuration | {"max_micro_batch_sequences": 3})
         ready = daemon.expect("ready")
+        assert ready["micro_batch_sequences"] == 3, "bounded, as after an out of memory"
         assert ready["num_threads"] == 1 and ready["device"].startswith("cpu")
         daemon.announce(round_windows=8)
         assert daemon.expect("need_leases")["wanted_tokens"] == 2 * 8 * 12
@@ -58,6 +61,8 @@ def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
         assert 0 < evaluation["total_nats"] / evaluation["num_tokens"] < 6
         progress = next(m for m in daemon.seen if m["kind"] == "progress")
         assert progress["tokens_per_second"] > 0 and progress["trained_tokens"] > 0
+        turns = [m["longest_turn_seconds"] for m in daemon.seen if m["kind"] == "turn"]
+        assert turns and 0.0 < max(turns) < 60.0, "the loop is heard to come round"
         begin_seconds = time.monotonic()
         daemon.send("stop")
         assert daemon.process is not None and daemon.process.wait(10) == 0
@@ -65,6 +70,14 @@ def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
         drain(daemon)
         # Lease 2 is partly in a contribution that may still be committed: the round decides.
         assert not [m for m in daemon.seen if m["kind"] == "released"]
+
+
+def test_torchs_words_for_out_of_memory_are_known() -> None:
+    """A tensor that no machine can hold, so that the words are torch's own."""
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(2**50)
+    assert is_out_of_memory(failure.value)
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_contribution_is_the_mean_gradient_over_its_ranges(tmp_path: Path) -> None:

@@ -1,0 +1,335 @@
+"""`study fit` and `study replay`: scaling laws from a table, forecasts of a recorded run.
+
+Whatever needs scipy or matplotlib is refused by name where the extra [scaling] is missing.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coordinator.cli.options import AsJson, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from coordinator.scaling.observations import Observations
+    from coordinator.scaling.study_fit import StudyFit
+
+app = typer.Typer(no_args_is_help=True, help="Scaling laws: small runs, fits, forecasts.")
+
+_LARGEST_TABLE_BYTES = 64 * 2**20
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+def need_scaling_extra(command: str, *packages: str) -> None:
+    """Raises MachineError when a package of the extra [scaling] is missing."""
+    from protos.contract.errors import MachineError
+
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MachineError(
+            f"{command} needs {' and '.join(missing)}, not installed here",
+            allowed="an installation with the extra [scaling]",
+            remedy="pip install '.[scaling]' (with -c ops/constraints.txt)",
+        )
+
+
+def read_table(path: Path) -> str:
+    """Text of a table. Raises UsageError when it cannot be read."""
+    from protos.contract.errors import UsageError
+
+    try:
+        if path.stat().st_size > _LARGEST_TABLE_BYTES:
+            raise UsageError(
+                f"{path} has {path.stat().st_size} bytes",
+                allowed=f"tables of at most {_LARGEST_TABLE_BYTES} bytes",
+                remedy="thin the curves out",
+            )
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read {path}: {error}",
+            allowed="a text file with the columns N,D,C,loss",
+            remedy="check the path",
+        ) from error
+
+
+def read_observations(path: Path) -> "Observations":
+    """A table in CSV, or in JSON by its ending. Raises UsageError."""
+    from coordinator.scaling.observations import observations_from_csv, observations_from_json
+
+    text = read_table(path)
+    if path.suffix.lower() == ".json":
+        return observations_from_json(text, name=str(path))
+    return observations_from_csv(text, name=str(path))
+
+
+def write_plots(directory: Path, pictures: dict[str, dict[str, bytes]]) -> list[str]:
+    """Write NAME.png and NAME.svg; returns the paths. Raises MachineError."""
+    from protos.contract.errors import MachineError
+
+    paths = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, by_format in pictures.items():
+            for ending, content in by_format.items():
+                path = directory / f"{name}.{ending}"
+                path.write_bytes(content)
+                paths.append(str(path))
+    except OSError as error:
+        raise MachineError(
+            f"cannot write plots to {directory}: {error}",
+            allowed="a directory that can be written",
+            remedy="name another with --plot",
+        ) from error
+    return paths
+
+
+@app.command("fit")
+def fit(
+    observations: Annotated[
+        Path,
+        typer.Option(
+            help="Table with columns N,D,C,loss (C may be missing: 6 N D).", readable=False
+        ),
+    ],
+    form: Annotated[
+        str, typer.Option(help="additive, tied, general, general-tied or auto.")
+    ] = "auto",
+    loss: Annotated[str, typer.Option(help="huber (knee 1e-3), lad or ls.")] = "huber",
+    max_flop: Annotated[float, typer.Option(help="Fit rows up to this compute only.")] = float(
+        "inf"
+    ),
+    predict: Annotated[
+        Path | None, typer.Option(help="Rows whose loss is predicted.", readable=False)
+    ] = None,
+    flop: Annotated[
+        list[float] | None, typer.Option(help="Compute whose best N and D are shown; repeatable.")
+    ] = None,
+    near_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep rows within this share of the best loss at their compute (inf: all). "
+            "Default: all for additive and tied, 0.15 otherwise."
+        ),
+    ] = None,
+    convention: Annotated[
+        str, typer.Option(help="Convert the table first: matmul or non-embedding.")
+    ] = "",
+    bootstrap: Annotated[int, typer.Option(help="Draws behind the intervals.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of starts and draws.")] = 0,
+    is_forced: Annotated[
+        bool, typer.Option("--force", help="Extrapolate beyond 1,000 times the largest compute.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Directory for PNG and SVG.", readable=False)
+    ] = None,
+    is_json: AsJson = False,
+) -> None:
+    """Fit scaling laws to any table: constants with intervals, N_opt and D_opt, predictions."""
+    from coordinator.scaling.laws import Form
+    from coordinator.scaling.parametric import Loss
+    from coordinator.scaling.report import chosen_value, fit_report, predict_rows
+    from coordinator.scaling.study_fit import AUTO, fit_observations, refuse_far
+
+    if plot is not None:
+        need_scaling_extra("study fit --plot", "matplotlib")
+    chosen = chosen_value("--form", form, [*(item.value for item in Form), AUTO])
+    table = read_observations(observations)
+    if convention:
+        from coordinator.scaling.observations import Convention
+
+        allowed = [Convention.MATMUL.value, Convention.NON_EMBEDDING.value]
+        table = table.converted(Convention(chosen_value("--convention", convention, allowed)))
+    _check_numbers(bootstrap=bootstrap, near_ratio=near_ratio, flop=flop or [], max_flop=max_flop)
+    study = fit_observations(
+        table,
+        form=None if chosen == AUTO else Form(chosen),
+        loss=Loss(chosen_value("--loss", loss, [item.value for item in Loss])),
+        max_flop=max_flop,
+        near_ratio=near_ratio,
+        num_draws=bootstrap,
+        seed=seed,
+    )
+    computes = flop or [study.largest_flop * factor for factor in (1.0, 10.0, 100.0)]
+    refuse_far(computes, study.largest_flop, is_forced=is_forced)
+    report = fit_report(study, computes)
+    if predict is not None:
+        rows = predict_rows(study, read_table(predict), name=str(predict), is_forced=is_forced)
+        report.update(rows)
+    if plot is not None:
+        report["plots"] = write_plots(plot, _pictures(study, max(computes), report))
+    if is_json:
+        print_json(report)
+    else:
+        _show_fit(report)
+
+
+def _check_numbers(
+    *, bootstrap: int, near_ratio: float | None, flop: list[float], max_flop: float
+) -> None:
+    from protos.contract.errors import UsageError
+
+    checks = (
+        ("--bootstrap", float(bootstrap), 0 <= bootstrap <= 100_000, "0 to 100,000 draws"),
+        ("--near-ratio", near_ratio, near_ratio is None or near_ratio > 0, "a share above 0"),
+        ("--max-flop", max_flop, max_flop > 0, "FLOP above 0"),
+        *(("--flop", one, 0 < one < 1e40, "FLOP above 0, at most 1e40") for one in flop),
+    )
+    for name, value, is_good, allowed in checks:
+        if not is_good:
+            raise UsageError(f"{name} {value}", allowed=allowed, remedy="correct the flag")
+
+
+def _pictures(
+    study: "StudyFit", farthest_flop: float, report: dict[str, Any]
+) -> dict[str, dict[str, bytes]]:
+    from coordinator.scaling.plots import (
+        envelope_plot,
+        forecast_plot,
+        isoflop_plot,
+        surface_plot,
+    )
+    from coordinator.scaling.report import isoflop_or_reason
+
+    pictures = {
+        "loss-against-compute": envelope_plot(study, farthest_flop),
+        "surface": surface_plot(study),
+    }
+    isoflop, why = isoflop_or_reason(study.observations)
+    if isoflop is not None:
+        pictures["isoflop"] = isoflop_plot(study, isoflop)
+    else:
+        say(f"no IsoFLOP picture: {why}")
+    known = [row for row in report.get("predictions", []) if row.get("loss") is not None]
+    if known:
+        import numpy as np
+
+        known.sort(key=lambda row: row["C"])
+        pictures["forecast"] = forecast_plot(
+            np.array([row["C"] for row in known]),
+            np.array([row["loss"] for row in known]),
+            [(row["C"], row["loss_predicted"], row["low"], row["high"]) for row in known],
+            x_title="training compute (FLOP)",
+            title="predicted rows against the truth",
+        )
+    return pictures
+
+
+def _show_fit(report: dict[str, Any]) -> None:
+    law = report["constants"]
+    typer.echo(
+        f"L = E + (A / N^alpha + B / D^beta)^kappa, {report['form']}, "
+        f"{report['num_fitted']} of {report['num_rows']} rows, {report['loss']}"
+    )
+    intervals = report["intervals"]
+    print_table(
+        ["constant", "value", "95 % interval"],
+        [
+            [name, f"{value:.6g}", "{:.4g} to {:.4g}".format(*intervals[name])]
+            if name in intervals
+            else [name, f"{value:.6g}", "-"]
+            for name, value in law.items()
+        ],
+    )
+    print_table(
+        ["FLOP", "N_opt", "95 % interval", "D_opt", "D/N", "loss", "90 % band"],
+        [
+            [
+                f"{row['flop']:.3g}", f"{row['n_opt']:.4g}",
+                f"{row['n_opt_low']:.3g} to {row['n_opt_high']:.3g}",
+                f"{row['d_opt']:.4g}", f"{row['tokens_per_param']:.3g}",
+                f"{row['loss']:.4f}", f"{row['loss_low']:.4f} to {row['loss_high']:.4f}",
+            ]
+            for row in report["optima"]
+        ],
+    )  # fmt: skip
+    for row in report.get("predictions", []):
+        typer.echo(
+            f"N {row['N']:.4g} D {row['D']:.4g}: {row['loss_predicted']:.4f} "
+            f"({row['low']:.4f} to {row['high']:.4f})"
+            + (f", measured {row['loss']:.4f}" if row.get("loss") is not None else "")
+        )
+    if "prediction_summary" in report:
+        summary = report["prediction_summary"]
+        typer.echo(
+            f"mean error {summary['mean_abs_error_percent']:.2f} %, "
+            f"{100 * summary['coverage_ratio']:.0f} % inside the band"
+        )
+    for name in ("approach1", "approach2"):
+        said = report[name]
+        typer.echo(
+            f"{name}: "
+            + (said.get("refused") or f"N_opt ~ C^{said['exponent']:.3f}; {said['reason']}")
+        )
+    for reason in report["reasons"]:
+        typer.echo(f"- {reason}")
+    for path in report.get("plots", []):
+        typer.echo(f"plot: {path}")
+
+
+@app.command("replay")
+def replay(
+    curve: Annotated[
+        Path,
+        typer.Option(
+            help="Recorded curve N,D,C,loss; the largest N is the run, others its study.",
+            readable=False,
+        ),
+    ],
+    observations: Annotated[
+        Path | None, typer.Option(help="Observations of other sizes.", readable=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Directory for PNG and SVG.", readable=False)
+    ] = None,
+    is_json: AsJson = False,
+) -> None:
+    """Forecast a recorded run from every point of it, as it would have been done live."""
+    from coordinator.scaling.report import replay_report
+
+    if plot is not None:
+        need_scaling_extra("study replay --plot", "matplotlib")
+    others = None if observations is None else read_observations(observations)
+    report, points = replay_report(read_observations(curve), others)
+    if plot is not None:
+        from coordinator.scaling.plots import forecast_plot
+
+        said = [
+            (row["seen_tokens"], row["loss_predicted"], row["low"], row["high"])
+            for row in report["forecasts"]
+        ]
+        picture = forecast_plot(
+            points.tokens_d, points.loss_nats, said, x_title="tokens",
+            title="the final loss as forecast at each point",
+        )  # fmt: skip
+        report["plots"] = write_plots(plot, {"forecast": picture})
+    if is_json:
+        print_json(report)
+        return
+    typer.echo(
+        f"{report['params_n']:.4g} parameters, {report['final_tokens']:.4g} tokens, "
+        f"final loss {report['final_loss']:.4f}"
+    )
+    print_table(
+        ["seen tokens", "share", "forecast", "90 % band", "error"],
+        [
+            [
+                f"{row['seen_tokens']:.4g}", f"{100 * row['seen_ratio']:.0f} %",
+                f"{row['loss_predicted']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}",
+                f"{row['error_percent']:+.2f} %",
+            ]
+            for row in report["forecasts"]
+        ],
+    )  # fmt: skip
+    for row in report["by_horizon"]:
+        typer.echo(
+            f"x{row['horizon_ratio']:g}: {row['num_forecasts']} forecasts, "
+            f"median error {row['median_abs_error_percent']:.2f} %"
+        )
+    for path in report.get("plots", []):
+        typer.echo(f"plot: {path}")

@@ -1,0 +1,51 @@
+"""A law to plan with, fitted on own runs."""
+
+import numpy as np
+
+from coordinator.scaling.observations import Convention, Observations
+from coordinator.scaling.plan_law import PlanLaw
+from coordinator.scaling.study_fit import StudyFit, fit_observations
+
+
+def observed_law(table: Observations, *, name: str, seed: int = 0) -> PlanLaw:
+    """Fit a table and plan with it: N from the fit's allocation, loss and bands from its forms.
+
+    N must be counted as Muster counts it, so a table without the head is converted. Raises
+    UsageError for rows that cannot be converted or cannot fix the constants.
+    """
+    if table.convention is Convention.NON_EMBEDDING:
+        table = table.converted(Convention.MATMUL)
+    fit = fit_observations(table, seed=seed)
+    warnings: tuple[str, ...] = ()
+    if table.convention is Convention.UNSTATED:
+        warnings = (
+            f"{name} does not say what N counts; taken as matrices and head without the input "
+            "embedding, as Muster counts",
+        )
+    return PlanLaw(
+        name=name,
+        loss_law=fit.fit.law,
+        allocation=fit.allocation.law,
+        largest_flop=fit.largest_flop,
+        source=f"{len(fit.observations)} of {fit.num_rows} rows of own runs; N from the "
+        f"{fit.allocation.form.value} form, loss from the {fit.fit.form.value} form",
+        band_ratio_at=lambda compute_flop: _band_ratio(fit, compute_flop),
+        band_reason="the band comes from how far such fits missed dearer runs of the same table",
+        params_interval_at=lambda compute_flop: _interval(fit, compute_flop),
+        fit_reasons=tuple(fit.reasons),
+        warnings=warnings,
+    )
+
+
+def _band_ratio(fit: StudyFit, compute_flop: float) -> float:
+    best = fit.allocation.law.optimum(compute_flop)
+    found = fit.predict(
+        np.array([best.params_n]), np.array([best.tokens_d]), np.array([compute_flop])
+    )
+    width = float(found.high_nats[0] - found.low_nats[0])
+    return width / 2 / float(found.loss_nats[0])
+
+
+def _interval(fit: StudyFit, compute_flop: float) -> tuple[float, float]:
+    best = fit.optimum(compute_flop)
+    return best.params_low, best.params_high

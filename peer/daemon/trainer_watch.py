@@ -1,0 +1,51 @@
+"""Notices a trainer that makes no progress: stopped, swapped out or wedged, but alive.
+
+The trainer's loop says about once a second that it has come round (`turn`), with the longest that a
+turn took lately; what a turn takes on this machine with this model is thus measured, not guessed.
+Silence of ten such turns is a failure: the daemon kills the process, and everything that a death
+means follows (begun leases go back, it is started again). Only time in which the daemon itself ran
+counts, so a laptop that slept or a whole peer that was stopped kills nothing.
+"""
+
+SILENT_TURNS = 10.0
+"""Turns without a word that are taken for a failure."""
+MIN_TURN_SECONDS = 1.0
+"""The loop says so no more often than this, however short its turns are."""
+_MAX_TICK_SECONDS = 1.0
+"""Most that one tick of the daemon counts; ticks come several times a second."""
+
+
+class TrainerWatch:
+    """Pure: turns and time in, a verdict out. Before the first turn nothing is expected."""
+
+    def __init__(self) -> None:
+        self._longest_turn_seconds: float | None = None
+        self._silent_seconds = 0.0
+        self._last_tick_seconds: float | None = None
+
+    def forget(self) -> None:
+        """The trainer has ended, or is about to."""
+        self._longest_turn_seconds = None
+
+    def turn(self, longest_turn_seconds: float) -> None:
+        """The loop came round."""
+        self._longest_turn_seconds = longest_turn_seconds
+        self._silent_seconds = 0.0
+
+    @property
+    def allowed_seconds(self) -> float:
+        """Silence that is still no failure."""
+        return SILENT_TURNS * max(self._longest_turn_seconds or 0.0, MIN_TURN_SECONDS)
+
+    def tick(self, now_seconds: float) -> str:
+        """Time has passed; returns why the trainer has to be killed, "" if it has not."""
+        last, self._last_tick_seconds = self._last_tick_seconds, now_seconds
+        if last is None or self._longest_turn_seconds is None:
+            return ""
+        self._silent_seconds += min(now_seconds - last, _MAX_TICK_SECONDS)
+        if self._silent_seconds <= self.allowed_seconds:
+            return ""
+        return (
+            f"no progress for {self._silent_seconds:.0f} s, though its longest turn lately took "
+            f"{self._longest_turn_seconds:.1f} s ({self.allowed_seconds:.0f} s are allowed)"
+        )

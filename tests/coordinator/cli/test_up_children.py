@@ -1,0 +1,22 @@
+"""Peers that `up` starts: their join string is not for other users' eyes."""
+
+import asyncio
+from pathlib import Path
+
+from coordinator.cli.up_children import PeerChild
+
+SECRET = "muster1:not-a-join-string-but-a-secret"
+
+
+def test_the_join_string_is_read_and_does_not_show_in_ps(tmp_path: Path) -> None:
+    async def scenario() -> tuple[bytes, int | None, str]:
+        home = tmp_path / "home"
+        child = await PeerChild.start(name="ps", home=home, join_string=SECRET, num_threads=1)
+        arguments = Path(f"/proc/{child.process.pid}/cmdline").read_bytes()
+        async with asyncio.timeout(60):
+            await child.process.wait()
+        return arguments, child.process.returncode, (home / "join.log").read_text()
+
+    arguments, exit_code, log = asyncio.run(scenario())
+    assert b"join\0-\0" in arguments and SECRET.encode() not in arguments
+    assert exit_code == 2 and "join string" in log, log

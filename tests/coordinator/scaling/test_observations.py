@@ -1,0 +1,91 @@
+"""Tables in and out, and what they refuse."""
+
+import numpy as np
+import pytest
+
+from coordinator.scaling.observations import (
+    Convention,
+    Observation,
+    Observations,
+    observations_from_csv,
+    observations_from_json,
+    observations_to_csv,
+    observations_to_json,
+    points_from_csv,
+)
+from protos.contract.errors import UsageError
+
+ROW = Observation(
+    params_n=1e8, tokens_d=2e9, compute_flop=1.3e18, loss_nats=3.1, convention=Convention.MATMUL,
+    head_params=2e7, seed=3, run_digest="ab12", source="trial, 7",
+)  # fmt: skip
+
+
+def test_tables_survive_both_forms() -> None:
+    table = Observations.of(
+        [ROW, ROW.converted(Convention.NON_EMBEDDING).converted(ROW.convention)]
+    )
+    assert observations_from_csv(observations_to_csv(table)).rows == table.rows
+    assert observations_from_json(observations_to_json(table)).rows == table.rows
+
+
+def test_conventions_convert() -> None:
+    kaplan = ROW.converted(Convention.NON_EMBEDDING)
+    assert kaplan.params_n == 8e7
+    assert kaplan.compute_flop == pytest.approx(1.3e18 - 6 * 2e7 * 2e9)
+    assert kaplan.converted(Convention.MATMUL).params_n == ROW.params_n
+
+
+def test_missing_columns_are_filled_and_said() -> None:
+    table = observations_from_csv("# a note\nN,D,loss\n1e8,2e9,3\n\n2e8,1e9,2.9\n")
+    assert table.compute_flop == pytest.approx([1.2e18, 1.2e18])
+    assert "6 N D" in table.notes[0]
+    table = observations_from_csv("n,c,LOSS,other\n1e8,1.2e18,3,x\n")
+    assert table.tokens_d == pytest.approx([2e9])
+    assert "C / (6 N)" in table.notes[0]
+
+
+def test_points_without_losses() -> None:
+    params, tokens, compute, losses = points_from_csv("N,D\n1e8,2e9\n", name="g.csv")
+    assert (params[0], tokens[0], compute[0], losses) == (1e8, 2e9, pytest.approx(1.2e18), None)
+    *_, losses = points_from_csv("N,D,loss\n1e8,2e9,3\n", name="g.csv")
+    assert losses is not None and np.array_equal(losses, [3.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "columns none"),
+        ("N,D\n1,2\n", "columns N, D"),
+        ("N,D,loss\n", "no rows"),
+        ("N,D,loss\n1e8,2e9,-3\n", "the loss of observation 1 is -3"),
+        ("N,D,loss\n1e8,2e9,3\n1e8,2e9,nan\n", "the loss of observation 2 is nan"),
+        ("N,D,loss\n1e8,2e9,inf\n", "inf"),
+        ("N,D,loss\n0,2e9,3\n", "N of observation 1 is 0"),
+        ("N,D,loss\n1e8,,3\n", "D or C"),
+        ("N,D,loss\n1e8,much,3\n", "'much'"),
+        ("N,D,loss\n1e8,2e9\n", "loss_nats"),
+        ("N,D,loss\n1e8,2e9,2e4\n", "20000"),
+        ("N,D,loss,convention\n1e8,2e9,3,matmul\n1e8,2e9,3,non-embedding\n", "mixes"),
+        ("N,D,loss,convention\n1e8,2e9,3,matmul\n1e8,2e9,3,\n", "mixes"),
+        ("N,D,loss,convention\n1e8,2e9,3,mine\n", "'mine'"),
+    ],
+)
+def test_bad_tables_are_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        observations_from_csv(text, name="the table")
+    assert words in caught.value.found
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"observations": 4}', "[1]"])
+def test_bad_json_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        observations_from_json(text)
+
+
+def test_an_unknown_head_cannot_be_converted() -> None:
+    row = Observation(params_n=1e8, tokens_d=2e9, compute_flop=1e18, loss_nats=3.0)
+    for convention in (Convention.MATMUL, Convention.NON_EMBEDDING):
+        with pytest.raises(UsageError, match="head_params"):
+            row.converted(convention)

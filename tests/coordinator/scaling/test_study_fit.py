@@ -1,0 +1,141 @@
+"""Fits of whole tables: the form by extrapolation, bands that cover, odd tables survived."""
+
+import numpy as np
+import pytest
+
+from coordinator.scaling.bands import ErrorBand, conformal_quantile
+from coordinator.scaling.laws import Form
+from coordinator.scaling.observations import Observation, Observations
+from coordinator.scaling.parametric import Loss
+from coordinator.scaling.selection import (
+    form_weights,
+    impossible_rows,
+    row_weights,
+)
+from coordinator.scaling.study_fit import StudyFit, fit_observations, refuse_far
+from protos.contract.errors import RefusedError, UsageError
+from tests.coordinator.scaling.tables import PORIAN_CSV, TRUTH, chinchilla_240, made_up, read
+
+
+def errors_above(study: StudyFit, table: Observations) -> tuple[np.ndarray, float]:
+    """(errors, share inside the band) of the rows dearer than the fit saw."""
+    dear = table.where(table.compute_flop > study.largest_flop * 1.01)
+    said = study.predict(dear.params_n, dear.tokens_d, dear.compute_flop)
+    is_inside = (dear.loss_nats >= said.low_nats) & (dear.loss_nats <= said.high_nats)
+    return np.log(said.loss_nats / dear.loss_nats), float(is_inside.mean())
+
+
+def test_auto_predicts_the_dearer_half() -> None:
+    table = made_up(num_budgets=10)
+    cut = float(np.median(table.compute_flop))
+    study = fit_observations(table, max_flop=cut, num_draws=50)
+    errors, coverage = errors_above(study, table)
+    assert np.abs(errors).mean() < 0.01
+    assert coverage >= 0.9
+    best = study.optimum(float(table.compute_flop.max()))
+    truth = TRUTH.optimum(float(table.compute_flop.max()))
+    assert best.optimum.params_n == pytest.approx(truth.params_n, rel=0.25)
+    assert best.loss_low_nats <= truth.loss_nats <= best.loss_high_nats
+    assert any("cuts of the table" in reason for reason in study.reasons)
+    assert sum(study.weights.values()) == pytest.approx(1.0)
+
+
+def test_porian_predicts_the_dearer_half() -> None:
+    table = read(PORIAN_CSV)
+    budgets = np.unique(table.compute_flop)
+    study = fit_observations(table, max_flop=float(budgets[5]), num_draws=50)
+    dear = table.where(table.compute_flop > budgets[5])
+    errors, coverage = errors_above(study, table)
+    best = np.array([dear.loss_nats[dear.compute_flop == c].min() for c in dear.compute_flop])
+    is_near = dear.loss_nats <= 1.15 * best
+    assert np.abs(errors[is_near]).mean() < 0.04
+    assert coverage >= 0.9
+    assert study.allocation.form is Form.GENERAL_TIED
+
+
+def test_a_named_classic_form_is_the_literatures_fit() -> None:
+    study = fit_observations(chinchilla_240(), form=Form.ADDITIVE, loss=Loss.LAD, num_draws=20)
+    assert len(study.observations) == 240
+    assert study.fit.law.a == pytest.approx(482.01, rel=1e-3)
+    assert study.weights == {Form.ADDITIVE: 1.0}
+
+
+def test_odd_rows_do_not_move_a_fit() -> None:
+    table = made_up(num_budgets=10)
+    rows = list(table.rows)
+    for index, factor in ((5, 0.5), (20, 1.7), (33, 0.8)):
+        row = rows[index]
+        rows[index] = Observation(
+            params_n=row.params_n, tokens_d=row.tokens_d, compute_flop=row.compute_flop,
+            loss_nats=row.loss_nats * factor,
+        )  # fmt: skip
+    rows += [rows[40]] * 30
+    dirty = Observations.of(rows)
+    assert impossible_rows(dirty.compute_flop, dirty.loss_nats)[[5, 33]].all()
+    assert not impossible_rows(table.compute_flop, table.loss_nats).any()
+    cut = float(np.median(table.compute_flop))
+    study = fit_observations(dirty, max_flop=cut, num_draws=0)
+    errors, _ = errors_above(study, table)
+    assert np.abs(errors).mean() < 0.015
+    assert any("mistakes" in reason for reason in study.reasons)
+
+
+@pytest.mark.parametrize("unit_n", [1e-6, 1e3])
+def test_units_do_not_matter(unit_n: float) -> None:
+    table, other = made_up(num_budgets=6), made_up(num_budgets=6, unit_n=unit_n)
+    plain, scaled = (
+        fit_observations(t, form=Form.GENERAL_TIED, num_draws=0) for t in (table, other)
+    )
+    first = plain.predict(table.params_n, table.tokens_d, table.compute_flop)
+    second = scaled.predict(other.params_n, other.tokens_d, other.compute_flop)
+    assert first.loss_nats == pytest.approx(second.loss_nats, rel=1e-5)
+    best, also = plain.optimum(1e20).optimum, scaled.optimum(1e20).optimum
+    assert also.params_n == pytest.approx(best.params_n * unit_n, rel=1e-3)
+
+
+def test_a_small_table_says_that_it_is_untested() -> None:
+    table = made_up(num_budgets=2, num_sizes=4)
+    study = fit_observations(table, num_draws=20)
+    assert any("too few" in reason for reason in study.reasons)
+    said = study.predict(table.params_n * 3, table.tokens_d * 3, table.compute_flop * 9)
+    assert (said.high_nats > said.loss_nats).all() and (said.low_nats < said.loss_nats).all()
+
+
+def test_refusals() -> None:
+    table = made_up(num_budgets=3)
+    with pytest.raises(UsageError, match="no row with at most"):
+        fit_observations(table, max_flop=1.0)
+    with pytest.raises(RefusedError, match="times the largest measured"):
+        refuse_far([1e23], 1e19, is_forced=False)
+    refuse_far([1e23], 1e19, is_forced=True)
+    refuse_far([1e22], 1e19, is_forced=False)
+    one_size = Observations.of(
+        [
+            Observation(params_n=1e8, tokens_d=1e9 * k, compute_flop=6e17 * k, loss_nats=3 - k / 99)
+            for k in range(1, 30)
+        ]
+    )
+    with pytest.raises(UsageError, match="different N"):
+        fit_observations(one_size)
+
+
+def test_weights() -> None:
+    errors = {Form.ADDITIVE: 0.02, Form.GENERAL: 0.01}
+    weights = form_weights(errors, num_rows=29)
+    assert weights == pytest.approx({Form.ADDITIVE: 0.2, Form.GENERAL: 0.8})
+    assert form_weights(errors, num_rows=30)[Form.GENERAL] > 0.9
+    nan = float("nan")
+    weights = form_weights({Form.ADDITIVE: nan, Form.GENERAL: nan}, num_rows=10)
+    assert weights == pytest.approx({Form.ADDITIVE: 0.5, Form.GENERAL: 0.5})
+    by_row = row_weights(
+        np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 100.0]), np.array([1.0, 1.0, 100.0])
+    )
+    assert by_row == pytest.approx([0.05, 0.05, 1.0])
+
+
+def test_conformal_quantile_covers() -> None:
+    generator = np.random.default_rng(0)
+    scores = np.abs(generator.standard_normal((2000, 21)))
+    inside = [s[20] <= conformal_quantile(s[:20]) for s in scores]
+    assert 0.88 <= np.mean(inside) <= 0.94
+    assert ErrorBand.of([]).num_cuts == 0
