@@ -335,7 +335,7 @@ def _text(
 
 def _strategies(wanted: str) -> dict[str, Any]:
     from coordinator.scaling.links import Codec
-    from protos.contract.codecs_wire import CODEC_NAMES, encoded_bytes
+    from protos.contract.codecs_wire import CODEC_NAMES, codec_named
     from protos.contract.run_spec import STRATEGIES
 
     allowed = {"auto": STRATEGIES, "sync": ("sync",), "diloco": ("diloco",)}
@@ -345,7 +345,7 @@ def _strategies(wanted: str) -> dict[str, Any]:
         )
     values = 2**20
     codecs = tuple(
-        Codec(name=name, bytes_per_value=encoded_bytes(name, values) / values)
+        Codec(name=name, bytes_per_value=codec_named(name).encoded_bytes(values) / values)
         for name in CODEC_NAMES
     )
     return {"strategies": allowed[wanted], "codecs": codecs}

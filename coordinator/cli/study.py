@@ -1,6 +1,7 @@
-"""`study fit` and `study replay`: scaling laws from a table, forecasts of a recorded run.
+"""`study fit`, `study replay`, `study laws`: laws from a table, forecasts of a recorded run, and
+the published constants.
 
-Whatever needs scipy or matplotlib is refused by name where the extra [scaling] is missing.
+Fits run on numpy; pictures are refused by name where the extra [scaling] is missing.
 """
 
 import importlib.util
@@ -333,3 +334,26 @@ def replay(
         )
     for path in report.get("plots", []):
         typer.echo(f"plot: {path}")
+
+
+@app.command("laws")
+def laws(is_json: AsJson = False) -> None:
+    """Published constants of every law, with their sources and how sure we are of them."""
+    from coordinator.scaling.report import published_rows
+
+    rows = published_rows()
+    if is_json:
+        print_json({"laws": rows})
+        return
+    print_table(
+        ["group", "name", "constants", "sure", "counts", "source"],
+        [
+            [
+                row["group"], row["name"],
+                ", ".join(f"{name} {value:g}" for name, value in row["constants"].items()),
+                row["confidence"], row["counting"],
+                row["source"] + (f" ({row['note']})" if row["note"] else ""),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip

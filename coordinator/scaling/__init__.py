@@ -1,4 +1,4 @@
 """Scaling laws: what a budget of compute buys, fitted from small runs.
 
-Pure numpy (scipy where named): tables in, laws, forecasts and reasons out; no I/O, clock or log.
+Pure, on numpy: tables in, laws, forecasts and reasons out; no I/O, clock or log.
 """

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from coordinator.scaling.approach1 import fit_envelope
 from coordinator.scaling.approach2 import IsoFlopFit, fit_isoflop
 from coordinator.scaling.bands import INTERVAL_LEVEL_RATIO, LEVEL_RATIO
+from coordinator.scaling.constants import GROUPS
 from coordinator.scaling.forecast import MIN_POINTS, Points, forecast_run, known_at, past_errors
 from coordinator.scaling.laws import Form, LossLaw
 from coordinator.scaling.observations import Observations, points_from_csv
@@ -38,6 +39,38 @@ def constants_of(law: LossLaw) -> dict[str, float]:
         "kappa": law.kappa,
         "params_exponent": law.params_exponent,
     }
+
+
+def published_rows() -> list[dict[str, Any]]:
+    """Every published law as plain data, by group."""
+    return [
+        {
+            "group": group,
+            "name": name,
+            "constants": _numbers(published.law),
+            "unit": published.unit,
+            "source": published.source,
+            "confidence": published.confidence.value,
+            "counting": published.counting,
+            "note": published.note,
+        }
+        for group, table in GROUPS.items()
+        for name, published in table.items()
+    ]
+
+
+def _numbers(law: Any) -> dict[str, float]:
+    """Constants by name; those of a law inside a law as well."""
+    if not is_dataclass(law):
+        return {"value": float(law)}
+    out: dict[str, float] = {}
+    for field in fields(law):
+        value = getattr(law, field.name)
+        if is_dataclass(value):
+            out |= _numbers(value)
+        else:
+            out[field.name] = float(value)
+    return out
 
 
 def isoflop_or_reason(table: Observations) -> tuple[IsoFlopFit | None, str]:

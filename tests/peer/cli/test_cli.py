@@ -113,7 +113,16 @@ def test_status_and_doctor_in_json(tmp_path: Path) -> None:
     doctor = muster_peer("doctor", "--json", "--no-probe", "--home", home)
     report = json.loads(doctor.stdout)
     names = [check["name"] for check in report["checks"]]
-    assert names == ["versions", "home", "leftovers", "memory", "disk", "port", "coordinator"]
+    assert names == [
+        "versions",
+        "home",
+        "leftovers",
+        "memory",
+        "disk",
+        "port",
+        "network",
+        "coordinator",
+    ]
     assert (doctor.returncode == 0) is report["is_ok"]
     assert not (tmp_path / "home").exists()
 

@@ -61,7 +61,8 @@ class FakeDaemon:
         self.chunk_path = self.folder / self.chunk_digest.hex()
         self.chunk_path.write_bytes(data)
         vocab = {"ab" if index % 2 else chr(0x100 + index): index for index in range(2)}
-        vocab |= {chr(0x200 + index) * 2: index for index in range(2, spec.vocab_size)}
+        pairs = [chr(65 + index // 26) + chr(65 + index % 26) for index in range(26 * 26)]
+        vocab |= {pairs[index]: index for index in range(2, spec.vocab_size)}
         plain = {"model": {"vocab": vocab}, "added_tokens": [{"id": 0, "content": "<eos>"}]}
         (self.folder / "tokenizer.json").write_text(json.dumps(plain))
         self._update = exact_update_for(self.spec)
