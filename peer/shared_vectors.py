@@ -3,7 +3,8 @@ process and trainer.
 
 The memory is a memfd: it has no name, is inherited as a file descriptor and disappears with its
 last holder, however that dies. Layout: a header of eight little-endian uint64, then the fp32
-vectors `params`, `exp_avg`, `exp_avg_sq`, `contribution`, each `num_values` long.
+vectors of the strategy's state (digest.py: STATE_LAYOUTS, `params` first) and `contribution`, each
+`num_values` long. The size says which layout it is.
 
 Only the swarm process writes the state. Readers are kept from a half-written one by a sequence
 lock: the header's counter is odd while the state is being written, and `read_state` repeats its
@@ -11,31 +12,45 @@ copy until the counter was even and unchanged. The trainer writes `contribution`
 reads it only between `contribution_ready` and the outcome.
 """
 
+import dataclasses
 import mmap
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
-from protos.contract.digest import Float32Vector
+from protos.contract.digest import STATE_LAYOUTS, Float32Vector
 
 _HEADER_FIELDS = 8
-_SEQUENCE, _INCARNATION, _OUTER_STEP, _SCHEDULE_TOKENS, _DIRECTIVE_NUMBER = range(5)
-STATE_VECTORS = ("params", "exp_avg", "exp_avg_sq")
-_ALL_VECTORS = (*STATE_VECTORS, "contribution")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePosition:
-    """Which state the vectors hold."""
+    """Which state the vectors hold, and what the directive in force says of the round after it.
+
+    The fields are the header's, in its order, after the counter.
+    """
 
     incarnation: int
     outer_step: int
     schedule_tokens: int
     directive_number: int
+    planned_round_tokens: int = 0
+    """Sum of the round budgets of the roster in force; 0 while that is not known."""
+    cooldown_start_tokens: int = 0
+    budget_tokens: int = 0
+
+    def follows(self, before: "StatePosition") -> bool:
+        """True if this is the state one committed outer step after `before`."""
+        return (self.incarnation, self.outer_step) == (before.incarnation, before.outer_step + 1)
+
+
+_POSITION_FIELDS = tuple(field.name for field in dataclasses.fields(StatePosition))
+assert 1 + len(_POSITION_FIELDS) <= _HEADER_FIELDS
 
 
 class SharedVectors:
@@ -46,22 +61,25 @@ class SharedVectors:
     def __init__(self, fd: int, num_values: int) -> None:
         self.fd = fd
         self.num_values = num_values
-        num_bytes = _HEADER_FIELDS * 8 + len(_ALL_VECTORS) * num_values * 4
-        self._map = mmap.mmap(fd, num_bytes)
+        total_bytes = os.fstat(fd).st_size
+        num_state_vectors = (total_bytes - _HEADER_FIELDS * 8) // (num_values * 4) - 1
+        names = {len(layout): layout for layout in STATE_LAYOUTS.values()}[num_state_vectors]
+        assert total_bytes == _total_bytes(names, num_values)
+        self._map = mmap.mmap(fd, total_bytes)
         self._header = np.frombuffer(self._map, dtype="<u8", count=_HEADER_FIELDS)
         begin = _HEADER_FIELDS * 8
         self._vectors: dict[str, Float32Vector] = {}
-        for name in _ALL_VECTORS:
+        for name in (*names, "contribution"):
             self._vectors[name] = np.frombuffer(
                 self._map, dtype="<f4", count=num_values, offset=begin
             )
             begin += num_values * 4
 
     @classmethod
-    def create(cls, num_values: int) -> "SharedVectors":
-        """Reserve zeroed memory for a model of `num_values` parameters."""
+    def create(cls, num_values: int, layout: tuple[str, ...] = STATE_LAYOUTS["sync"]) -> Self:
+        """Reserve zeroed memory for a model of `num_values` parameters and its strategy's state."""
         fd = os.memfd_create("muster-vectors", os.MFD_CLOEXEC)
-        os.ftruncate(fd, _HEADER_FIELDS * 8 + len(_ALL_VECTORS) * num_values * 4)
+        os.ftruncate(fd, _total_bytes(layout, num_values))
         return cls(fd, num_values)
 
     @property
@@ -70,56 +88,37 @@ class SharedVectors:
         return self._vectors["params"]
 
     @property
-    def exp_avg(self) -> Float32Vector:
-        """AdamW's first moment."""
-        return self._vectors["exp_avg"]
-
-    @property
-    def exp_avg_sq(self) -> Float32Vector:
-        """AdamW's second moment."""
-        return self._vectors["exp_avg_sq"]
-
-    @property
     def contribution(self) -> Float32Vector:
-        """What this peer brings into the round: mean gradient per token over its ranges."""
+        """What this peer brings into the round; a fragment's values lie at its beginning."""
         return self._vectors["contribution"]
 
-    def state_vectors(self) -> tuple[Float32Vector, Float32Vector, Float32Vector]:
+    def state_vectors(self) -> tuple[Float32Vector, ...]:
         """The vectors that state_digest covers, in its order."""
-        return self.params, self.exp_avg, self.exp_avg_sq
+        return tuple(v for name, v in self._vectors.items() if name != "contribution")
 
     def position(self) -> StatePosition:
         """Which state the vectors hold, as last published."""
-        header = self._header
-        return StatePosition(
-            incarnation=int(header[_INCARNATION]),
-            outer_step=int(header[_OUTER_STEP]),
-            schedule_tokens=int(header[_SCHEDULE_TOKENS]),
-            directive_number=int(header[_DIRECTIVE_NUMBER]),
-        )
+        values = (int(value) for value in self._header[1 : 1 + len(_POSITION_FIELDS)])
+        return StatePosition(**dict(zip(_POSITION_FIELDS, values, strict=True)))
 
     @contextmanager
     def writing_state(self, position: StatePosition) -> Iterator[None]:
         """Write the state inside; afterwards the vectors hold `position`. Swarm process only."""
-        header = self._header
-        header[_SEQUENCE] += 1
+        self._header[0] += 1
         try:
             yield
-            header[_INCARNATION] = position.incarnation
-            header[_OUTER_STEP] = position.outer_step
-            header[_SCHEDULE_TOKENS] = position.schedule_tokens
-            header[_DIRECTIVE_NUMBER] = position.directive_number
+            self._header[1 : 1 + len(_POSITION_FIELDS)] = dataclasses.astuple(position)
         finally:
-            header[_SEQUENCE] += 1
+            self._header[0] += 1
 
     def read_params(self, target: Float32Vector) -> StatePosition:
         """Copy a whole, untorn set of parameters into `target` and say which state it is."""
         while True:
-            before = int(self._header[_SEQUENCE])
+            before = int(self._header[0])
             if before % 2 == 0:
                 np.copyto(target, self.params)
                 position = self.position()
-                if int(self._header[_SEQUENCE]) == before:
+                if int(self._header[0]) == before:
                     return position
             time.sleep(0.001)
 
@@ -127,3 +126,7 @@ class SharedVectors:
         """Drop the mapping and the descriptor; views taken before keep their memory alive."""
         self._vectors.clear()
         os.close(self.fd)
+
+
+def _total_bytes(layout: tuple[str, ...], num_values: int) -> int:
+    return _HEADER_FIELDS * 8 + (len(layout) + 1) * num_values * 4

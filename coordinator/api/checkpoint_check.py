@@ -1,7 +1,7 @@
 """Is an uploaded file the state that was proved? Reads safetensors with numpy, recomputes the
 digest, looks for NaN.
 
-The file is what peer/checkpoint writes: flat fp32 vectors `params`, `exp_avg`, `exp_avg_sq` and, as
+The file is what peer/checkpoint writes: the flat fp32 vectors of one of STATE_LAYOUTS and, as
 metadata, the StateMeta. Vectors are read one at a time; safetensors refuses bad headers, overlaps
 and trailing bytes itself.
 """
@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from protos.contract.digest import StateMeta, state_digest_of_pieces, vector_piece_digests
+from protos.contract.digest import (
+    STATE_LAYOUTS,
+    StateMeta,
+    state_digest_of_pieces,
+    vector_piece_digests,
+)
 from protos.contract.errors import CorruptDataError, ErrorCode
 
-STATE_VECTORS = ("params", "exp_avg", "exp_avg_sq")
-"""In the order of the digest."""
 STATE_META_KEY = "state_meta"
 
 
@@ -24,9 +27,12 @@ def check_checkpoint(path: Path, *, incarnation: int, outer_step: int, state_dig
     try:
         with safe_open(path, framework="np") as file:
             meta = StateMeta.from_json((file.metadata() or {}).get(STATE_META_KEY, "").encode())
-            if sorted(file.keys()) != sorted(STATE_VECTORS):
-                raise _refused(f"tensors {sorted(file.keys())}", allowed=f"{sorted(STATE_VECTORS)}")
-            pieces = [_piece_digests(name, file.get_tensor(name)) for name in STATE_VECTORS]
+            names = set(file.keys())
+            layout = next((known for known in STATE_LAYOUTS.values() if set(known) == names), None)
+            if layout is None:
+                layouts = " or ".join(", ".join(known) for known in STATE_LAYOUTS.values())
+                raise _refused(f"tensors {sorted(names)}", allowed=layouts)
+            pieces = [_piece_digests(name, file.get_tensor(name)) for name in layout]
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise _refused(
             f"a file that does not parse ({error})", allowed="safetensors of one state"

@@ -72,6 +72,7 @@ class UpOptions:
     num_peers: int = 3
     budget_tokens: int | None = None
     model: str | None = None
+    settings: tuple[str, ...] = ()
     corpus: tuple[str, ...] = ()
     seed: int | None = None
     data_dir: Path = Path("muster-data")
@@ -127,6 +128,7 @@ class _Up:
                 data_dir=options.data_dir,
                 sources=options.corpus,
                 model=options.model,
+                settings=options.settings,
                 budget_tokens=options.budget_tokens,
                 seed=options.seed,
                 num_peers=options.num_peers,
@@ -372,6 +374,7 @@ def _given_flags(options: UpOptions) -> dict[str, object]:
     given = {
         "--budget-tokens": options.budget_tokens,
         "--model": options.model,
+        "--set": list(options.settings) or None,
         "--corpus": list(options.corpus) or None,
         "--seed": options.seed,
     }

@@ -18,6 +18,12 @@ def up(
     model: Annotated[
         str | None, typer.Option("--model", help="PRESET or key=value[,key=value].")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any key of the spec, e.g. strategy.name=diloco; may be repeated."
+        ),
+    ] = None,
     corpus: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,6 +60,7 @@ def up(
         num_peers=num_peers,
         budget_tokens=budget_tokens,
         model=model,
+        settings=tuple(settings or ()),
         corpus=(*(corpus or ()), *(more_corpus or ())),
         seed=seed,
         data_dir=Path(data_dir),

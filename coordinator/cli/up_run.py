@@ -166,6 +166,7 @@ def prepare_run(
     data_dir: Path,
     sources: Sequence[str],
     model: str | None,
+    settings: Sequence[str],
     budget_tokens: int | None,
     seed: int | None,
     num_peers: int,
@@ -191,7 +192,7 @@ def prepare_run(
     manifest = build_corpus(
         tuple(sources) or DEFAULT_CORPUS, dataset_dir, seed=seed or 0, on_progress=_progress(say)
     )
-    spec = up_spec(manifest, model=model, budget_tokens=budget_tokens, seed=seed)
+    spec = up_spec(manifest, model=model, settings=settings, budget_tokens=budget_tokens, seed=seed)
     check_corpus_fits(
         manifest,
         seq_len=spec.model.seq_len,
@@ -208,21 +209,28 @@ def prepare_run(
 
 
 def up_spec(
-    manifest: Manifest, *, model: str | None, budget_tokens: int | None, seed: int | None
+    manifest: Manifest,
+    *,
+    model: str | None,
+    settings: Sequence[str] = (),
+    budget_tokens: int | None,
+    seed: int | None,
 ) -> RunSpec:
-    """Spec of `up`'s run: the defaults, with batch and warm-up scaled down for a small budget.
-    Raises UsageError.
+    """Spec of `up`'s run: the defaults, with batch and warm-up scaled down for a small budget;
+    `settings` come last and win. Raises UsageError.
     """
     budget = DEFAULT_BUDGET_TOKENS if budget_tokens is None else budget_tokens
     models = () if model is None else (model,)
-    settings = [f"data.eval_tokens={EVAL_TOKENS}"]
-    seq_len = build_spec(manifest, model=models).model.seq_len
+    scaled = [f"data.eval_tokens={EVAL_TOKENS}"]
+    seq_len = build_spec(manifest, model=models, settings=settings).model.seq_len
     batch_tokens = floor_to_windows(budget // MIN_OUTER_STEPS, seq_len)
     if batch_tokens < StrategySpec().global_batch_tokens:
-        settings.append(f"strategy.global_batch_tokens={max(seq_len, batch_tokens)}")
+        scaled.append(f"strategy.global_batch_tokens={max(seq_len, batch_tokens)}")
     if budget < 10 * ScheduleSpec().lr_warmup_tokens:
-        settings.append(f"schedule.lr_warmup_tokens={budget // 10}")
-    return build_spec(manifest, model=models, settings=settings, budget_tokens=budget, seed=seed)
+        scaled.append(f"schedule.lr_warmup_tokens={budget // 10}")
+    return build_spec(
+        manifest, model=models, settings=(*scaled, *settings), budget_tokens=budget, seed=seed
+    )
 
 
 def _progress(say: Callable[[str], None]) -> Callable[[BuildProgress], None]:

@@ -61,8 +61,8 @@ def plan_round_tokens(
     """Tokens per round of each contributing peer: whole windows, proportional to tokens per second.
 
     A speed of 0 is unknown and counts as the mean of the known ones. Remainders go to the largest
-    fractions, ties by peer_id, so equal inputs give equal budgets. The sum is the global batch, or
-    one window each if that is more.
+    fractions, ties by peer_id, so equal inputs give equal budgets. `seq_len` is the unit: of diloco
+    an inner step. The sum is the global batch, or one unit each if that is more.
     """
     if not speed_by_peer:
         return {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from coordinator.domain.budget import MAX_ROUND_FACTOR, are_budgets_off, plan_round_tokens
 from coordinator.domain.membership import Member
 from coordinator.domain.policy import SwarmPolicy
+from protos.contract.run_spec import StrategySpec
 from protos.contract.telemetry import PeerState
 
 
@@ -74,7 +75,7 @@ class RunTerms:
     budget_tokens: int
     cooldown_start_tokens: int
     is_paused: bool
-    global_batch_tokens: int
+    strategy: StrategySpec
     seq_len: int
 
 
@@ -103,7 +104,9 @@ def build_content(
     if round_tokens is None:
         speeds = {peer: speed_by_peer.get(peer, 0.0) for peer in contributors}
         round_tokens = plan_round_tokens(
-            speeds, global_batch_tokens=terms.global_batch_tokens, seq_len=terms.seq_len
+            speeds,
+            global_batch_tokens=terms.strategy.round_tokens(len(speeds)),
+            seq_len=terms.strategy.round_unit_tokens(terms.seq_len),
         )
     lines = tuple(
         RosterLine(

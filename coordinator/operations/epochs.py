@@ -70,7 +70,7 @@ def load_terms(tx: Transaction, context: OperationContext, run_id: str) -> RunTe
             budget_tokens, cooldown_ratio=spec.schedule.cooldown_ratio
         ),
         is_paused=bool(pause_reason(tx, run_id)),
-        global_batch_tokens=spec.strategy.global_batch_tokens,
+        strategy=spec.strategy,
         seq_len=spec.model.seq_len,
     )
 

@@ -76,7 +76,7 @@ def main() -> int:
         rows = slice(at, at + num_sequences)
         examples = Examples(inputs_BT=all_inputs_BT[rows], labels_BT=all_labels_BT[rows])
         result = step.run(examples)
-        total += step.host_grads()
+        total += step.parameters.grads.numpy()
         num_tokens += result.num_tokens
         count += 1
     seconds = time.monotonic() - begin_seconds

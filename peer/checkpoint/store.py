@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from peer.checkpoint.safetensors_io import load_tensors, save_tensors
-from peer.shared_vectors import STATE_VECTORS
-from protos.contract.digest import Float32Vector, StateMeta, state_digest
+from protos.contract.digest import STATE_LAYOUTS, Float32Vector, StateMeta, state_digest
 from protos.contract.errors import CorruptDataError
 
 _FILE_PATTERN = re.compile(r"(\d+)-(\d+)\.safetensors")
@@ -50,10 +49,7 @@ class LoadedCheckpoint:
 
 
 def save_checkpoint(path: Path, header: CheckpointHeader, vectors: Sequence[Float32Vector]) -> None:
-    """Write params, exp_avg and exp_avg_sq with their header, atomically and durably.
-
-    Raises MachineError.
-    """
+    """Write the state's vectors with their header, atomically and durably. Raises MachineError."""
     metadata = {
         "format": "muster state 1",
         "state_meta": header.meta.to_json().decode(),
@@ -64,7 +60,8 @@ def save_checkpoint(path: Path, header: CheckpointHeader, vectors: Sequence[Floa
             [certificate.hex() for certificate in header.unreported_certificates]
         ),
     }
-    save_tensors(path, dict(zip(STATE_VECTORS, vectors, strict=True)), metadata)
+    layout = next(names for names in STATE_LAYOUTS.values() if len(names) == len(vectors))
+    save_tensors(path, dict(zip(layout, vectors, strict=True)), metadata)
 
 
 def open_checkpoint(path: Path) -> tuple[CheckpointHeader, tuple[Float32Vector, ...]]:
@@ -83,8 +80,9 @@ def open_checkpoint(path: Path) -> tuple[CheckpointHeader, tuple[Float32Vector, 
                 bytes.fromhex(text) for text in json.loads(metadata["unreported_certificates"])
             ),
         )
-        vectors = tuple(tensors[name] for name in STATE_VECTORS)
-    except (KeyError, ValueError, TypeError) as error:
+        layout = next(names for names in STATE_LAYOUTS.values() if set(names) == set(tensors))
+        vectors = tuple(tensors[name] for name in layout)
+    except (KeyError, ValueError, TypeError, StopIteration) as error:
         raise _corrupt(path, f"metadata or vectors are missing or malformed ({error!r})") from error
     if any(vector.ndim != 1 or vector.size != vectors[0].size for vector in vectors):
         raise _corrupt(path, "vectors of different lengths")
@@ -100,6 +98,8 @@ def load_checkpoint(path: Path, targets: Sequence[Float32Vector]) -> CheckpointH
     Raises CorruptDataError, with the vectors untouched.
     """
     header, vectors = open_checkpoint(path)
+    if len(vectors) != len(targets):
+        raise _corrupt(path, f"{len(vectors)} vectors where the run's strategy has {len(targets)}")
     if any(vector.size != target.size for vector, target in zip(vectors, targets, strict=True)):
         raise _corrupt(path, f"{vectors[0].size} parameters where the run has {targets[0].size}")
     for vector, target in zip(vectors, targets, strict=True):

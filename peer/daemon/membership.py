@@ -39,9 +39,10 @@ _BASE_MEMORY_BYTES = 600 * 2**20
 """Libraries of the three processes, measured with torch 2.13 CPU: 250 to 350 MiB in the trainer, as
 much in the swarm process.
 """
-_VECTORS_PER_PARAMETER = 8
-"""State (3), contribution, the trainer's parameters and gradients, the swarm process's average and
-next state.
+_VECTORS_BY_STRATEGY = {"sync": 8, "diloco": 12}
+"""sync: state (3), contribution, the trainer's parameters and gradients, the swarm process's
+average and next state. diloco: state (2), contribution, the trainer's local parameters, gradients,
+their sum, inner moments (2) and anchors, the swarm process's average, next state and residual.
 """
 
 
@@ -226,7 +227,7 @@ def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
             code=ErrorCode.DEPENDENCY_MISSING,
         )
     shape = ModelShape.from_spec(spec.model)
-    needed_bytes = needed_memory_bytes(shape)
+    needed_bytes = needed_memory_bytes(shape, spec.strategy.name)
     limit_bytes = config.memory_limit_bytes
     if limit_bytes is not None and needed_bytes > limit_bytes:
         raise MachineError(
@@ -239,6 +240,6 @@ def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
     return shape
 
 
-def needed_memory_bytes(shape: ModelShape) -> int:
+def needed_memory_bytes(shape: ModelShape, strategy_name: str) -> int:
     """Least memory of all processes together, activations apart."""
-    return _BASE_MEMORY_BYTES + _VECTORS_PER_PARAMETER * shape.vector_bytes
+    return _BASE_MEMORY_BYTES + _VECTORS_BY_STRATEGY[strategy_name] * shape.vector_bytes

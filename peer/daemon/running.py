@@ -79,7 +79,9 @@ class RunningSession:
             record_children=home.record_children,
         )
         shape = check_can_honour(membership.spec, config)
-        self._vectors = SharedVectors.create(shape.num_parameters)
+        self._vectors = SharedVectors.create(
+            shape.num_parameters, membership.spec.strategy.state_vectors
+        )
         self._children = Children(
             self._supervisor,
             self._vectors,

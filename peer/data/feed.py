@@ -160,11 +160,15 @@ class Feed:
         """The round with the last contribution was committed: its ranges are done with."""
         self._in_contribution = []
 
-    def abandon(self) -> tuple[int, ...]:
-        """Forget uncommitted work and let its leases go; returns their numbers for release."""
-        begun = self.begun_lease_numbers
+    def abandon(self, *, is_contribution_kept: bool = False) -> tuple[int, ...]:
+        """Forget uncommitted work and let its leases go; returns their numbers for release.
+
+        With `is_contribution_kept` only what was trained since the last cut.
+        """
+        kept = self._in_contribution if is_contribution_kept else []
+        begun = _lease_numbers(self._trained) if is_contribution_kept else self.begun_lease_numbers
         self._held = [lease for lease in self._held if lease.lease_number not in begun]
-        self._trained, self._in_contribution = [], []
+        self._trained, self._in_contribution = [], kept
         return begun
 
     def drop(self, lease_numbers: Iterable[int]) -> Dropped:

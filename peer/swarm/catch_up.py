@@ -113,7 +113,7 @@ class CatchUp:
                 wanted,
                 value.averaged_digest,
                 codec_name=replica.codec.name,
-                num_values=replica.vectors.num_values,
+                num_values=replica.contribution_values(value.outer_step),
             )
             if averaged is None:
                 return False
@@ -157,8 +157,12 @@ class CatchUp:
         return await self._download(proven)
 
     async def _download(self, proven: ProvenState) -> bool:
+        vectors = self._replica.vectors
         download = StateDownload(
-            self._transport, proven, num_values=self._replica.vectors.num_values
+            self._transport,
+            proven,
+            num_values=vectors.num_values,
+            num_vectors=len(vectors.state_vectors()),
         )
         fetched = await download.run()
         if fetched is None:

@@ -492,7 +492,5 @@ class SwarmNode:
         )
 
     async def _save(self) -> None:
-        replica = self._replica
-        header = replica.checkpoint_header()
-        await asyncio.to_thread(replica.store.save, header, replica.vectors.state_vectors())
-        self._saved_position = replica.position
+        await asyncio.to_thread(self._replica.save_local)
+        self._saved_position = self._replica.position

@@ -72,7 +72,7 @@ class Offers:
 
     def _encode(self) -> tuple[EncodedVector, tuple[bytes, ...]]:
         replica = self._replica
-        encoded = EncodedVector.encode(replica.codec, replica.vectors.contribution)
+        encoded = replica.encode_contribution()
         return encoded, encoded.digests()
 
     def _refuse(self, problem: str) -> None:

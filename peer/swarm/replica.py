@@ -21,7 +21,9 @@ from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import next_meta, open_directive
-from peer.swarm.exact_update import SyncUpdate
+from peer.swarm.error_feedback import ErrorFeedback
+from peer.swarm.fragments import FragmentPlan
+from peer.swarm.outer_update import exact_update_for
 from peer.swarm.record_file import run_folder_name
 from protos.contract.certificate import Tag
 from protos.contract.codecs_wire import codec_named, result_codec_of_bytes
@@ -78,7 +80,9 @@ class Replica:
         self._averaged_folder = folder / "averaged" / run_folder
         self._averaged_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._key = key
-        self._update = SyncUpdate(spec)
+        self._update = exact_update_for(spec)
+        self._plan = FragmentPlan(spec)
+        self.feedback = ErrorFeedback(self.codec, num_values=vectors.num_values)
         self.meta: StateMeta | None = None
         self.state_digest = b""
         self.directive: common_pb2.Signed | None = None
@@ -185,10 +189,6 @@ class Replica:
 
     def build_initial(self) -> None:
         """Become the initial state of incarnation 0, from which every run starts."""
-        with self.vectors.writing_state(self._shared_position(0, 0, 0, 0)):
-            np.copyto(self.vectors.params, initial_vector(self.spec))
-            self.vectors.exp_avg.fill(0.0)
-            self.vectors.exp_avg_sq.fill(0.0)
         first = self.record_content.directive
         number = common_pb2.Directive.FromString(first.payload).directive_number
         if self.incarnation > 0:
@@ -200,6 +200,11 @@ class Replica:
             schedule_tokens=0,
             directive_number=number,
         )
+        params, *moments = self.vectors.state_vectors()
+        with self.vectors.writing_state(_position_of(meta, first)):
+            np.copyto(params, initial_vector(self.spec))
+            for moment in moments:
+                moment.fill(0.0)
         self._publish(meta, first, self._hash_vectors())
 
     def apply(
@@ -219,15 +224,10 @@ class Replica:
         before, in_force = self.directive, self.directive_in_force()
         after = next_meta(meta, certificate, seq_len=self.seq_len)
         vectors = self.vectors
-        position = self._shared_position(
-            after.incarnation, after.outer_step, after.schedule_tokens, after.directive_number
-        )
         gradient = averaged.encoded.decoded()
-        with vectors.writing_state(position):
+        with vectors.writing_state(_position_of(after, next_directive)):
             self._update.apply(
-                vectors.params,
-                vectors.exp_avg,
-                vectors.exp_avg_sq,
+                *vectors.state_vectors(),
                 gradient,
                 update_number=after.outer_step,
                 schedule_tokens=meta.schedule_tokens,
@@ -248,25 +248,12 @@ class Replica:
         unreported: Iterable[rounds_pb2.Certificate] = (),
     ) -> None:
         """Become a state whose digest the caller has proven."""
-        position = self._shared_position(
-            meta.incarnation, meta.outer_step, meta.schedule_tokens, meta.directive_number
-        )
-        with self.vectors.writing_state(position):
+        with self.vectors.writing_state(_position_of(meta, directive)):
             for target, source in zip(self.vectors.state_vectors(), vectors, strict=True):
                 np.copyto(target, source)
         held = {certificate.value for certificate in self.unreported}
         self.unreported.extend(c for c in unreported if c.value not in held)
         self._publish(meta, directive, self._hash_vectors())
-
-    def _shared_position(
-        self, incarnation: int, outer_step: int, schedule_tokens: int, directive_number: int
-    ) -> StatePosition:
-        return StatePosition(
-            incarnation=incarnation,
-            outer_step=outer_step,
-            schedule_tokens=schedule_tokens,
-            directive_number=directive_number,
-        )
 
     def _hash_vectors(self) -> tuple[tuple[bytes, ...], ...]:
         return tuple(tuple(vector_piece_digests(v)) for v in self.vectors.state_vectors())
@@ -277,10 +264,7 @@ class Replica:
         directive: common_pb2.Signed,
         pieces: tuple[tuple[bytes, ...], ...],
     ) -> None:
-        position = self._shared_position(
-            meta.incarnation, meta.outer_step, meta.schedule_tokens, meta.directive_number
-        )
-        with self.vectors.writing_state(position):
+        with self.vectors.writing_state(_position_of(meta, directive)):
             self.meta, self.directive, self._piece_digests = meta, directive, pieces
             self.state_digest = state_digest_of_pieces(meta, pieces)
         self.learn_directive(directive)
@@ -305,10 +289,20 @@ class Replica:
         """Own signed statement about the state held."""
         return self._attestations[0]
 
+    def contribution_values(self, outer_step: int) -> int:
+        """Length of the vectors that are averaged in an outer step (from 1)."""
+        return self._plan.of_outer_step(outer_step).num_values
+
     @property
-    def piece_digests_of_params(self) -> tuple[bytes, ...]:
-        """Digests of the pieces of the parameters; an averaged vector has as many pieces."""
-        return self._piece_digests[0]
+    def contribution(self) -> Float32Vector:
+        """What the own trainer brings into the round after the state held."""
+        assert self.meta is not None
+        return self.vectors.contribution[: self.contribution_values(self.meta.outer_step + 1)]
+
+    def encode_contribution(self) -> EncodedVector:
+        """The same as it travels. Raises CorruptDataError for values that are not finite."""
+        fragment = self._plan.of_outer_step(self.position[1] + 1)
+        return self.feedback.encode(fragment, self.contribution, place=self.position)
 
     @property
     def is_current(self) -> bool:
@@ -335,14 +329,13 @@ class Replica:
 
     def hold_averaged(self, averaged: AveragedVector) -> None:
         """Keep averaged bytes of the last steps, also across a restart of this process."""
-        digest = averaged.averaged_digest
-        self._averaged[digest] = averaged
-        path = self._averaged_path(digest)
+        self._averaged[averaged.averaged_digest] = averaged
+        path = self._averaged_path(averaged)
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(averaged.encoded.data)
         temporary.replace(path)
         while len(self._averaged) > NUM_KEPT_AVERAGED:
-            oldest, _ = self._averaged.popitem(last=False)
+            _, oldest = self._averaged.popitem(last=False)
             self._averaged_path(oldest).unlink(missing_ok=True)
 
     def load_held_averaged(self) -> list[bytes]:
@@ -361,17 +354,17 @@ class Replica:
     def _open_averaged(self, path: Path) -> AveragedVector | None:
         """Averaged bytes of a file, None if they are not what its name says."""
         data = memoryview(path.read_bytes())
-        num_values = self.vectors.num_values
         try:
+            num_values = int(path.stem.partition("-")[2])
             codec = result_codec_of_bytes(
                 self.spec.strategy.codec, num_values=num_values, num_bytes=len(data)
             )
             encoded = EncodedVector(codec=codec, num_values=num_values, data=data)
             encoded.decoded()
-        except CorruptDataError:
+        except (CorruptDataError, ValueError):
             return None
         averaged = AveragedVector.from_encoded(encoded)
-        return averaged if averaged.averaged_digest.hex()[:32] == path.stem else None
+        return averaged if self._averaged_path(averaged).name == path.name else None
 
     def held_digests(self) -> tuple[bytes, ...]:
         """Digests of the averaged bytes held."""
@@ -381,8 +374,9 @@ class Replica:
         """Averaged bytes, if they are held."""
         return self._averaged.get(averaged_digest)
 
-    def _averaged_path(self, averaged_digest: bytes) -> Path:
-        return self._averaged_folder / f"{averaged_digest.hex()[:32]}.bin"
+    def _averaged_path(self, averaged: AveragedVector) -> Path:
+        digest_hex = averaged.averaged_digest.hex()[:32]
+        return self._averaged_folder / f"{digest_hex}-{averaged.encoded.num_values}.bin"
 
     def state_info(
         self, *, from_outer_step: int
@@ -458,6 +452,11 @@ class Replica:
             unreported_certificates=tuple(c.SerializeToString() for c in self.unreported),
         )
 
+    def save_local(self) -> None:
+        """Write a checkpoint of the state held into the own home, and the private residual."""
+        self.store.save(self.checkpoint_header(), self.vectors.state_vectors())
+        self.feedback.save(self.store.folder, self.position)
+
     def load_checkpoint_file(
         self, path: Path, *, is_wanted: Callable[[StateMeta], bool] | None = None
     ) -> bool:
@@ -480,4 +479,18 @@ class Replica:
         ]
         directive = common_pb2.Signed.FromString(header.directive)
         self.load(header.meta, vectors, directive, unreported)
+        self.feedback.load(self.store.folder, self.position)
         return True
+
+
+def _position_of(meta: StateMeta, signed: common_pb2.Signed) -> StatePosition:
+    directive = common_pb2.Directive.FromString(signed.payload)
+    return StatePosition(
+        incarnation=meta.incarnation,
+        outer_step=meta.outer_step,
+        schedule_tokens=meta.schedule_tokens,
+        directive_number=meta.directive_number,
+        planned_round_tokens=sum(entry.round_tokens for entry in directive.roster),
+        cooldown_start_tokens=directive.cooldown_start_tokens,
+        budget_tokens=directive.budget_tokens,
+    )

@@ -80,6 +80,9 @@ class Reporter:
         seconds_by_phase: dict[str, float] | None = None,
     ) -> None:
         """Tell what became of the trainer's work; it reads the state again afterwards."""
+        self._replica.feedback.end_round(
+            is_committed=outcome is RoundOutcome.COMMITTED, place=self._replica.position
+        )
         sent, received = self._transport.sent_bytes, self._transport.received_bytes
         num_peers = 0
         if certificate is not None:

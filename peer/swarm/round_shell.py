@@ -28,6 +28,7 @@ from peer.swarm.state_transfer import fetch_averaged
 from peer.swarm.timeline import TimelineRecorder
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.vote_file import VoteFile
+from protos.contract.digest import num_pieces
 from protos.contract.signing import SigningKey
 from protos.contract.telemetry import AttemptOutcome, RoundPhase
 from protos.muster.v1 import common_pb2, rounds_pb2
@@ -118,7 +119,7 @@ class RoundShell:
             coordinator_public_key=replica.coordinator_public_key,
         )
         self._checks = SignedChecks(key=self._key, rules=rules)
-        pieces = len(replica.piece_digests_of_params)
+        pieces = num_pieces(replica.contribution.size)
         self._own, self.seconds_by_phase = None, {}
         self.committed, self.behind, self.refused_reason = None, None, ""
         self._fetching.clear()
@@ -342,7 +343,7 @@ class RoundShell:
             tokens_by_peer=tokens,
             own_peer_id=self._key.peer_id,
             codec=self._replica.codec,
-            num_values=self._replica.vectors.num_values,
+            num_values=self._replica.contribution.size,
             own=self._own_encoded,
             on_exchanged=self._exchanged,
             buffers=self._buffers,
@@ -416,7 +417,7 @@ class RoundShell:
                     holders,
                     digest,
                     codec_name=self._replica.codec.name,
-                    num_values=self._replica.vectors.num_values,
+                    num_values=self._replica.contribution_values(place[1]),
                 )
                 if averaged is None:
                     return

@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 STATE_INFO_CALL = "state_info"
 AVERAGED_STREAM = "averaged"
 SNAPSHOT_STREAM = "snapshot"
-_NUM_VECTORS = 3
 _PIECE_SECONDS = 20.0
 """Longest wait for one piece before another donor is tried."""
 
@@ -135,7 +134,7 @@ class StateServer:
             )
             num_values = snapshot.vectors[0].size
             per_vector = num_pieces(num_values)
-            for piece in range(request.first_piece, _NUM_VECTORS * per_vector):
+            for piece in range(request.first_piece, len(snapshot.vectors) * per_vector):
                 vector = snapshot.vectors[piece // per_vector]
                 low, high = piece_bounds(piece % per_vector, piece % per_vector + 1, num_values)
                 await stream.send_bytes(np.ascontiguousarray(vector[low:high]).data)
@@ -272,8 +271,11 @@ async def _receive_averaged(
 class StateDownload:
     """Download of one proven state, continued over donors."""
 
-    def __init__(self, transport: Transport, wanted: ProvenState, *, num_values: int) -> None:
-        self._transport, self._wanted, self._num_values = transport, wanted, num_values
+    def __init__(
+        self, transport: Transport, wanted: ProvenState, *, num_values: int, num_vectors: int
+    ) -> None:
+        self._transport, self._wanted = transport, wanted
+        self._num_values, self._num_vectors = num_values, num_vectors
         self._vectors: tuple[Float32Vector, ...] = ()
         self._next_piece = 0
 
@@ -307,14 +309,16 @@ class StateDownload:
             raise StreamError(header.refusal_reason)
         meta = StateMeta.from_json(header.state_meta)
         digests, per_vector = list(header.piece_digests), num_pieces(self._num_values)
-        if len(digests) != _NUM_VECTORS * per_vector:
-            raise StreamError(f"{len(digests)} pieces for {_NUM_VECTORS * per_vector}")
-        by_vector = [digests[v * per_vector : (v + 1) * per_vector] for v in range(_NUM_VECTORS)]
+        if len(digests) != self._num_vectors * per_vector:
+            raise StreamError(f"{len(digests)} pieces for {self._num_vectors * per_vector}")
+        by_vector = [
+            digests[v * per_vector : (v + 1) * per_vector] for v in range(self._num_vectors)
+        ]
         if state_digest_of_pieces(meta, by_vector) != wanted.state_digest:
             raise StreamError("the snapshot is not the state that was proven")
         if not self._vectors:
             self._vectors = tuple(
-                np.empty(self._num_values, dtype=np.float32) for _ in range(_NUM_VECTORS)
+                np.empty(self._num_values, dtype=np.float32) for _ in range(self._num_vectors)
             )
         while self._next_piece < len(digests):
             await self._receive_piece(stream, digests[self._next_piece], per_vector)

@@ -1,18 +1,21 @@
 """What the training loop asks of a strategy, and what a strategy asks of the swarm; the loop knows
 no more than this.
 
-A strategy owns the work that is not committed yet: it takes in each micro-batch's gradient, says
-when the own token budget of the round is done, and carries the contribution through a round. The
-swarm process, on the other side of the port, repeats attempts with that frozen contribution until
-it can name an outcome.
+A strategy owns the work that is not committed yet and the parameters that micro-batches are trained
+on: it takes in each micro-batch's gradient, says when the own token budget of the round is done,
+and offers a contribution. The swarm process, on the other side of the port, repeats attempts with
+that frozen contribution until it can name an outcome. Meanwhile the loop goes on: how much may be
+trained while a contribution travels is the strategy's to say (`wanted_tokens`; of sync nothing).
 """
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from peer.data.feed import TrainedRange
-from peer.shared_vectors import StatePosition
-from protos.contract.digest import Float32Vector
+from peer.model.decoder import FlatParameters
+from peer.shared_vectors import SharedVectors, StatePosition
 from protos.contract.telemetry import RoundOutcome
 
 PlainState = dict[str, Any]
@@ -28,7 +31,7 @@ class Outcome:
     kind: RoundOutcome
     """COMMITTED: the contribution is in the state.
 
-    RESYNC, CANCELLED: it is lost, and so is its data.
+    RESYNC: it is lost, and so is its data.
     """
     round_tokens: int
     """Own token budget of the next round; 0 while not in the roster."""
@@ -40,7 +43,7 @@ class OfferedContribution:
     """What is announced once the vector lies in shared memory."""
 
     base: StatePosition
-    """State that the gradients were computed at."""
+    """State that the contribution is made on."""
     ranges: tuple[TrainedRange, ...]
     num_tokens: int
     loss_nats: float
@@ -50,38 +53,65 @@ class OfferedContribution:
 class RoundPort(Protocol):
     """The way to the swarm process."""
 
-    def run_round(self, offered: OfferedContribution) -> Outcome:
-        """Announce a contribution and wait, however long, until its round has an outcome."""
+    def offer(self, offered: OfferedContribution) -> None:
+        """Announce a contribution; its vector is left alone until the outcome has come."""
         ...
 
 
 class Strategy(Protocol):
     """Uncommitted work of one peer."""
 
-    def begin(self, base: StatePosition, *, round_tokens: int) -> None:
-        """Forget everything uncommitted and work towards the outer step after `base`."""
+    def restart(self, *, round_tokens: int) -> StatePosition:
+        """Forget everything uncommitted, a travelling contribution included, take the state in
+        shared memory and work towards the outer step after it; returns which state it is.
+        """
+        ...
+
+    def settle(self, *, round_tokens: int) -> StatePosition:
+        """The travelling contribution was committed: take what it brought; returns the state.
+
+        Work done while it travelled is kept if that state is the next one, else forgotten.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Forget the work since the last contribution; a travelling one stays."""
         ...
 
     def set_budget(self, round_tokens: int) -> None:
         """Go on with the work under way towards another token budget."""
         ...
 
-    def left_tokens(self) -> int:
-        """Tokens still to be trained before a round is due; 0 while no round is worked for."""
+    def wanted_tokens(self) -> int:
+        """Most tokens of the next micro-batch, whole windows; 0 while nothing may be trained."""
         ...
 
-    def after_inner_step(self, grads: Float32Vector, *, num_tokens: int, total_nats: float) -> None:
-        """Take in one micro-batch: its summed gradient, tokens and summed loss."""
+    def after_micro_batch(self, *, num_tokens: int, total_nats: float) -> None:
+        """Take in the gradient that lies in the parameters: summed over tokens, as is the loss."""
         ...
 
     def due(self, *, is_feed_empty: bool) -> bool:
-        """True if a round should be run: the budget is done, or there is work and no more data."""
+        """True if a contribution should be offered now: the budget is done, or there is work and no
+        more data.
+        """
         ...
 
-    def run_round(self, port: RoundPort, ranges: tuple[TrainedRange, ...]) -> Outcome:
-        """Bring the work in as the contribution of a round, and wait for the outcome."""
+    def run_round(self, port: RoundPort, ranges: tuple[TrainedRange, ...]) -> None:
+        """Freeze the work into a contribution over `ranges` and offer it; `restart` or `settle`
+        ends the round.
+        """
         ...
 
     def state_dict(self) -> PlainState:
         """Numbers that describe the uncommitted work, as plain data."""
         ...
+
+
+def load_params(vectors: SharedVectors, parameters: FlatParameters) -> StatePosition:
+    """Copy the state's parameters into a model, whole, and say which state it is."""
+    if parameters.values.device.type == "cpu":
+        return vectors.read_params(parameters.values.detach().numpy())
+    host = torch.empty(vectors.num_values, dtype=torch.float32)
+    position = vectors.read_params(host.numpy())
+    parameters.values.copy_(host)
+    return position

@@ -10,59 +10,74 @@ per token, and the round weighs it by tokens again.
 import numpy as np
 
 from peer.data.feed import TrainedRange
-from peer.shared_vectors import StatePosition
-from peer.swarm.strategy import OfferedContribution, Outcome, PlainState, RoundPort
-from protos.contract.digest import Float32Vector
+from peer.model.decoder import FlatParameters
+from peer.shared_vectors import SharedVectors, StatePosition
+from peer.swarm.strategy import OfferedContribution, PlainState, RoundPort, load_params
 
 
 class SyncStrategy:
     """Strategy of this name; see peer/swarm/strategy.py for what each method promises."""
 
-    def __init__(self, contribution: Float32Vector, *, seq_len: int) -> None:
-        """`contribution` is the shared vector; budgets are whole windows of `seq_len` tokens."""
-        self._contribution = contribution
+    def __init__(self, vectors: SharedVectors, parameters: FlatParameters, *, seq_len: int) -> None:
+        """Budgets are whole windows of `seq_len` tokens."""
+        self._vectors, self._parameters = vectors, parameters
+        self._contribution = vectors.contribution
         self._seq_len = seq_len
         self._base: StatePosition | None = None
         self._round_tokens = 0
+        self._is_travelling = False
         self.num_tokens = 0
         self._total_nats = 0.0
 
-    def begin(self, base: StatePosition, *, round_tokens: int) -> None:
-        """Forget uncommitted work; the next contribution is made on `base`."""
-        self._base = base
+    def restart(self, *, round_tokens: int) -> StatePosition:
+        """Forget uncommitted work; the next contribution is made on the state read."""
+        self._base = load_params(self._vectors, self._parameters)
         self._round_tokens = round_tokens
-        self.num_tokens = 0
-        self._total_nats = 0.0
-        self._contribution[:] = 0.0
+        self._is_travelling = False
+        self.drop()
+        return self._base
+
+    def settle(self, *, round_tokens: int) -> StatePosition:
+        """Nothing was trained meanwhile."""
+        return self.restart(round_tokens=round_tokens)
+
+    def drop(self) -> None:
+        """Nothing is trained while a contribution travels, so there is nothing to forget then."""
+        if not self._is_travelling:
+            self.num_tokens = 0
+            self._total_nats = 0.0
+            self._contribution[:] = 0.0
 
     def set_budget(self, round_tokens: int) -> None:
         """Keep the work, change how much is wanted."""
         self._round_tokens = round_tokens
 
-    def left_tokens(self) -> int:
-        """Whole windows only: a rest smaller than one is not trained."""
+    def wanted_tokens(self) -> int:
+        """A rest smaller than a window is not trained."""
+        if self._is_travelling:
+            return 0
         left = max(0, self._round_tokens - self.num_tokens)
         return left // self._seq_len * self._seq_len
 
-    def after_inner_step(self, grads: Float32Vector, *, num_tokens: int, total_nats: float) -> None:
+    def after_micro_batch(self, *, num_tokens: int, total_nats: float) -> None:
         """Add a micro-batch's gradient to the sum."""
-        np.add(self._contribution, grads, out=self._contribution)
+        np.add(self._contribution, self._parameters.grads.cpu().numpy(), out=self._contribution)
         self.num_tokens += num_tokens
         self._total_nats += total_nats
 
     def due(self, *, is_feed_empty: bool) -> bool:
         """Also with less than the budget when there is no more data: others may be waiting."""
-        return self.num_tokens > 0 and (is_feed_empty or self.left_tokens() == 0)
+        has_work = self.num_tokens > 0 and not self._is_travelling
+        return has_work and (is_feed_empty or self.wanted_tokens() == 0)
 
-    def run_round(self, port: RoundPort, ranges: tuple[TrainedRange, ...]) -> Outcome:
-        """Announce the mean gradient per token; the caller calls `begin` with what the outcome
-        brought.
-        """
+    def run_round(self, port: RoundPort, ranges: tuple[TrainedRange, ...]) -> None:
+        """Offer the mean gradient per token."""
         assert self._base is not None and self.num_tokens > 0
         windows = sum(part.end_window - part.begin_window for part in ranges)
         assert windows * self._seq_len == self.num_tokens
         np.divide(self._contribution, np.float32(self.num_tokens), out=self._contribution)
-        return port.run_round(
+        self._is_travelling = True
+        port.offer(
             OfferedContribution(
                 base=self._base,
                 ranges=ranges,

@@ -24,11 +24,11 @@ from peer.model.objectives import ExampleBuilder
 from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
 from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
-from peer.swarm.sync import SyncStrategy
 from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.loop import TrainLoop
 from peer.train.step import MicroStep, probe_plan
+from peer.train.strategies import build_strategy
 from protos.contract.errors import MusterError, UsageError
 from protos.contract.run_spec import RunSpec
 
@@ -63,7 +63,7 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
     reader = ChunkReader(builder, seed=spec.seed, seq_len=seq_len, vocab_size=byte_lengths.size)
     loop = TrainLoop(
         step=step,
-        strategy=SyncStrategy(vectors.contribution, seq_len=seq_len),
+        strategy=build_strategy(spec, model, parameters, vectors),
         feed=Feed(seq_len=seq_len, read_windows=reader.read_windows),
         vectors=vectors,
         link=link,

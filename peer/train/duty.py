@@ -7,12 +7,11 @@ goes on meanwhile.
 
 import logging
 
-import torch
-
 from peer.eval.evaluate import Evaluation
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.objectives import ExampleBuilder
 from peer.shared_vectors import SharedVectors, StatePosition
+from peer.swarm.strategy import load_params
 from peer.train.link import DaemonLink
 from peer.train.state import EvaluationOrder
 from peer.train.step import MicroStep
@@ -105,13 +104,3 @@ class EvaluationDesk:
             reason=reason,
         )
         self._order = self._evaluation = self._position = None
-
-
-def load_params(vectors: SharedVectors, parameters: FlatParameters) -> StatePosition:
-    """Copy the state's parameters into a model, whole, and say which state it is."""
-    if parameters.values.device.type == "cpu":
-        return vectors.read_params(parameters.values.detach().numpy())
-    host = torch.empty(vectors.num_values, dtype=torch.float32)
-    position = vectors.read_params(host.numpy())
-    parameters.values.copy_(host)
-    return position

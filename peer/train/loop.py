@@ -1,21 +1,22 @@
 """THE training loop: leased windows in, contributions out, for as long as the daemon wants.
 
-Each turn folds in what the daemon has said, trains one micro-batch, and, when the strategy says
-that the own token budget is done, carries the contribution through a round. The loop does not know
-which strategy it has. After every outcome the state is read from shared memory again, because the
-swarm process alone writes it. Whatever ends early (another's step won, a non-finite gradient, a
-stop) drops the uncommitted work whole and hands its leases back, so no window is counted that is
-not in a certificate.
+Each turn folds in what the daemon has said, trains one micro-batch if the strategy wants one, and,
+when the strategy says that the own token budget is done, offers the contribution; its outcome comes
+with the messages of a later turn. The loop does not know which strategy it has, nor whether it
+trains on while a contribution travels. After every outcome the strategy reads the state from shared
+memory again, because the swarm process alone writes it. Whatever ends early (another's step won, a
+non-finite gradient, a stop) drops the uncommitted work and hands its leases back, so no window is
+counted that is not in a certificate.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from peer.data.feed import Feed, LeaseUnreadableError, MicroBatch, TrainedRange
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.strategy import OfferedContribution, Outcome, Strategy
-from peer.train.duty import EvaluationDesk, load_params
+from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.reports import Reports
 from peer.train.state import TrainerState
@@ -61,7 +62,8 @@ class TrainLoop:
         self._clock = clock
         self.reports = Reports(link, clock=clock)
         self._num_bad = 0
-        self._is_in_round = False
+        self._offered: tuple[TrainedRange, ...] = ()
+        """Ranges of the contribution that travels; empty if none does."""
         self._seq_len = step.model.spec.seq_len
 
     def run(self) -> str:
@@ -69,7 +71,6 @@ class TrainLoop:
 
         Raises RunFailedError for gradients that stay non-finite.
         """
-        offered: tuple[TrainedRange, ...] = ()
         while not self.state.is_stopping:
             is_evaluating = self.desk.advance(self.state.evaluations)
             batch = self._next_batch()
@@ -77,24 +78,18 @@ class TrainLoop:
                 self._train(batch)
             self._report_feed()
             if self.strategy.due(is_feed_empty=self._is_out_of_work) and not self.state.is_paused:
-                offered = self.feed.cut()
-                self._is_in_round = True
-                outcome = self.strategy.run_round(self, offered)
-                self._is_in_round = False
-                offered = self._after_round(outcome, offered)
+                self._offered = self.feed.cut()
+                self.strategy.run_round(self, self._offered)
             is_waiting = batch is None and not is_evaluating
             self._listen(wait_seconds=_WAIT_SECONDS if is_waiting else 0.0)
-        kept = {part.lease_number for part in offered}
-        numbers = [number for number in self.feed.reset() if number not in kept]
+        numbers = self._not_offered(self.feed.reset())
         self.reports.released(numbers, self.state.stop_reason)
         return self.state.stop_reason
 
     # RoundPort: how a strategy reaches the swarm.
 
-    def run_round(self, offered: OfferedContribution) -> Outcome:
-        """Announce the contribution; serve messages and evaluations until its outcome comes, or a
-        stop.
-        """
+    def offer(self, offered: OfferedContribution) -> None:
+        """Announce the contribution; its outcome is seen by `_listen`."""
         self.state.take_outcome()
         self.link.send(
             "contribution_ready",
@@ -107,13 +102,6 @@ class TrainLoop:
             num_tokens=offered.num_tokens,
             loss_nats=offered.loss_nats,
         )
-        while (outcome := self.state.take_outcome()) is None:
-            if self.state.is_stopping:
-                reason = "stopped before the round had an outcome"
-                return Outcome(kind=RoundOutcome.CANCELLED, round_tokens=0, reason=reason)
-            is_evaluating = self.desk.advance(self.state.evaluations)
-            self._listen(wait_seconds=0.0 if is_evaluating else _WAIT_SECONDS)
-        return outcome
 
     # One turn's parts.
 
@@ -124,7 +112,9 @@ class TrainLoop:
         return has_budget and self.feed.held_tokens == 0 and self.state.has_no_more_leases
 
     def _next_batch(self) -> MicroBatch | None:
-        max_windows = min(self.micro_batch_sequences, self.strategy.left_tokens() // self._seq_len)
+        max_windows = min(
+            self.micro_batch_sequences, self.strategy.wanted_tokens() // self._seq_len
+        )
         if max_windows < 1 or self.state.is_paused or self.state.is_stopping:
             return None
         while True:
@@ -142,9 +132,7 @@ class TrainLoop:
             self._drop_bad(result.total_nats)
             return
         self._num_bad = 0
-        self.strategy.after_inner_step(
-            self.step.host_grads(), num_tokens=result.num_tokens, total_nats=result.total_nats
-        )
+        self.strategy.after_micro_batch(num_tokens=result.num_tokens, total_nats=result.total_nats)
         assert self.base is not None
         self.reports.progress(
             result,
@@ -166,27 +154,27 @@ class TrainLoop:
                 remedy="lower optimizer.peak_lr in a new run, or check this machine's memory",
             )
 
-    def _after_round(
-        self, outcome: Outcome, offered: tuple[TrainedRange, ...]
-    ) -> tuple[TrainedRange, ...]:
-        """Settle or drop the contribution; returns what is still out, which is so only after a
-        stop.
-        """
-        if self.state.is_stopping and outcome.kind is RoundOutcome.CANCELLED:
-            return offered
+    def _after_round(self, outcome: Outcome) -> None:
+        """Settle or drop the contribution, and take the state that the round has brought."""
         _LOGGER.info("round on state %s: %s %s", self.base, outcome.kind, outcome.reason)
-        if outcome.kind is RoundOutcome.COMMITTED:
-            self.feed.settle()
-        else:
-            self._drop_work(outcome.reason)
-        self._load_state()
-        return ()
+        self._offered = ()
+        self.state.has_news = False
+        if outcome.kind is not RoundOutcome.COMMITTED:
+            self._restart(outcome.reason)
+            return
+        self.feed.settle()
+        before = self.base
+        self.base = self.strategy.settle(round_tokens=self.state.round_tokens)
+        if before is not None and not self.base.follows(before):
+            self.reports.released(self.feed.abandon(), "the swarm has gone on without this work")
+            self._begin_incarnation(before)
 
     def _report_feed(self) -> None:
         if self.base is not None:
             wanted_tokens = HELD_ROUNDS * self.state.round_tokens
             self.reports.need_leases(held_tokens=self.feed.held_tokens, wanted_tokens=wanted_tokens)
-        self.reports.idle(self._is_out_of_work and self.feed.trained_tokens == 0)
+        has_nothing = self._is_out_of_work and self.feed.trained_tokens == 0
+        self.reports.idle(has_nothing and not self._offered)
 
     # State and messages.
 
@@ -196,8 +184,10 @@ class TrainLoop:
         for message in self.link.receive(wait_seconds=wait_seconds):
             self.state.fold(message)
         self.feed.drop(self.state.take_lost())
-        if self.state.has_news and not self.state.is_stopping and not self._is_in_round:
+        if not self.state.is_stopping and not self._offered and self.state.has_news:
             self._follow_state()
+        elif not self.state.is_stopping and (outcome := self.state.take_outcome()) is not None:
+            self._after_round(outcome)
         if self.base is not None:
             self.feed.add(self.state.take_leases(self.base.incarnation))
 
@@ -212,22 +202,28 @@ class TrainLoop:
             self.state.has_news = False
             self.strategy.set_budget(self.state.round_tokens)
             return
-        self._drop_work("the state was replaced")
-        self._load_state()
+        self._restart("the state was replaced")
 
-    def _load_state(self) -> None:
-        """Copy the state and begin the next contribution on it; a new incarnation begins its leases
-        anew.
-        """
-        position = load_params(self.vectors, self.step.parameters)
-        if self.base is None or position.incarnation != self.base.incarnation:
+    def _restart(self, reason: str) -> None:
+        """Give back everything uncommitted and begin on the state in shared memory."""
+        self.reports.released(self.feed.abandon(), reason)
+        before, self.state.has_news = self.base, False
+        self.base = self.strategy.restart(round_tokens=self.state.round_tokens)
+        self._begin_incarnation(before)
+
+    def _begin_incarnation(self, before: StatePosition | None) -> None:
+        """A new incarnation begins its leases anew."""
+        assert self.base is not None
+        if before is None or self.base.incarnation != before.incarnation:
             self.feed.reset()
-        self.base = position
-        self.state.has_news = False
-        self.strategy.begin(position, round_tokens=self.state.round_tokens)
 
     def _drop_work(self, reason: str) -> None:
-        """Forget uncommitted gradients and give back their leases."""
-        self.reports.released(self.feed.abandon(), reason)
-        if self.base is not None:
-            self.strategy.begin(self.base, round_tokens=self.state.round_tokens)
+        """Forget the work since the last contribution and give back its leases."""
+        self.strategy.drop()
+        numbers = self.feed.abandon(is_contribution_kept=bool(self._offered))
+        self.reports.released(self._not_offered(numbers), reason)
+
+    def _not_offered(self, lease_numbers: Sequence[int]) -> list[int]:
+        """Without leases of the contribution that travels, whose round decides about them."""
+        offered = {part.lease_number for part in self._offered}
+        return [number for number in lease_numbers if number not in offered]

@@ -27,6 +27,7 @@ from peer.train.step import MicroStep, Precision, probe_plan
 from protos.contract.chunk_format import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
+    Int64Array,
     Manifest,
     heldout_chunk_path,
     tokens_from_chunk,
@@ -53,6 +54,46 @@ class ReferenceResult:
     """Mean training loss of each update's batch."""
 
 
+def iterate_windows(
+    spec: RunSpec, dataset_dir: Path, manifest: Manifest, builder: ExampleBuilder
+) -> Iterator[Examples]:
+    """Examples of one window each, in the run's order, for ever."""
+    order = ScheduleOrder(spec.seed, manifest, spec.model.seq_len)
+    position = 0
+    while True:
+        data_pass, chunk_index = order.chunk_at(position)
+        chunk = manifest.training_chunks[chunk_index]
+        data = (dataset_dir / training_chunk_path(chunk_index)).read_bytes()
+        tokens = tokens_from_chunk(data, manifest=manifest, chunk=chunk)
+        for index in order.window_order(data_pass, chunk_index):
+            window = windows_from_chunk(tokens, spec.model.seq_len, [index])
+            yield builder.build(*window, [(data_pass, chunk_index, int(index))])
+        position += 1
+
+
+def evaluate_model(
+    step: MicroStep,
+    dataset_dir: Path,
+    manifest: Manifest,
+    *,
+    eval_tokens: int = 0,
+    byte_lengths: Int64Array,
+    builder: ExampleBuilder,
+) -> EvalResult:
+    """Held-out loss of a model's present parameters."""
+    paths = [
+        dataset_dir / heldout_chunk_path(index) for index in range(len(manifest.heldout_chunks))
+    ]
+    return evaluate(
+        step.model,
+        heldout_paths=paths,
+        byte_lengths=byte_lengths,
+        eval_tokens=eval_tokens,
+        builder=builder,
+        autocast=step.autocast(),
+    )
+
+
 class ReferenceRun:
     """State of a one-process run; `advance` makes one update."""
 
@@ -76,22 +117,7 @@ class ReferenceRun:
         self._update = SyncUpdate(spec, num_threads=torch.get_num_threads())
         self._byte_lengths = token_byte_lengths(dataset_dir / TOKENIZER_FILE)
         self._builder = ExampleBuilder.for_run(spec, self._byte_lengths)
-        self._windows = self._iterate_windows()
-
-    def _iterate_windows(self) -> Iterator[Examples]:
-        """Examples of one window each, in the run's order, for ever."""
-        order = ScheduleOrder(self.spec.seed, self.manifest, self.spec.model.seq_len)
-        position = 0
-        while True:
-            data_pass, chunk_index = order.chunk_at(position)
-            chunk = self.manifest.training_chunks[chunk_index]
-            data = (self.dataset_dir / training_chunk_path(chunk_index)).read_bytes()
-            tokens = tokens_from_chunk(data, manifest=self.manifest, chunk=chunk)
-            indices = order.window_order(data_pass, chunk_index)
-            for index in indices:
-                window = windows_from_chunk(tokens, self.spec.model.seq_len, [index])
-                yield self._builder.build(*window, [(data_pass, chunk_index, int(index))])
-            position += 1
+        self._windows = iterate_windows(spec, dataset_dir, self.manifest, self._builder)
 
     @property
     def is_finished(self) -> bool:
@@ -140,17 +166,13 @@ class ReferenceRun:
 
     def evaluate(self, *, eval_tokens: int = 0) -> EvalResult:
         """Held-out loss of the present parameters."""
-        paths = [
-            self.dataset_dir / heldout_chunk_path(index)
-            for index in range(len(self.manifest.heldout_chunks))
-        ]
-        return evaluate(
-            self.model,
-            heldout_paths=paths,
-            byte_lengths=self._byte_lengths,
+        return evaluate_model(
+            self.step,
+            self.dataset_dir,
+            self.manifest,
             eval_tokens=eval_tokens,
+            byte_lengths=self._byte_lengths,
             builder=self._builder,
-            autocast=self.step.autocast(),
         )
 
 

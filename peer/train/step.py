@@ -21,7 +21,6 @@ from peer.model.decoder import Decoder, FlatParameters
 from peer.model.loss import examples_on, summed_loss
 from peer.model.objectives import Examples
 from peer.parallel.devices import available_memory_bytes
-from protos.contract.digest import Float32Vector
 from protos.contract.run_spec import ModelSpec
 
 _MIN_SPEEDUP_RATIO = 1.15
@@ -93,13 +92,6 @@ class MicroStep:
         return StepResult(
             total_nats=total_nats, num_tokens=examples.num_tokens, is_finite=is_finite
         )
-
-    def host_grads(self) -> Float32Vector:
-        """The summed gradient in canonical order; on CPU the very memory that the next micro-batch
-        overwrites.
-        """
-        grads: Float32Vector = self.parameters.grads.cpu().numpy()
-        return grads
 
 
 def sequence_bytes(spec: ModelSpec, *, is_cpu: bool) -> int:

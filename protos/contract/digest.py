@@ -20,6 +20,14 @@ PIECE_VALUES = 65_536
 
 Float32Vector = npt.NDArray[np.float32]
 
+STATE_LAYOUTS: dict[str, tuple[str, ...]] = {
+    "sync": ("params", "exp_avg", "exp_avg_sq"),
+    "diloco": ("params", "outer_momentum"),
+}
+"""Strategy -> names of the replicated vectors, in the order of the digest; each layout has a length
+of its own. `params` are the anchors of all fragments.
+"""
+
 
 def canonical_json(value: Any) -> bytes:
     """Serialise plain data so that equal data gives equal bytes: sorted keys, no spaces, ASCII."""
@@ -101,9 +109,7 @@ class StateMeta:
 
 
 def state_digest(meta: StateMeta, vectors: Sequence[Float32Vector]) -> bytes:
-    """Digest of a whole replicated state: meta, then each vector (sync: params, exp_avg,
-    exp_avg_sq).
-    """
+    """Digest of a whole replicated state: meta, then each vector of its layout."""
     return state_digest_of_pieces(meta, [vector_piece_digests(vector) for vector in vectors])
 
 

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from protos.contract import codecs_wire
 from protos.contract.digest import canonical_json
 from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape, NormKind
+from protos.contract.strategy_spec import STRATEGIES as STRATEGIES
+from protos.contract.strategy_spec import StrategySpec as StrategySpec
+from protos.contract.strategy_spec import check_setting
 
 
 class Objective(StrEnum):
@@ -32,7 +34,6 @@ class Objective(StrEnum):
 
 
 OBJECTIVES: tuple[str, ...] = tuple(Objective)
-STRATEGIES: tuple[str, ...] = ("sync",)
 _DIGEST_TAG = b"muster run spec 1\n"
 MIN_SPAN_SEQ_LEN = 16
 
@@ -64,19 +65,23 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        _check(2 <= self.vocab_size < 2**32, "model.vocab_size", self.vocab_size, "2 to 4294967295")
-        _check(self.seq_len >= 2, "model.seq_len", self.seq_len, "at least 2")
-        _check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
+            check_setting(
+                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1"
+            )
+        check_setting(
+            2 <= self.vocab_size < 2**32, "model.vocab_size", self.vocab_size, "2 to 4294967295"
+        )
+        check_setting(self.seq_len >= 2, "model.seq_len", self.seq_len, "at least 2")
+        check_setting(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         divides = self.num_heads % self.num_kv_heads == 0
-        _check(
+        check_setting(
             divides,
             "model.num_kv_heads",
             self.num_kv_heads,
             f"a divisor of num_heads = {self.num_heads}",
         )
-        _check(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "above 1")
-        _check(
+        check_setting(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "above 1")
+        check_setting(
             0 < self.norm_epsilon < 1, "model.norm_epsilon", self.norm_epsilon, "between 0 and 1"
         )
 
@@ -111,15 +116,19 @@ class OptimizerSpec:
 
     def __post_init__(self) -> None:
         for name in ("peak_lr", "epsilon", "clip_norm"):
-            _check(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
+            check_setting(
+                getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0"
+            )
         for name in ("beta1", "beta2"):
-            _check(
+            check_setting(
                 0 <= getattr(self, name) < 1,
                 f"optimizer.{name}",
                 getattr(self, name),
                 "0 <= value < 1",
             )
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        check_setting(
+            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,38 +140,15 @@ class ScheduleSpec:
     """Share of the budget that the cooldown takes."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_setting(
             self.lr_warmup_tokens >= 0,
             "schedule.lr_warmup_tokens",
             self.lr_warmup_tokens,
             "at least 0",
         )
-        _check(
+        check_setting(
             0 <= self.cooldown_ratio <= 1, "schedule.cooldown_ratio", self.cooldown_ratio, "0 to 1"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategySpec:
-    """How peers train together."""
-
-    name: str = "sync"
-    global_batch_tokens: int = 4_096
-    """Tokens of one outer step over the whole swarm."""
-    codec: str = "fp32"
-    """How averaged vectors travel; see codecs_wire."""
-
-    def __post_init__(self) -> None:
-        _check(
-            self.name in STRATEGIES, "strategy.name", self.name, "one of " + ", ".join(STRATEGIES)
-        )
-        _check(
-            self.global_batch_tokens >= 1,
-            "strategy.global_batch_tokens",
-            self.global_batch_tokens,
-            ">= 1",
-        )
-        codecs_wire.check_codec(self.codec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,11 +164,11 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         is_digest = len(self.dataset_id) == 64 and set(self.dataset_id) <= set("0123456789abcdef")
-        _check(is_digest, "data.dataset_id", self.dataset_id, "64 lower-case hex digits")
-        _check(
+        check_setting(is_digest, "data.dataset_id", self.dataset_id, "64 lower-case hex digits")
+        check_setting(
             self.max_data_passes >= 1, "data.max_data_passes", self.max_data_passes, "at least 1"
         )
-        _check(self.eval_tokens >= 0, "data.eval_tokens", self.eval_tokens, "at least 0")
+        check_setting(self.eval_tokens >= 0, "data.eval_tokens", self.eval_tokens, "at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,14 +185,14 @@ class ObjectiveSpec:
 
     def __post_init__(self) -> None:
         allowed = "one of " + ", ".join(OBJECTIVES)
-        _check(self.name in OBJECTIVES, "objective.name", self.name, allowed)
-        _check(
+        check_setting(self.name in OBJECTIVES, "objective.name", self.name, allowed)
+        check_setting(
             0 < self.corruption_ratio <= 0.5,
             "objective.corruption_ratio",
             self.corruption_ratio,
             "above 0, at most 0.5",
         )
-        _check(
+        check_setting(
             self.mean_span_tokens >= 1,
             "objective.mean_span_tokens",
             self.mean_span_tokens,
@@ -247,27 +233,46 @@ class RunSpec:
     security: SecuritySpec = field(default_factory=SecuritySpec)
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        check_setting(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         seq_len = self.model.seq_len
-        _check(
+        check_setting(
             self.objective.name != Objective.SPAN or seq_len >= MIN_SPAN_SEQ_LEN,
             "model.seq_len",
             seq_len,
             f"at least {MIN_SPAN_SEQ_LEN} for the objective `span`",
         )
         is_whole = self.budget_tokens >= seq_len and self.budget_tokens % seq_len == 0
-        _check(
+        check_setting(
             is_whole,
             "budget_tokens",
             self.budget_tokens,
             f"a positive multiple of model.seq_len = {seq_len}",
         )
         batch_tokens = self.strategy.global_batch_tokens
-        _check(
+        check_setting(
             batch_tokens >= seq_len,
             "strategy.global_batch_tokens",
             batch_tokens,
             f"at least model.seq_len = {seq_len}",
+        )
+        if self.strategy.name == "diloco":
+            self._check_diloco()
+
+    def _check_diloco(self) -> None:
+        strategy, seq_len = self.strategy, self.model.seq_len
+        check_setting(
+            strategy.inner_batch_tokens % seq_len == 0,
+            "strategy.inner_batch_tokens",
+            strategy.inner_batch_tokens,
+            f"a multiple of model.seq_len = {seq_len}",
+        )
+        num_units = self.model.num_layers + (1 if self.model.has_tied_embeddings else 2)
+        check_setting(
+            strategy.num_fragments <= num_units,
+            "strategy.num_fragments",
+            strategy.num_fragments,
+            f"at most {num_units}: embedding, {self.model.num_layers} layers"
+            + ("" if self.model.has_tied_embeddings else ", head"),
         )
 
     def to_wire(self) -> bytes:
@@ -383,15 +388,6 @@ def _parse_value(kind: Any, value: Any, *, where: str) -> Any:
             f"{where} = {value!r}", allowed=f"a value of type {kind.__name__}", remedy="correct it"
         )
     return value
-
-
-def _check(is_allowed: bool, name: str, value: object, allowed: str) -> None:
-    if not is_allowed:
-        raise UsageError(
-            f"{name} = {value!r}",
-            allowed=f"{name} must be {allowed}",
-            remedy="correct the run spec",
-        )
 
 
 def _toml_line(name: str, value: bool | float | str) -> str:

@@ -83,7 +83,6 @@ class RoundOutcome(StrEnum):
 
     COMMITTED = "COMMITTED"
     RESYNC = "RESYNC"
-    CANCELLED = "CANCELLED"
 
 
 class AttemptOutcome(StrEnum):

@@ -1,6 +1,7 @@
 """RunSpec: golden digest, both forms, strictness."""
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from protos.contract.run_spec import (
     ScheduleSpec,
     StrategySpec,
     floor_to_windows,
+    parse_fields,
 )
 
 GOLDEN_SPEC = RunSpec(
@@ -42,7 +44,7 @@ GOLDEN_SPEC = RunSpec(
     strategy=StrategySpec(name="sync", global_batch_tokens=32_768, codec="fp32"),
     data=DataSpec(dataset_id="ab" * 32, max_data_passes=4, eval_tokens=0),
 )
-GOLDEN_DIGEST = "f10c7eea638bd7ad21ce7f2b4c02fcffd6aa9cb8b2c11e679a84fab90531d945"
+GOLDEN_DIGEST = "8fcf99ea63ad231b3612b157c13af2bcfe4d2ac0530558b58f499d7ff261ef0c"
 
 
 def test_digest_is_golden() -> None:
@@ -96,7 +98,9 @@ def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
         ("seed = 7", "seed = -1", "seed = -1"),
         ("peak_lr = 0.001", "peak_lr = nan", "peak_lr = nan"),
         ("peak_lr = 0.001", "peak_lr = 0", "peak_lr = 0"),
-        ('"sync"', '"diloco"', "strategy.name = 'diloco'.*sync"),
+        ('"sync"', '"dilco"', "strategy.name = 'dilco'.*sync, diloco"),
+        ("inner_steps = 30", "inner_steps = 50", "inner_steps = 50.*belongs to diloco"),
+        ("mix_ratio = 0.0", "mix_ratio = 0.5", "mix_ratio = 0.5.*belongs to diloco"),
         ('"causal"', '"maskd"', "objective.name = 'maskd'.*masked"),
         ("mean_span_tokens = 3.0", "mean_span_tokens = 0.5", "objective.mean_span_tokens = 0.5"),
         (
@@ -118,6 +122,48 @@ def test_bad_toml_is_refused_with_the_place(old: str, new: str, message: str) ->
     assert old in text
     with pytest.raises(UsageError, match=message):
         RunSpec.from_toml(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, ""),
+        ({"num_fragments": 4, "overlap_inner_steps": 4, "inner_steps": 20, "mix_ratio": 0.5}, ""),
+        (
+            {"num_fragments": 5, "inner_steps": 25},
+            "num_fragments = 5.*at most 4: .* 2 layers, head",
+        ),
+        ({"num_fragments": 4}, "num_fragments = 4.*divisor of strategy.inner_steps = 30"),
+        ({"num_fragments": 0}, "num_fragments = 0"),
+        ({"overlap_inner_steps": 30}, "overlap_inner_steps = 30.*0 to 29"),
+        ({"num_fragments": 3, "overlap_inner_steps": 10}, "overlap_inner_steps = 10.*0 to 9"),
+        ({"inner_batch_tokens": 1000}, "inner_batch_tokens = 1000.*multiple of model.seq_len"),
+        ({"fragment_order": "random"}, "fragment_order = 'random'.*strided, sequential"),
+        ({"outer_momentum": 1.0}, "outer_momentum = 1.0"),
+        ({"outer_lr": 0.0}, "outer_lr = 0.0"),
+        ({"mix_ratio": 1.0}, "mix_ratio = 1.0"),
+    ],
+)
+def test_diloco_settings(settings: dict[str, object], message: str) -> None:
+    table = {"name": "diloco", **settings}
+    plain = json.loads(GOLDEN_SPEC.to_wire())
+    plain["strategy"] |= table
+    if message:
+        with pytest.raises(UsageError, match=message):
+            parse_fields(RunSpec, plain, where="run spec")
+    else:
+        spec = parse_fields(RunSpec, plain, where="run spec")
+        assert RunSpec.from_toml(spec.to_toml()) == spec
+        assert spec.run_digest != GOLDEN_SPEC.run_digest
+
+
+def test_round_tokens_of_both_strategies() -> None:
+    assert StrategySpec(global_batch_tokens=500).round_tokens(7) == 500
+    assert StrategySpec().round_unit_tokens(128) == 128
+    diloco = StrategySpec(name="diloco", inner_steps=24, num_fragments=2, inner_batch_tokens=256)
+    assert diloco.round_tokens(3) == 3 * 12 * 256
+    assert diloco.round_unit_tokens(128) == 256
+    assert diloco.state_vectors == ("params", "outer_momentum")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b'{"model": 3}', b"\xff"])

@@ -6,6 +6,7 @@ import pytest
 
 from coordinator.cli.options import parse_duration_seconds
 from coordinator.cli.spec_options import build_spec, parse_model, parse_value
+from coordinator.cli.up_run import up_spec
 from protos.contract.errors import MachineError, UsageError
 from protos.contract.run_spec import TINY_MODEL
 from tests.coordinator.loopback import NUM_TRAINING_CHUNKS, tiny_spec, write_dataset
@@ -38,6 +39,16 @@ def test_spec_from_file_and_flags(tmp_path: Path) -> None:
     )
     assert default.budget_tokens == NUM_TRAINING_CHUNKS * 16 * 8, "one pass"
     assert default.model.vocab_size == manifest.vocab_size
+
+
+def test_up_takes_settings_and_they_win(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "dataset")
+    settings = ("strategy.name=diloco", "strategy.inner_batch_tokens=64", "data.eval_tokens=48")
+    spec = up_spec(manifest, model="seq_len=8", settings=settings, budget_tokens=96, seed=None)
+    assert (spec.strategy.name, spec.data.eval_tokens) == ("diloco", 48)
+    with pytest.raises(UsageError, match="multiple of model.seq_len = 8"):
+        settings = ("strategy.name=diloco", "strategy.inner_batch_tokens=63")
+        up_spec(manifest, model="seq_len=8", settings=settings, budget_tokens=96, seed=None)
 
 
 @pytest.mark.parametrize(

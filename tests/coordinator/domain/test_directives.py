@@ -15,13 +15,14 @@ from coordinator.domain.directives import (
 )
 from coordinator.domain.membership import Member
 from coordinator.domain.policy import SwarmPolicy
+from protos.contract.run_spec import StrategySpec
 from protos.contract.telemetry import PeerState
 
 TERMS = RunTerms(
     budget_tokens=1000,
     cooldown_start_tokens=800,
     is_paused=False,
-    global_batch_tokens=80,
+    strategy=StrategySpec(global_batch_tokens=80),
     seq_len=10,
 )
 
@@ -141,6 +142,16 @@ def test_speeds_count_beyond_a_fifth_and_not_too_often() -> None:
     found = plan(newest, members, age_seconds=10.0, a=30.0, b=10.0)
     assert found.content is not None
     assert found.content.round_tokens_by_peer == {"a": 60, "b": 20}
+
+
+def test_diloco_plans_whole_inner_steps_for_each_contributor() -> None:
+    strategy = StrategySpec(name="diloco", inner_steps=12, num_fragments=2, inner_batch_tokens=20)
+    terms = replace(TERMS, strategy=strategy)
+    members = [member("a"), member("b"), member("c", PeerState.JOINED)]
+    newest = content(members)
+    found = plan(newest, members, age_seconds=10.0, terms=terms, a=30.0, b=10.0)
+    assert found.content is not None  # on average 6 inner steps of 20 tokens each
+    assert found.content.round_tokens_by_peer == {"a": 180, "b": 60}
 
 
 def test_other_addresses_and_budgets_are_reasons() -> None:

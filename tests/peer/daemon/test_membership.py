@@ -112,7 +112,7 @@ def test_codecs_are_announced_and_a_run_with_an_unknown_one_is_refused(
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     shape = ModelShape.from_spec(TINY_MODEL)
-    needed_bytes = needed_memory_bytes(shape)
+    needed_bytes = needed_memory_bytes(shape, "sync")
     fits = PeerConfig(home=tmp_path, memory_limit_bytes=needed_bytes)
     assert check_can_honour(SPEC, fits) == shape
     with pytest.raises(MachineError, match="memory-limit") as caught:

@@ -244,3 +244,14 @@ def test_real_chunks_through_a_feed(tmp_path: Path) -> None:
     assert [batch.examples.inputs_BT.shape[0] for batch in batches] == [3, 3, 3, 1]
     parts = [(part.lease_number, part.begin_window, part.end_window) for part in feed.cut()]
     assert parts == [(1, 0, 4), (2, 4, 10)]
+
+
+def test_work_after_the_cut_can_be_abandoned_alone() -> None:
+    feed = new_feed(made_up_lease(1, 0, 4), made_up_lease(2, 4, 8), made_up_lease(3, 8, 10))
+    feed.next_micro_batch(max_windows=3)
+    feed.cut()
+    feed.next_micro_batch(max_windows=3)  # the end of lease 1, the beginning of lease 2
+    assert feed.abandon(is_contribution_kept=True) == (1, 2)
+    assert feed.trained_tokens == 0 and feed.begun_lease_numbers == (1,)
+    assert drain(feed) == [(3, 8), (3, 9)]
+    assert feed.abandon() == (1, 3)

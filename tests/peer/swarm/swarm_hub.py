@@ -105,8 +105,8 @@ class Hub:
     real.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, spec: RunSpec = SPEC) -> None:
+        self.folder, self.spec = folder, spec
         self.key = SigningKey.generate()
         self.daemons: list[Daemon] = []
         self.directive: common_pb2.Signed
@@ -132,7 +132,7 @@ class Hub:
         key = SigningKey.generate()
         (home / "identity.key").write_bytes(key.private_bytes())
         p2p_peer_id = write_p2p_key(home / "p2p.key")
-        vectors = SharedVectors.create(NUM_VALUES)
+        vectors = SharedVectors.create(NUM_VALUES, self.spec.strategy.state_vectors)
         daemon = Daemon(name=name, home=home, key=key, p2p_peer_id=p2p_peer_id, vectors=vectors)
         self.daemons.append(daemon)
         return daemon
@@ -265,7 +265,7 @@ class Hub:
         known = [a for d in self.daemons if d is not daemon for a in d.addresses]
         daemon.channel.send(
             "configure",
-            run_spec=SPEC.to_wire(),
+            run_spec=self.spec.to_wire(),
             run_id=RUN_ID,
             peer_id=daemon.peer_id,
             home=str(daemon.home),
@@ -357,9 +357,13 @@ class Hub:
 
     def contribute(self, daemon: Daemon, values: np.ndarray, num_windows: int = WINDOWS) -> None:
         """Play the trainer: write a contribution and announce it."""
+        np.copyto(daemon.vectors.contribution, values)
+        self.announce(daemon, num_windows)
+
+    def announce(self, daemon: Daemon, num_windows: int) -> None:
+        """Say that a contribution lies in shared memory."""
         state = daemon.newest("state")
         assert state is not None and daemon.channel is not None
-        np.copyto(daemon.vectors.contribution, values)
         lease = self.lease(daemon, num_windows)
         daemon.channel.send(
             "contribution",

@@ -15,10 +15,12 @@ from peer.model.schedule import learning_rate
 from peer.swarm.exact_update import SyncUpdate, power, vector_norm
 from protos.contract.errors import CorruptDataError
 from protos.contract.model_shape import ModelShape
-from tests.peer.swarm.update_digest import SPEC, run_updates
+from tests.peer.swarm.update_digest import SPEC, run_outer_updates, run_updates
 
 GOLDEN_DIGEST = "7b4733f0a7b0bc8c36f7212c37451c513e3f134df8adb20e3e7bec21226ad526"
 """Changes only when the rule of the update changes, and then PROTOCOL_VERSION rises."""
+OUTER_GOLDEN_DIGEST = "afa5b2d42e40394e45e6bd14b1c6f6436626287893b818046fa9b9d4a36a9037"
+"""The same for diloco."""
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -41,11 +43,12 @@ def test_same_bits_on_every_cpu_level(environment: dict[str, str], num_threads: 
         timeout=60,
         check=True,
     )
-    assert completed.stdout.strip() == GOLDEN_DIGEST
+    assert completed.stdout.split() == [GOLDEN_DIGEST, OUTER_GOLDEN_DIGEST]
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
     assert {run_updates(num_threads) for num_threads in (1, 2, 3)} == {GOLDEN_DIGEST}
+    assert {run_outer_updates(num_threads) for num_threads in (1, 2, 3)} == {OUTER_GOLDEN_DIGEST}
 
 
 def test_follows_torch_adamw() -> None:

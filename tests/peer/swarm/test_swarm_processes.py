@@ -83,7 +83,7 @@ async def _round(
         expected.apply(step, parts)
         for daemon in members:
             assert np.array_equal(daemon.vectors.params, expected.params)
-            assert np.array_equal(daemon.vectors.exp_avg_sq, expected.exp_avg_sq)
+            assert np.array_equal(daemon.vectors.state_vectors()[2], expected.exp_avg_sq)
     return digest
 
 

@@ -2,11 +2,15 @@
 
 import hashlib
 import sys
+from dataclasses import replace
 
 import numpy as np
 
 from peer.model.init import fill_normal
 from peer.swarm.exact_update import SyncUpdate
+from peer.swarm.fragments import FragmentPlan
+from peer.swarm.outer_update import OuterUpdate
+from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import (
     DataSpec,
     ModelSpec,
@@ -64,5 +68,27 @@ def run_updates(num_threads: int) -> str:
     return whole.hexdigest()
 
 
+DILOCO_SPEC = replace(
+    SPEC,
+    strategy=StrategySpec(
+        name="diloco", inner_steps=3, inner_batch_tokens=64, num_fragments=3, outer_lr=0.7
+    ),
+)
+
+
+def run_outer_updates(num_threads: int) -> str:
+    """The same of diloco: five outer steps over three fragments."""
+    update, plan = OuterUpdate(DILOCO_SPEC, num_threads=num_threads), FragmentPlan(DILOCO_SPEC)
+    anchors = np.empty(ModelShape.from_spec(MODEL).num_parameters, dtype=np.float32)
+    fill_normal(anchors, seed=0, name="params", std=0.05)
+    momentum = np.zeros_like(anchors)
+    for number in range(1, 6):
+        averaged = np.empty(plan.of_outer_step(number).num_values, dtype=np.float32)
+        fill_normal(averaged, seed=number, name="delta", std=10.0 ** (-number))
+        update.apply(anchors, momentum, averaged, update_number=number)
+    return hashlib.sha256(anchors.tobytes() + momentum.tobytes()).hexdigest()
+
+
 if __name__ == "__main__":
-    sys.stdout.write(run_updates(int(sys.argv[1])) + "\n")
+    threads = int(sys.argv[1])
+    sys.stdout.write(f"{run_updates(threads)} {run_outer_updates(threads)}\n")

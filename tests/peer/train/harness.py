@@ -24,7 +24,8 @@ from peer.model.init import initial_vector
 from peer.model.loss import examples_on, summed_loss
 from peer.model.objectives import ExampleBuilder
 from peer.shared_vectors import SharedVectors, StatePosition
-from peer.swarm.exact_update import SyncUpdate
+from peer.swarm.fragments import FragmentPlan
+from peer.swarm.outer_update import exact_update_for
 from peer.train.__main__ import build_loop
 from peer.train.link import DaemonLink
 from peer.train.step import Precision
@@ -37,6 +38,7 @@ from tests.peer.model.tiny import SPEC
 ROOT = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 30.0
 CHUNK_WINDOWS = 40
+SCHEDULE = {"cooldown_start_tokens": 10**6, "budget_tokens": 10**7}
 
 
 @dataclass
@@ -63,7 +65,7 @@ class FakeDaemon:
         vocab |= {pairs[index]: index for index in range(2, spec.vocab_size)}
         plain = {"model": {"vocab": vocab}, "added_tokens": [{"id": 0, "content": "<eos>"}]}
         (self.folder / "tokenizer.json").write_text(json.dumps(plain))
-        self._update = SyncUpdate(self.spec)
+        self._update = exact_update_for(self.spec)
         self.write_state(0, 0, initial_vector(self.spec))
 
     @property
@@ -101,6 +103,7 @@ class FakeDaemon:
             outer_step=outer_step,
             schedule_tokens=schedule_tokens,
             directive_number=1,
+            **SCHEDULE,
         )
         with self.vectors.writing_state(position):
             self.vectors.params[:] = params
@@ -113,15 +116,17 @@ class FakeDaemon:
             outer_step=old.outer_step + 1,
             schedule_tokens=old.schedule_tokens + 96,
             directive_number=1,
+            **SCHEDULE,
         )
+        fragment = FragmentPlan(self.spec).of_outer_step(new.outer_step)
         with self.vectors.writing_state(new):
             self._update.apply(
                 *self.vectors.state_vectors(),
-                self.vectors.contribution,
+                self.vectors.contribution[: fragment.num_values],
                 update_number=new.outer_step,
                 schedule_tokens=old.schedule_tokens,
-                cooldown_start_tokens=10**6,
-                budget_tokens=10**7,
+                cooldown_start_tokens=SCHEDULE["cooldown_start_tokens"],
+                budget_tokens=SCHEDULE["budget_tokens"],
             )
 
     def lease(self, number: int, begin: int, end: int, *, incarnation: int = 0) -> dict[str, Any]:
@@ -206,7 +211,8 @@ def _pair(folder: Path, spec: RunSpec) -> tuple[FakeDaemon, socket.socket]:
     ours, theirs = socket.socketpair()
     ours.settimeout(DEADLINE_SECONDS)
     num_values = initial_vector(spec).size
-    return FakeDaemon(Channel(ours), SharedVectors.create(num_values), folder, spec), theirs
+    vectors = SharedVectors.create(num_values, spec.strategy.state_vectors)
+    return FakeDaemon(Channel(ours), vectors, folder, spec), theirs
 
 
 @contextmanager
@@ -230,9 +236,11 @@ def trainer_process(folder: Path) -> Iterator[FakeDaemon]:
 
 
 @contextmanager
-def trainer_thread(folder: Path, *, micro_batch_sequences: int = 2) -> Iterator[FakeDaemon]:
+def trainer_thread(
+    folder: Path, *, micro_batch_sequences: int = 2, spec: RunSpec = SPEC
+) -> Iterator[FakeDaemon]:
     """The loop on a thread of the test, in fp32: everything but the process around it."""
-    daemon, theirs = _pair(folder, SPEC)
+    daemon, theirs = _pair(folder, spec)
     attached = SharedVectors(daemon.vectors.fd, daemon.vectors.num_values)
 
     def work() -> None:

@@ -1,8 +1,6 @@
 """The one-process run: learns, repeats itself, and does not depend on the micro-batch."""
 
-import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,54 +8,14 @@ import pytest
 
 from peer.train.reference import ReferenceRun, main, run_reference
 from peer.train.step import Precision, probe_plan, sequence_bytes
-from protos.contract.chunk_format import ChunkEntry, Manifest, Source, chunk_from_tokens
-from protos.contract.run_spec import DataSpec, RunSpec
+from protos.contract.run_spec import RunSpec
 from tests.peer.model.tiny import SPEC, build
-from tests.peer.train.harness import CHUNK_WINDOWS
+from tests.peer.train.toy_dataset import build_toy_dataset
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> tuple[RunSpec, Path]:
-    """A spec and a dataset of predictable text: three training chunks and one held out."""
-    model = SPEC.model
-    (tmp_path / "chunks").mkdir()
-    entries = []
-    for index in range(4):
-        tokens = (np.arange(CHUNK_WINDOWS * model.seq_len + 1) * 7 + index) % model.vocab_size
-        data = chunk_from_tokens(tokens, vocab_size=model.vocab_size)
-        name = f"train-{index:06d}.bin" if index < 3 else "heldout-000000.bin"
-        (tmp_path / "chunks" / name).write_bytes(data)
-        digest = hashlib.sha256(data).hexdigest()
-        entries.append(
-            ChunkEntry(source_index=0, num_tokens=tokens.size, digest=digest, num_bytes=tokens.size)
-        )
-    vocab = {chr(0x100 + index): index for index in range(model.vocab_size)}
-    tokenizer = json.dumps({"model": {"vocab": vocab}, "added_tokens": []}).encode()
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer)
-    manifest = Manifest(
-        vocab_size=model.vocab_size,
-        eos_token_id=0,
-        token_dtype="<u2",
-        tokenizer_digest=hashlib.sha256(tokenizer).hexdigest(),
-        chunk_bytes=4096,
-        seed=0,
-        sources=(
-            Source(
-                name="s",
-                origin="o",
-                licence="l",
-                weight=1.0,
-                num_documents=1,
-                num_bytes=1,
-                num_tokens=1,
-            ),
-        ),
-        training_chunks=tuple(entries[:3]),
-        heldout_chunks=tuple(entries[3:]),
-    )
-    (tmp_path / "manifest.json").write_bytes(manifest.to_bytes())
-    spec = replace(SPEC, budget_tokens=12 * 150, data=DataSpec(dataset_id=manifest.dataset_id))
-    return spec, tmp_path
+    return build_toy_dataset(tmp_path), tmp_path
 
 
 def test_it_learns_and_spends_exactly_its_budget(dataset: tuple[RunSpec, Path]) -> None:

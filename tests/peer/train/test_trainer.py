@@ -1,6 +1,7 @@
 """The trainer over a real socket pair and real shared memory: rounds, drops, duties, stops."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from peer.ipc import ChannelClosed
 from peer.train.__main__ import is_out_of_memory
 from protos.contract.errors import RunFailedError
+from protos.contract.run_spec import StrategySpec
+from tests.peer.model.tiny import SPEC
 from tests.peer.train.harness import FakeDaemon, trainer_process, trainer_thread, windows_of
 
 
@@ -212,3 +215,32 @@ def test_an_evaluation_that_cannot_be_done_says_why(tmp_path: Path) -> None:
         )
         evaluation = daemon.expect("evaluation")
         assert evaluation["num_tokens"] == 0 and "nothing" in evaluation["reason"]
+
+
+def test_diloco_trains_on_while_its_fragment_travels(tmp_path: Path) -> None:
+    """Two inner steps a round, one of them may overlap; the state comes back in between."""
+    seq_len = SPEC.model.seq_len
+    strategy = StrategySpec(
+        name="diloco", inner_steps=4, num_fragments=2, inner_batch_tokens=2 * seq_len,
+        overlap_inner_steps=1, mix_ratio=0.5,
+    )  # fmt: skip
+    with trainer_thread(tmp_path, spec=replace(SPEC, strategy=strategy)) as daemon:
+        daemon.announce(round_windows=4)
+        daemon.give(daemon.lease(1, 0, 9), daemon.lease(2, 9, 40))
+        contribution = daemon.expect("contribution_ready")
+        assert windows_of(contribution) == [(0, 4)] and contribution["outer_step"] == 0
+        frozen = daemon.vectors.contribution.copy()
+        assert frozen.any() and np.isfinite(frozen).all()
+        losses_nats = [contribution["loss_nats"]]
+        for outer_step, windows in enumerate([[(4, 8)], [(8, 9), (9, 12)], [(12, 16)]], start=1):
+            daemon.commit()
+            daemon.end_round("COMMITTED", round_windows=4)
+            contribution = daemon.expect("contribution_ready")
+            assert contribution["outer_step"] == outer_step
+            assert windows_of(contribution) == windows
+            losses_nats.append(contribution["loss_nats"])
+        assert losses_nats[-1] < losses_nats[0]
+        daemon.write_state(0, 9, daemon.vectors.params)
+        daemon.end_round("RESYNC", round_windows=4, reason="left out")
+        released = daemon.expect("released")
+        assert released["lease_numbers"] == [2]  # what was offered and what overlapped

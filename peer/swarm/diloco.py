@@ -1,0 +1,245 @@
+"""`diloco`: many inner AdamW steps on own data, then one exact outer step from what they changed.
+
+Names of the papers: H inner steps between two syncs of a fragment, pseudo-gradient delta = anchor -
+local (DiLoCo, Douillard et al. 2023, arXiv 2311.08105, algorithm 1); P fragments that take turns,
+one per outer step, tau inner steps trained while a fragment travels, and alpha, the share of the
+local parameters that stays when it arrives (Streaming DiLoCo, Douillard et al. 2025, arXiv
+2501.18512, algorithm 2).
+
+Order of things in one outer step. Inner steps of `inner_batch_tokens` each (gradient accumulated
+over micro-batches, divided by its tokens, clipped, fused AdamW) until the own token budget of the
+directive is done; a faster peer has a larger budget. Then the fragment whose turn it is goes out as
+a packed pseudo-gradient, weighed by the tokens trained since the last one, and training goes on for
+up to tau inner steps, which count towards the next round. When the round is committed, the new
+anchors of that fragment are mixed into the local parameters. The outer step itself is made by the
+swarm process on every member (outer_update.py).
+
+Private, never in a digest: local parameters, inner moments, work under way. Local parameters become
+the anchors at every restart; inner moments stay over a resync of a living trainer, as they do over
+a committed round. A joiner's are zero, and its first inner steps are warmed up.
+"""
+
+import numpy as np
+import torch
+
+from peer.data.feed import TrainedRange
+from peer.model.decoder import Decoder, FlatParameters
+from peer.model.schedule import lr_ratio
+from peer.shared_vectors import SharedVectors, StatePosition
+from peer.swarm.fragments import FragmentPlan
+from peer.swarm.strategy import OfferedContribution, PlainState, RoundPort
+from protos.contract.digest import Float32Vector
+from protos.contract.run_spec import RunSpec
+
+JOINER_WARMUP_STEPS = 10
+"""Inner steps over which a joiner's learning rate rises from a tenth to the schedule's."""
+
+
+class DilocoStrategy:
+    """Strategy of this name; see peer/swarm/strategy.py for what each method promises."""
+
+    def __init__(
+        self, spec: RunSpec, model: Decoder, parameters: FlatParameters, vectors: SharedVectors
+    ) -> None:
+        """`parameters` become the local ones; `vectors` hold the anchors."""
+        self._spec, self._parameters, self._vectors = spec, parameters, vectors
+        self._plan = FragmentPlan(spec)
+        self._anchors: Float32Vector = np.zeros(vectors.num_values, dtype=np.float32)
+        self._optimizer = _inner_optimizer(spec, model)
+        self._summed_grads: torch.Tensor | None = None
+        self._base: StatePosition | None = None
+        self._warmup_steps_left = 0
+        self._round_tokens = 0
+        self._is_travelling = False
+        self._steps_while_travelling = 0
+        self._batch_tokens = 0
+        self.num_tokens = 0
+        self._total_nats = 0.0
+
+    # Life of a round ---------------------------------------------------------------------------
+
+    def restart(self, *, round_tokens: int) -> StatePosition:
+        """Local parameters become the anchors; the first time of all moments are zero."""
+        is_first = self._base is None
+        self._base = self._vectors.read_params(self._anchors)
+        if is_first and self._base.outer_step > 0:
+            self._warmup_steps_left = JOINER_WARMUP_STEPS
+        self._round_tokens = round_tokens
+        self._is_travelling = False
+        self.drop()
+        return self._base
+
+    def settle(self, *, round_tokens: int) -> StatePosition:
+        """Mix the fragment that has arrived into the local parameters."""
+        before = self._base
+        assert before is not None
+        if not self._is_travelling:
+            return self.restart(round_tokens=round_tokens)
+        after = self._vectors.read_params(self._anchors)
+        if not after.follows(before):
+            return self.restart(round_tokens=round_tokens)
+        local = self._host_local()
+        keep = np.float32(self._spec.strategy.mix_ratio)
+        take = np.float32(1.0) - keep
+        for begin, end in self._plan.of_outer_step(after.outer_step).runs:
+            if keep:
+                local[begin:end] = keep * local[begin:end] + take * self._anchors[begin:end]
+            else:
+                local[begin:end] = self._anchors[begin:end]
+        self._put_local(local)
+        self._base = after
+        self._round_tokens = round_tokens
+        self._is_travelling = False
+        return after
+
+    def drop(self) -> None:
+        """Back to the anchors; a travelling contribution has its own copy."""
+        self._put_local(self._anchors)
+        self._batch_tokens = 0
+        self.num_tokens = 0
+        self._total_nats = 0.0
+
+    def set_budget(self, round_tokens: int) -> None:
+        """Keep the work, change how much is wanted."""
+        self._round_tokens = round_tokens
+
+    def wanted_tokens(self) -> int:
+        """Up to the end of the inner step, of the budget, and of what may overlap."""
+        strategy = self._spec.strategy
+        if self._is_travelling and self._steps_while_travelling >= strategy.overlap_inner_steps:
+            return 0
+        seq_len = self._spec.model.seq_len
+        left = max(0, self._round_tokens - self.num_tokens) // seq_len * seq_len
+        return min(left, strategy.inner_batch_tokens - self._batch_tokens)
+
+    def due(self, *, is_feed_empty: bool) -> bool:
+        """Also with less than the budget when there is no more data: others may be waiting."""
+        if self.num_tokens == 0 or self._is_travelling:
+            return False
+        return is_feed_empty or self.wanted_tokens() == 0
+
+    def run_round(self, port: RoundPort, ranges: tuple[TrainedRange, ...]) -> None:
+        """Offer the pseudo-gradient of the fragment whose turn it is."""
+        assert self._base is not None and self.num_tokens > 0 and not self._is_travelling
+        windows = sum(part.end_window - part.begin_window for part in ranges)
+        assert windows * self._spec.model.seq_len == self.num_tokens
+        if self._batch_tokens:
+            self._inner_step()
+        fragment = self._plan.of_outer_step(self._base.outer_step + 1)
+        delta = np.subtract(self._anchors, self._host_local())
+        fragment.pack(delta, self._vectors.contribution[: fragment.num_values])
+        offered = OfferedContribution(
+            base=self._base,
+            ranges=ranges,
+            num_tokens=self.num_tokens,
+            loss_nats=self._total_nats / self.num_tokens,
+        )
+        self._is_travelling, self._steps_while_travelling = True, 0
+        self.num_tokens, self._total_nats = 0, 0.0
+        port.offer(offered)
+
+    # Inner steps -------------------------------------------------------------------------------
+
+    def after_micro_batch(self, *, num_tokens: int, total_nats: float) -> None:
+        """Add to the inner step's gradient, and make the step when its batch is whole."""
+        grads = self._parameters.grads
+        is_whole = self._batch_tokens + num_tokens >= self._spec.strategy.inner_batch_tokens
+        if self._batch_tokens == 0 and not is_whole and self._summed_grads is None:
+            self._summed_grads = torch.zeros_like(grads)
+        if self._batch_tokens:
+            assert self._summed_grads is not None
+            self._summed_grads.add_(grads)
+        elif not is_whole:
+            assert self._summed_grads is not None
+            self._summed_grads.copy_(grads)
+        is_summed = self._batch_tokens > 0
+        self._batch_tokens += num_tokens
+        self.num_tokens += num_tokens
+        self._total_nats += total_nats
+        if is_whole:
+            if is_summed:
+                grads.copy_(self._summed_grads)
+            self._step_on_grads()
+        elif self._round_tokens - self.num_tokens < self._spec.model.seq_len:
+            self._inner_step()
+
+    def _inner_step(self) -> None:
+        """A step on less than a whole batch."""
+        assert self._summed_grads is not None and self._batch_tokens > 0
+        self._parameters.grads.copy_(self._summed_grads)
+        self._step_on_grads()
+
+    def _step_on_grads(self) -> None:
+        grads = self._parameters.grads
+        grads.div_(self._batch_tokens)
+        norm = float(torch.linalg.vector_norm(grads))
+        clip = self._spec.optimizer.clip_norm / (norm + 1e-6)
+        if clip < 1.0:
+            grads.mul_(clip)
+        lr = self._learning_rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._batch_tokens = 0
+        if self._is_travelling:
+            self._steps_while_travelling += 1
+
+    def _learning_rate(self) -> float:
+        """Rate of the inner step whose batch was just trained, at the middle of that batch: the
+        schedule's position is schedule_tokens + (i / H) x planned round tokens.
+        """
+        base = self._base
+        assert base is not None
+        planned_tokens = base.planned_round_tokens or self._round_tokens
+        done_ratio = (self.num_tokens - self._batch_tokens / 2) / max(self._round_tokens, 1)
+        position_tokens = base.schedule_tokens + done_ratio * planned_tokens
+        if self._is_travelling:
+            position_tokens += planned_tokens
+        ratio = lr_ratio(
+            position_tokens=position_tokens,
+            lr_warmup_tokens=self._spec.schedule.lr_warmup_tokens,
+            cooldown_start_tokens=base.cooldown_start_tokens,
+            budget_tokens=base.budget_tokens,
+        )
+        if self._warmup_steps_left:
+            ratio *= (JOINER_WARMUP_STEPS + 1 - self._warmup_steps_left) / JOINER_WARMUP_STEPS
+            self._warmup_steps_left -= 1
+        return self._spec.optimizer.peak_lr * ratio
+
+    # Local parameters --------------------------------------------------------------------------
+
+    def _host_local(self) -> Float32Vector:
+        """Local parameters in canonical order; on CPU the very memory of the model."""
+        local: Float32Vector = self._parameters.values.detach().cpu().numpy()
+        return local
+
+    def _put_local(self, local: Float32Vector) -> None:
+        self._parameters.values.copy_(torch.from_numpy(local))
+
+    def state_dict(self) -> PlainState:
+        """Progress towards the round; local work is not kept over a restart, its data is leased
+        again.
+        """
+        return {
+            "num_tokens": self.num_tokens,
+            "round_tokens": self._round_tokens,
+            "is_travelling": self._is_travelling,
+            "loss_nats": self._total_nats / self.num_tokens if self.num_tokens else 0.0,
+        }
+
+
+def _inner_optimizer(spec: RunSpec, model: Decoder) -> torch.optim.AdamW:
+    """AdamW with decoupled decay of matrices only; fused where torch has it."""
+    optimizer = spec.optimizer
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": optimizer.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=optimizer.peak_lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        fused=matrices[0].device.type in ("cpu", "cuda"),
+    )
