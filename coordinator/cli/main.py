@@ -34,6 +34,7 @@ _EPILOG = (
 )
 
 app = typer.Typer(
+    rich_markup_mode=None,  # rich costs 0.3 CPU s to import, more than all the rest of --help
     name="muster-coordinator",
     help="Decides what a swarm trains, leases the work and keeps the books.",
     epilog=_EPILOG,

@@ -24,6 +24,7 @@ _EPILOG = (
 )
 
 app = typer.Typer(
+    rich_markup_mode=None,  # rich costs 0.3 CPU s to import, more than all the rest of --help
     name="muster-peer",
     help="Lends this machine to a swarm that trains a language model.",
     epilog=_EPILOG,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from peer.model.init import initial_vector
-from peer.swarm.codecs import EncodedVector
+from peer.swarm.codecs import EncodedVector, encode_with_residual
 from peer.swarm.exact_update import SyncUpdate
 from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
 from protos.contract.digest import Float32Vector
@@ -28,14 +28,25 @@ class Expected:
         self.params = initial_vector(SPEC)
         self._moments = np.zeros((2, NUM_VALUES), dtype=np.float32)
         self._schedule_tokens = 0
+        self._residuals: dict[str, Float32Vector] = {}
+
+    def forget(self, peer_id: str) -> None:
+        """A member that is brought to a newer state owes nothing."""
+        self._residuals.pop(peer_id)
 
     def apply(self, step: int, parts: dict[str, tuple[Float32Vector, int]]) -> None:
-        """Encode every part, sum what is decoded, encode and decode the sum, update."""
+        """Encode every part with what its member owes, sum what is decoded, encode and decode the
+        sum, update.
+        """
         num_tokens = sum(tokens for _, tokens in parts.values())
         total = np.zeros(NUM_VALUES, dtype=np.float32)
         for peer_id in sorted(parts):
             values, tokens = parts[peer_id]
-            decoded = EncodedVector.encode(self._codec, values).decoded()
+            residual = self._residuals.pop(peer_id, np.zeros(NUM_VALUES, dtype=np.float32))
+            data, left = encode_with_residual(self._codec, values, residual)
+            self._residuals[peer_id] = left
+            encoded = EncodedVector(codec=self._codec, num_values=NUM_VALUES, data=memoryview(data))
+            decoded = encoded.decoded()
             total = total + np.float32(tokens / num_tokens) * decoded
         averaged = EncodedVector.encode(self._codec.for_result(len(parts)), total)
         SyncUpdate(SPEC).apply(
@@ -81,6 +92,7 @@ async def _story(folder: Path, codec_name: str) -> None:
     await hub.wait_state(members, (1, 0))
     await _round(hub, members, 1, expected)
     await hub.kill(third)
+    expected.forget(third.peer_id)
     await _round(hub, [first, second], 2, expected)
     await _round(hub, [first, second], 3, expected)
     await hub.launch(third)
