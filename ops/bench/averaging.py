@@ -37,7 +37,6 @@ class Rounds:
     """Answers of all peers, round by round; the first round, which warms up, is left out."""
 
     answers: list[list[dict[str, Any]]] = field(default_factory=list)
-    routes: list[dict[str, str]] = field(default_factory=list)
     """Why each peer's ways to the others are what they are, after the last round."""
 
     def worst(self, name: str) -> list[float]:
@@ -154,10 +153,6 @@ def run_muster(setting: Setting, num_rounds: int, ends: Sequence[int] | None = N
             answers = _all_hear(peers)
             for answer, commit in zip(answers, committed, strict=True):
                 answer["commit_cpu_seconds"] = commit["commit_cpu_seconds"]
-            routes = [answer["routes"] for answer in _all_hear(peers)]
-            if routes != rounds.routes:
-                say(f"routes after round {number}: {routes}")
-                rounds.routes = routes
             say(f"muster round {number}: {[round(a['wall_seconds'], 2) for a in answers]}")
             if number > 0:
                 rounds.answers.append(answers)

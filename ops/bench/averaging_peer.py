@@ -79,7 +79,6 @@ class MusterPeer:
         from peer.identity import load_identity
         from peer.swarm.allreduce import ReductionDesk
         from peer.swarm.buffer_pool import BufferPool
-        from peer.swarm.quic_lane import Routes
         from peer.swarm.transport import Transport
         from protos.muster.v1 import state_pb2
 
@@ -93,11 +92,9 @@ class MusterPeer:
         )
         self.p2pd_pid: int = self.transport.p2p._child.pid
         self.buffers = BufferPool()
-        self.routes = Routes(self.transport)
-        await self.routes.start()
-        self.desk = ReductionDesk(self.routes)
+        self.desk = ReductionDesk(self.transport)
         await self.desk.start()
-        await self.transport.serve_messages("ping", _pong, state_pb2.LaneOffer)
+        await self.transport.serve_messages("ping", _pong, state_pb2.StateInfoRequest)
         tell(p2p=self.transport.p2p_peer_id, addresses=await self.transport.addresses())
 
     def meet(self, members: dict[str, Any]) -> None:
@@ -137,7 +134,7 @@ class MusterPeer:
         p2pd_rss = memory_bytes(self.p2pd_pid, "VmRSS")
         reset_peak(self.p2pd_pid)
         reduction = Reduction(
-            self.routes,
+            self.transport,
             place=(1, number, 0),
             group=group,
             tokens_by_peer=dict.fromkeys(self.names, 1),
@@ -150,7 +147,6 @@ class MusterPeer:
         tell(is_ready=True)
         await orders()
         python, p2pd, begin = own_cpu_seconds(), child_cpu_seconds(self.p2pd_pid), time.monotonic()
-        moved = self.transport.moved_by_peer()
         self.desk.open(reduction)
         answer: dict[str, Any] = {}
         try:
@@ -158,7 +154,7 @@ class MusterPeer:
             answer["digest"] = averaged.averaged_digest.hex()
         except (ReduceError, TimeoutError) as error:
             answer["error"] = str(error) or "timeout"
-        answer["wall_seconds"] = wall = time.monotonic() - begin
+        answer["wall_seconds"] = time.monotonic() - begin
         tell(is_done=True)
         await orders()  # everybody is done: what we served them counts as well
         tell(
@@ -168,31 +164,9 @@ class MusterPeer:
             extra_bytes=memory_bytes("self", "VmHWM") - rss,
             p2pd_extra_bytes=memory_bytes(self.p2pd_pid, "VmHWM") - p2pd_rss,
         )
-        await self.choose_routes(moved, wall)
-
-    async def choose_routes(self, before: dict[str, tuple[int, int]], seconds: float) -> None:
-        """What the round shell does after a committed round; tells the ways that are used now."""
-        from peer.swarm.transport import PeerCallError
-        from protos.muster.v1 import state_pb2
-
-        after = self.transport.moved_by_peer()
-        moved = {
-            name: max(a - b for a, b in zip(both, before.get(name, (0, 0)), strict=True))
-            for name, both in after.items()
-        }
-        for name in self.names:
-            if name != self.name:
-                offer = state_pb2.LaneOffer()
-                with contextlib.suppress(PeerCallError):
-                    await self.transport.call(name, "ping", offer, state_pb2.LaneOffer)
-        await self.routes.after_round(
-            moved, seconds=seconds, rtt_by_peer=self.transport.rtt_by_peer()
-        )
-        tell(routes={name: str(self.routes.route_of(name).reason) for name in moved})
 
     async def close(self) -> None:
         """End p2pd."""
-        await self.routes.close()
         await self.transport.close()
 
 

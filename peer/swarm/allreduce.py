@@ -53,7 +53,7 @@ _TELL_SECONDS = 1.0
 
 
 class Streams(Protocol):
-    """Opens and answers members' streams: Transport, or Routes, which choose the way."""
+    """Opens and answers members' streams; Transport is one."""
 
     async def open_stream(self, peer_id: str, name: str) -> Stream:
         """Open a stream to a member. Raises PeerCallError."""

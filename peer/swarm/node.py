@@ -20,7 +20,6 @@ from peer.swarm.config_message import SwarmConfig
 from peer.swarm.dht import Dht
 from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
-from peer.swarm.quic_lane import Routes
 from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
@@ -71,8 +70,7 @@ class SwarmNode:
         self._early: deque[tuple[Place, rt.Event]] = deque(maxlen=_MAX_EARLY)
         self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
         self._server = StateServer(self._replica, transport)
-        self._routes = Routes(transport)
-        self._desk = ReductionDesk(self._routes)
+        self._desk = ReductionDesk(transport)
         self._reporter = Reporter(channel, self._replica, transport, own_peer_id=self._own_peer_id)
         self._shell: RoundShell
         self._offers: Offers
@@ -107,7 +105,6 @@ class SwarmNode:
             key=config.key,
             votes=self._enter_record(newest),
             desk=self._desk,
-            routes=self._routes,
             post=self._post,
         )
         self._offers = Offers(self._shell, replica, self._reporter, own_peer_id=self._own_peer_id)
@@ -115,7 +112,6 @@ class SwarmNode:
         await asyncio.to_thread(self._load_local)
         self._update_members()
         await self._server.start()
-        await self._routes.start()
         await self._desk.start()
         await self._transport.serve_messages(ROUND_CALL, self._on_message, rounds_pb2.RoundMessage)
         self._spawn(keep_presence(self._dht, self._transport, self._replica, self._own_peer_id))
@@ -163,7 +159,6 @@ class SwarmNode:
         if self._replica.is_current and self._replica.position != self._saved_position:
             await self._save()
         self._shell.votes.close()
-        await self._routes.close()
 
     def _spawn(self, job: Awaitable[None]) -> None:
         task = asyncio.ensure_future(job)

@@ -21,7 +21,6 @@ from peer.swarm.buffer_pool import BufferPool
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.pace import Pace
-from peer.swarm.quic_lane import Routes
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
 from peer.swarm.state_transfer import fetch_averaged
@@ -55,12 +54,10 @@ class RoundShell:
         key: SigningKey,
         votes: VoteFile,
         desk: ReductionDesk,
-        routes: Routes,
         post: Post,
     ) -> None:
         self._replica, self._transport, self._channel = replica, transport, channel
         self._key, self._desk, self._post = key, desk, post
-        self._routes = routes
         self.votes = votes
         self.machine: RoundMachine | None = None
         self.pace = Pace()
@@ -290,11 +287,6 @@ class RoundShell:
                 reduce_seconds=averaging_seconds,
                 agree_seconds=seconds.get("agree", 0.0),
             )
-            moved = {peer: max(both) for peer, both in timeline.bytes_by_peer.items()}
-            rtt_by_peer = self._transport.rtt_by_peer()
-            self._spawn(
-                self._routes.after_round(moved, seconds=averaging_seconds, rtt_by_peer=rtt_by_peer)
-            )
         self._channel.send("attempt_timeline", **timeline.to_plain())
 
     # Messages ---------------------------------------------------------------------------------
@@ -337,7 +329,7 @@ class RoundShell:
         contributions = [member.contribution for member in effect.group.members]
         tokens = {c.peer_id: self._checks.check_contribution(c).num_tokens for c in contributions}
         reduction = Reduction(
-            self._routes,
+            self._transport,
             place=(incarnation, outer_step, effect.attempt),
             group=effect.group,
             tokens_by_peer=tokens,

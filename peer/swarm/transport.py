@@ -205,20 +205,6 @@ class Transport:
             ) from error
         return cls(p2p, prefix=prefix, upload_limit_mbit=upload_limit_mbit, host=host)
 
-    async def start_quic(self, *, timeout_seconds: float) -> P2P:
-        """Start a second p2pd, with a passing identity, that listens on QUIC only."""
-        folder = Path(self.p2p.daemon_listen_maddr["unix"]).parent
-        private: Any = type("QuicP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
-        lane: P2P = await private.create(
-            host_maddrs=[f"/ip4/{self._host}/udp/0/quic-v1"],
-            idle_timeout=_P2PD_IDLE_SECONDS,
-            startup_timeout=timeout_seconds,
-            nat_port_map=self._host != "127.0.0.1",
-            auto_nat=False,
-            use_relay=False,
-        )
-        return lane
-
     @property
     def p2p_peer_id(self) -> str:
         """Own libp2p identity, base58."""

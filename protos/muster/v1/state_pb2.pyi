@@ -99,11 +99,3 @@ class ReducedHeader(_message.Message):
     piece_digests: _containers.RepeatedScalarFieldContainer[bytes]
     refusal_reason: str
     def __init__(self, piece_digests: _Optional[_Iterable[bytes]] = ..., refusal_reason: _Optional[str] = ...) -> None: ...
-
-class LaneOffer(_message.Message):
-    __slots__ = ("p2p_peer_id", "addresses")
-    P2P_PEER_ID_FIELD_NUMBER: _ClassVar[int]
-    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
-    p2p_peer_id: str
-    addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, p2p_peer_id: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
