@@ -212,12 +212,9 @@ class Swarm:
         return self.peers[name]
 
     def status(self) -> dict[str, Any]:
-        """Status of the only run; {} while the coordinator is down."""
-        runs = self.read("/api/v1/runs")
-        if not runs:
-            return {}
-        run_id = (runs["runs"] if isinstance(runs, dict) else runs)[0]["run_id"]
-        return self.read(f"/api/v1/runs/{run_id}") or {}
+        """Status of the only run; {} while the coordinator is down or its page does not know it yet."""
+        runs = (self.read("/api/v1/runs") or {}).get("runs")
+        return (self.read(f"/api/v1/runs/{runs[0]['run_id']}") or {}) if runs else {}
 
     def peer_status(self, name: str) -> dict[str, Any]:
         """What `muster-peer status --json` would show, read from its home."""
