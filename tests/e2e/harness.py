@@ -212,7 +212,7 @@ class Swarm:
         return self.peers[name]
 
     def status(self) -> dict[str, Any]:
-        """Status of the only run; {} while the coordinator is down or its page does not know it yet."""
+        """Status of the only run; {} while the coordinator or its page does not know it."""
         runs = (self.read("/api/v1/runs") or {}).get("runs")
         return (self.read(f"/api/v1/runs/{runs[0]['run_id']}") or {}) if runs else {}
 
