@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from coordinator.app import Coordinator
 
 DEFAULT_CORPUS = ("stdlib:",)
-DEFAULT_BUDGET_TOKENS = 1_200_000
+DEFAULT_BUDGET_TOKENS = 1_000_000
 """Reaches about 1.8 bits per byte on the embedded corpus in less than two minutes of two cores."""
 EVAL_TOKENS = 16_384
 """Held-out tokens of an evaluation during the run; the final one takes all."""
