@@ -98,6 +98,11 @@ class SharedVectors:
             directive_number=int(header[_DIRECTIVE_NUMBER]),
         )
 
+    @property
+    def sequence(self) -> int:
+        """Rises by one at the begin and at the end of every change of the state; odd during one."""
+        return int(self._header[_SEQUENCE])
+
     @contextmanager
     def writing_state(self, position: StatePosition) -> Iterator[None]:
         """Write the state inside; afterwards the vectors hold `position`. Swarm process only."""

@@ -39,18 +39,25 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 logger = logging.getLogger(__name__)
 
 NUM_KEPT_AVERAGED = 4
+NUM_KEPT_WHILE_SERVING = 16
 _NUM_KEPT_CERTIFICATES = 64
+_NUM_ATTESTED = 2
+"""States that a member says it reached, newest first: members are seldom at the same step at the
+same moment.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """An immutable copy of a state, for members that download it."""
+    """A state as members download it; state_image.py makes an immutable copy of it."""
 
     meta: StateMeta
     state_digest: bytes
     vectors: tuple[Float32Vector, ...]
     piece_digests: tuple[tuple[bytes, ...], ...]
     directive: common_pb2.Signed
+    is_live: bool
+    """The vectors are those of this member and change with its next step."""
 
 
 class Replica:
@@ -89,6 +96,9 @@ class Replica:
         self.directive_by_number: dict[int, common_pb2.Signed] = {}
         self.certificate_by_step: OrderedDict[int, rounds_pb2.Certificate] = OrderedDict()
         self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
+        self.num_kept_averaged = NUM_KEPT_AVERAGED
+        """More while somebody downloads a state from here, who needs the way from there on as well.
+        """
         self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
         self.recent_directives: list[common_pb2.Signed] = []
         """In force now, and for the last step made here: its members may still fetch that step's
@@ -251,6 +261,7 @@ class Replica:
         position = self._shared_position(
             meta.incarnation, meta.outer_step, meta.schedule_tokens, meta.directive_number
         )
+        self._attestations = []  # of another way to this state or an earlier one
         with self.vectors.writing_state(position):
             for target, source in zip(self.vectors.state_vectors(), vectors, strict=True):
                 np.copyto(target, source)
@@ -293,7 +304,7 @@ class Replica:
             peer_id=self._key.peer_id,
         )
         signed = self._key.signed(Tag.ATTESTATION, attestation.SerializeToString())
-        self._attestations = [signed, *self._attestations[:2]]
+        self._attestations = [signed, *self._attestations[: _NUM_ATTESTED - 1]]
         oldest = meta.outer_step - _NUM_KEPT_CERTIFICATES
         for step in [s for s in self.certificate_by_step if s <= oldest]:
             del self.certificate_by_step[step]
@@ -334,14 +345,17 @@ class Replica:
         ]
 
     def hold_averaged(self, averaged: AveragedVector) -> None:
-        """Keep averaged bytes of the last steps, also across a restart of this process."""
+        """Keep averaged bytes of the last steps on disk, mapped, also across a restart of this
+        process.
+        """
         digest = averaged.averaged_digest
-        self._averaged[digest] = averaged
         path = self._averaged_path(digest)
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(averaged.encoded.data)
         temporary.replace(path)
-        while len(self._averaged) > NUM_KEPT_AVERAGED:
+        mapped = replace(averaged.encoded, data=_mapped(path))
+        self._averaged[digest] = replace(averaged, encoded=mapped)
+        while len(self._averaged) > self.num_kept_averaged:
             oldest, _ = self._averaged.popitem(last=False)
             self._averaged_path(oldest).unlink(missing_ok=True)
 
@@ -360,15 +374,15 @@ class Replica:
 
     def _open_averaged(self, path: Path) -> AveragedVector | None:
         """Averaged bytes of a file, None if they are not what its name says."""
-        data = memoryview(path.read_bytes())
         num_values = self.vectors.num_values
         try:
+            data = _mapped(path)
             codec = result_codec_of_bytes(
                 self.spec.strategy.codec, num_values=num_values, num_bytes=len(data)
             )
             encoded = EncodedVector(codec=codec, num_values=num_values, data=data)
             encoded.decoded()
-        except CorruptDataError:
+        except (CorruptDataError, ValueError):  # a file cut to nothing cannot be mapped
             return None
         averaged = AveragedVector.from_encoded(encoded)
         return averaged if averaged.averaged_digest.hex()[:32] == path.stem else None
@@ -401,13 +415,11 @@ class Replica:
             certificates.append(certificate)
             directives.append(signed)
             step += 1
-        attestations = self._attestations[:1] if self.is_current else []
+        attestations = self._attestations[:_NUM_ATTESTED] if self.is_current else []
         return attestations, certificates, directives
 
     def snapshot(self, *, incarnation: int, outer_step: int) -> Snapshot | None:
-        """Copy of the state at a position: the current one, the base it was made from, or a
-        checkpoint of it.
-        """
+        """State at a position: the current one, the base that it was made from, or a checkpoint."""
         meta, directive = self.meta, self.directive
         if meta is not None and directive is not None and meta.outer_step == outer_step:
             base = self._base_meta
@@ -421,9 +433,10 @@ class Replica:
                 return Snapshot(
                     meta=base if is_base and base is not None else meta,
                     state_digest=self._base_digest if is_base else self.state_digest,
-                    vectors=tuple(vector.copy() for vector in self.vectors.state_vectors()),
+                    vectors=self.vectors.state_vectors(),
                     piece_digests=self._piece_digests,
                     directive=directive,
+                    is_live=True,
                 )
         return self._snapshot_on_disk(incarnation=incarnation, outer_step=outer_step)
 
@@ -443,7 +456,14 @@ class Replica:
             vectors=vectors,
             piece_digests=tuple(tuple(vector_piece_digests(v)) for v in vectors),
             directive=common_pb2.Signed.FromString(header.directive),
+            is_live=False,
         )
+
+    def steady_sequence(self) -> int | None:
+        """Changes when the state does; None while vectors and bookkeeping are not of one state."""
+        sequence, meta, held = self.vectors.sequence, self.meta, self.vectors.position()
+        is_one = meta is not None and self.position == (held.incarnation, held.outer_step)
+        return sequence if is_one and sequence % 2 == 0 else None
 
     # Checkpoints ------------------------------------------------------------------------------
 
@@ -481,3 +501,8 @@ class Replica:
         directive = common_pb2.Signed.FromString(header.directive)
         self.load(header.meta, vectors, directive, unreported)
         return True
+
+
+def _mapped(path: Path) -> memoryview:
+    """Bytes of a file, read when they are used. Raises ValueError for an empty one."""
+    return memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
