@@ -41,19 +41,12 @@ _MAX_PASSES = 16
 class CatchUp:
     """Brings a replica forward; used by one task at a time."""
 
-    def __init__(
-        self,
-        replica: Replica,
-        transport: Transport,
-        *,
-        own_peer_id: str,
-        on_progress: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """`on_progress` is told how far a download is, for people."""
+    def __init__(self, replica: Replica, transport: Transport, *, own_peer_id: str) -> None:
         self._replica, self._transport, self._own_peer_id = replica, transport, own_peer_id
         layout = PieceLayout(tuple(vector.size for vector in replica.vectors.state_vectors()))
         self._incoming = IncomingState(replica.store.folder, layout)
-        self._on_progress = on_progress
+        self.on_progress: Callable[[str], None] = lambda _: None
+        """Told how far a download is, for people."""
         self.stop = asyncio.Event()
         """Set it to end a download early."""
         self.newer_record: common_pb2.Signed | None = None
@@ -214,7 +207,7 @@ class CatchUp:
         def tell(progress: Progress) -> None:
             share = f"{progress.num_held} of {progress.num_pieces} pieces"
             speed = f"{progress.bytes_per_second / 1e6:.1f} MB/s"
-            self._on_progress(
+            self.on_progress(
                 f"state {proven.incarnation}/{proven.outer_step}: {share} "
                 f"from {progress.num_donors} members at {speed}"
             )

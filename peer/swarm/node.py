@@ -70,12 +70,8 @@ class SwarmNode:
         self._queue: asyncio.Queue[_Item] = asyncio.Queue(_MAX_QUEUED)
         self._early: deque[tuple[Place, rt.Event]] = deque(maxlen=_MAX_EARLY)
         self._reporter = Reporter(channel, self._replica, transport, own_peer_id=self._own_peer_id)
-        self._catch_up = CatchUp(
-            self._replica,
-            transport,
-            own_peer_id=self._own_peer_id,
-            on_progress=self._reporter.sync_progress,
-        )
+        self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
+        self._catch_up.on_progress = self._reporter.sync_progress
         limit_mbit = config.upload_limit_mbit
         self._server = StateServer(self._replica, transport, upload_limit_mbit=limit_mbit)
         self._routes = Routes(transport)
@@ -129,7 +125,7 @@ class SwarmNode:
 
     def _load_local(self) -> None:
         replica = self._replica
-        replica.load_held_averaged()
+        replica.averages.load()
         for path in replica.store.paths():
             incarnation, _, _ = path.name.partition("-")
             if int(incarnation) > replica.incarnation:

@@ -19,12 +19,12 @@ from peer.checkpoint.store import CheckpointHeader, CheckpointStore, open_checkp
 from peer.model.init import initial_vector
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.allreduce import AveragedVector
-from peer.swarm.codecs import EncodedVector
+from peer.swarm.averaged_store import AveragedStore
 from peer.swarm.contribution_check import next_meta, open_directive
 from peer.swarm.exact_update import SyncUpdate
 from peer.swarm.record_file import run_folder_name
 from protos.contract.certificate import Tag
-from protos.contract.codecs_wire import codec_named, result_codec_of_bytes
+from protos.contract.codecs_wire import codec_named
 from protos.contract.digest import (
     Float32Vector,
     StateMeta,
@@ -38,8 +38,6 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 
 logger = logging.getLogger(__name__)
 
-NUM_KEPT_AVERAGED = 4
-NUM_KEPT_WHILE_SERVING = 16
 _NUM_KEPT_CERTIFICATES = 64
 _NUM_ATTESTED = 2
 """States that a member says it reached, newest first: members are seldom at the same step at the
@@ -82,8 +80,8 @@ class Replica:
         self.vectors = vectors
         run_folder = run_folder_name(run_id, coordinator_public_key)
         self.store = CheckpointStore(folder / "state" / run_folder)
-        self._averaged_folder = folder / "averaged" / run_folder
-        self._averaged_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        averaged_folder = folder / "averaged" / run_folder
+        self.averages = AveragedStore(averaged_folder, codec_name=spec.strategy.codec)
         self._key = key
         self._update = SyncUpdate(spec)
         self.meta: StateMeta | None = None
@@ -95,10 +93,6 @@ class Replica:
         self.unreported: list[rounds_pb2.Certificate] = []
         self.directive_by_number: dict[int, common_pb2.Signed] = {}
         self.certificate_by_step: OrderedDict[int, rounds_pb2.Certificate] = OrderedDict()
-        self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
-        self.num_kept_averaged = NUM_KEPT_AVERAGED
-        """More while somebody downloads a state from here, who needs the way from there on as well.
-        """
         self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
         self.recent_directives: list[common_pb2.Signed] = []
         """In force now, and for the last step made here: its members may still fetch that step's
@@ -345,58 +339,16 @@ class Replica:
         ]
 
     def hold_averaged(self, averaged: AveragedVector) -> None:
-        """Keep averaged bytes of the last steps on disk, mapped, also across a restart of this
-        process.
-        """
-        digest = averaged.averaged_digest
-        path = self._averaged_path(digest)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(averaged.encoded.data)
-        temporary.replace(path)
-        mapped = replace(averaged.encoded, data=_mapped(path))
-        self._averaged[digest] = replace(averaged, encoded=mapped)
-        while len(self._averaged) > self.num_kept_averaged:
-            oldest, _ = self._averaged.popitem(last=False)
-            self._averaged_path(oldest).unlink(missing_ok=True)
-
-    def load_held_averaged(self) -> list[bytes]:
-        """Averaged bytes that an earlier life has left on disk, checked; returns their digests."""
-        files = sorted(self._averaged_folder.glob("*.bin"), key=lambda p: p.stat().st_mtime)
-        for path in files:
-            averaged = self._open_averaged(path)
-            if averaged is None:
-                path.unlink(missing_ok=True)
-            else:
-                self._averaged[averaged.averaged_digest] = averaged
-        for leftover in self._averaged_folder.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-        return list(self._averaged)
-
-    def _open_averaged(self, path: Path) -> AveragedVector | None:
-        """Averaged bytes of a file, None if they are not what its name says."""
-        num_values = self.vectors.num_values
-        try:
-            data = _mapped(path)
-            codec = result_codec_of_bytes(
-                self.spec.strategy.codec, num_values=num_values, num_bytes=len(data)
-            )
-            encoded = EncodedVector(codec=codec, num_values=num_values, data=data)
-            encoded.decoded()
-        except (CorruptDataError, ValueError):  # a file cut to nothing cannot be mapped
-            return None
-        averaged = AveragedVector.from_encoded(encoded)
-        return averaged if averaged.averaged_digest.hex()[:32] == path.stem else None
+        """Keep averaged bytes of the last steps, also across a restart of this process."""
+        self.averages.hold(averaged)
 
     def held_digests(self) -> tuple[bytes, ...]:
         """Digests of the averaged bytes held."""
-        return tuple(self._averaged)
+        return self.averages.digests
 
     def averaged(self, averaged_digest: bytes) -> AveragedVector | None:
         """Averaged bytes, if they are held."""
-        return self._averaged.get(averaged_digest)
-
-    def _averaged_path(self, averaged_digest: bytes) -> Path:
-        return self._averaged_folder / f"{averaged_digest.hex()[:32]}.bin"
+        return self.averages.find(averaged_digest)
 
     def state_info(
         self, *, from_outer_step: int
@@ -410,7 +362,7 @@ class Replica:
         while (certificate := self.certificate_by_step.get(step)) is not None:
             value = rounds_pb2.RoundValue.FromString(certificate.value)
             signed = self.directive_by_number.get(value.next_directive_number)
-            if value.averaged_digest not in self._averaged or signed is None:
+            if value.averaged_digest not in self.averages.digests or signed is None:
                 break
             certificates.append(certificate)
             directives.append(signed)
@@ -501,8 +453,3 @@ class Replica:
         directive = common_pb2.Signed.FromString(header.directive)
         self.load(header.meta, vectors, directive, unreported)
         return True
-
-
-def _mapped(path: Path) -> memoryview:
-    """Bytes of a file, read when they are used. Raises ValueError for an empty one."""
-    return memoryview(np.memmap(path, dtype=np.uint8, mode="r"))

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 
-from peer.swarm.replica import NUM_KEPT_AVERAGED, NUM_KEPT_WHILE_SERVING, Replica
+from peer.swarm.replica import Replica
 from peer.swarm.state_image import ImageShelf, StateImage, make_image
 from peer.swarm.state_transfer import AVERAGED_STREAM, SNAPSHOT_STREAM, STATE_INFO_CALL
 from peer.swarm.transport import Stream, StreamError, Transport
@@ -86,8 +86,7 @@ class StateServer:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             self._shelf.drop_unused(asyncio.get_running_loop().time())
-            if self._shelf.oldest_step is None:
-                self._replica.num_kept_averaged = NUM_KEPT_AVERAGED
+            self._replica.averages.is_serving = self._shelf.oldest_step is not None
 
     def close(self) -> None:
         """Drop all images."""
@@ -195,5 +194,5 @@ class StateServer:
                 reason = f"state {place[0]}/{place[1]} is not held any more"
                 return None, state_pb2.SnapshotHeader(refusal_reason=reason)
             self._shelf.put(made, asyncio.get_running_loop().time())
-            self._replica.num_kept_averaged = NUM_KEPT_WHILE_SERVING
+            self._replica.averages.is_serving = True
             return self._shelf.borrow(place), busy

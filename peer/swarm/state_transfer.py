@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.codecs import EncodedVector, piece_byte_bounds
 from peer.swarm.transport import PeerCallError, Stream, StreamError, Transport
@@ -172,4 +170,4 @@ async def _receive_averaged(
     encoded = EncodedVector(codec=codec, num_values=num_values, data=memoryview(received))
     await asyncio.to_thread(encoded.decoded)
     await stream.acknowledge()
-    return AveragedVector(vector=vector, piece_digests=digests)
+    return AveragedVector(encoded=encoded, piece_digests=digests)
