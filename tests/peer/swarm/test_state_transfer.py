@@ -39,8 +39,8 @@ class Wire:
         self.received_bytes = 0
         self.tasks: list[asyncio.Task[None]] = []
 
-    async def pace(self, num_bytes: int) -> None:
-        return None
+    def reserve(self, num_bytes: int) -> float:
+        return 0.0
 
     def count(self, peer_id: str, *, sent_bytes: int = 0, received_bytes: int = 0) -> None:
         if peer_id != "newcomer":
