@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_READERS = 8
 _CPU_SECONDS_PER_BYTE = 4e-9
-"""Of this process and p2pd together for a served byte, measured on loopback
-(ops/bench/transfer.md).
+"""Of this process and p2pd together for a served byte: an estimate, half of what a byte of an
+averaging costs; serving itself has not been measured.
 """
 _CPU_RATIO = 0.04
 """Part of the machine's processor time that serving may take."""
