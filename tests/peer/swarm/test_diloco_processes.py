@@ -55,7 +55,7 @@ class Trainer:
         self._feedback = ErrorFeedback(codec, num_values=NUM_VALUES)  # mirrors the swarm process
         self.encoded = EncodedVector.encode(codec, np.zeros(0, dtype=np.float32))
         base = self.strategy.restart(round_tokens=self._round_tokens)
-        self._step = base.outer_step
+        self._outer_step = base.outer_step
 
     def train(self) -> None:
         while (windows := self.strategy.wanted_tokens() // SEQ_LEN) > 0:
@@ -75,7 +75,7 @@ class Trainer:
         part = TrainedRange(lease=b"", lease_number=1, begin_window=0, end_window=self._windows)
         self.strategy.run_round(self, (part,))
         contribution = self.daemon.vectors.contribution[: fragment.num_values]
-        self.encoded = self._feedback.encode(fragment, contribution, place=(1, self._step))
+        self.encoded = self._feedback.encode(fragment, contribution, place=(1, self._outer_step))
         self.train()
 
     def offer(self, offered: OfferedContribution) -> None:
@@ -84,8 +84,8 @@ class Trainer:
         self._windows = 0
 
     def settle(self) -> None:
-        self._step += 1
-        self._feedback.end_round(is_committed=True, place=(1, self._step))
+        self._outer_step += 1
+        self._feedback.end_round(is_committed=True, place=(1, self._outer_step))
         self.strategy.settle(round_tokens=self._round_tokens)
 
 
