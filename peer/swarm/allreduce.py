@@ -64,12 +64,14 @@ class Streams(Protocol):
 
 class ReduceError(Exception):
     """The attempt cannot be averaged; `peer_id` is whose fault it looks like, `is_down` if it looks
-    dead.
+    dead, `is_invalid` if what it sent breaks the rules.
     """
 
-    def __init__(self, reason: str, *, peer_id: str = "", is_down: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, peer_id: str = "", is_down: bool = False, is_invalid: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.peer_id, self.is_down = peer_id, is_down
+        self.peer_id, self.is_down, self.is_invalid = peer_id, is_down, is_invalid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,16 +192,21 @@ class Reduction:
         )
 
     def fail(self, error: ReduceError) -> None:
-        """End the reduction; only the first reason counts. Members that we serve are
-        still told it.
+        """End the reduction; only the first reason counts.
+
+        Streams stay open for a moment: members that we serve are still told the reason, and the
+        others hear it as a message before a broken stream could make them suspect us.
         """
         if self._failure is None:
             self._failure = error
             self._failed.set()
             self._sum.stop()
-            for stream in self._outgoing:
-                stream.close()
             self._loop.call_later(_TELL_SECONDS, self.close)
+
+    @property
+    def has_failed(self) -> bool:
+        """True once it has ended without a result; it closes its streams by itself."""
+        return self._failure is not None
 
     def close(self) -> None:
         """Drop every stream, also those that still serve others."""
@@ -270,7 +277,10 @@ class Reduction:
         try:
             self._sum.run()
         except NotFinite as error:
-            raise ReduceError(str(error), peer_id=error.peer_id) from error
+            culprit = error.peer_id
+            is_foreign = culprit not in ("", self._own_peer_id)
+            reason = f"part of {culprit}: {error}" if culprit else f"sum of all parts: {error}"
+            raise ReduceError(reason, peer_id=culprit, is_invalid=is_foreign) from error
         self._one_exchanged()
 
     async def serve(self, sender: str, header: state_pb2.PartHeader, stream: Stream) -> None:
@@ -280,7 +290,9 @@ class Reduction:
         wanted = (begin, end if is_expected and self._has_work(sender) else begin)
         found = (header.begin_piece, header.end_piece)
         if not is_expected or found != wanted or self._failure is not None:
-            reason = f"pieces {found} of {sender}; expected {wanted}, once"
+            reason = f"part of {sender}: pieces {found}; expected {wanted}, once"
+            if is_expected:
+                self.fail(ReduceError(reason, peer_id=sender, is_invalid=True))
             await refuse_stream(stream, str(self._failure or reason))
             return
         self._served.add(sender)
@@ -304,7 +316,10 @@ class Reduction:
                 read_part(stream, self._codec, batch, digests, values[: high - low])
                 slots.put_filled(values)
             self._awaited.pop((sender, False), None)
-        except (StreamError, Refused, ValueError, CorruptDataError) as error:
+        except (Refused, ValueError, CorruptDataError) as error:
+            reason = f"part of {sender}: {error}"
+            raise ReduceError(reason, peer_id=sender, is_invalid=True) from error
+        except StreamError as error:
             raise ReduceError(f"part of {sender}: {error}", peer_id=sender) from error
 
     def _send_reduced(self, receiver: str, stream: BulkStream) -> None:
@@ -340,15 +355,11 @@ class Reduction:
             self.fail(ReduceError(f"stream to {reducer}: {error}", peer_id=reducer))
             return
         self._outgoing.append(bulk)
-        try:
-            await asyncio.gather(
-                self._in_thread(lambda: self._send_part(reducer, bulk)),
-                self._in_thread(lambda: self._receive_reduced(reducer, bulk)),
-            )
-            self._in_thread(bulk.linger)
-        except asyncio.CancelledError:
-            bulk.close()
-            raise
+        await asyncio.gather(
+            self._in_thread(lambda: self._send_part(reducer, bulk)),
+            self._in_thread(lambda: self._receive_reduced(reducer, bulk)),
+        )
+        self._in_thread(bulk.linger)
 
     def _send_part(self, reducer: str, stream: BulkStream) -> None:
         begin, end = self._run_by_peer[reducer]
@@ -365,6 +376,8 @@ class Reduction:
         try:
             stream.send_message(header)
             for batch in batches_of(begin, end):
+                if self._failure is not None:
+                    return
                 assert self._own is not None
                 send_batch(stream, self._own, batch)
         except StreamError as error:
@@ -392,7 +405,10 @@ class Reduction:
             stream.acknowledge()
         except Refused as error:
             raise ReduceError(f"{reducer}: {error}") from error
-        except (StreamError, ValueError, CorruptDataError) as error:
+        except (ValueError, CorruptDataError) as error:
+            reason = f"reduced pieces of {reducer}: {error}"
+            raise ReduceError(reason, peer_id=reducer, is_invalid=True) from error
+        except StreamError as error:
             reason = f"reduced pieces of {reducer}: {error}"
             raise ReduceError(reason, peer_id=reducer) from error
         finally:
@@ -420,7 +436,7 @@ class ReductionDesk:
 
     def open(self, reduction: Reduction | None) -> None:
         """Make a reduction the current one; the one before serves nobody any more."""
-        if self._current is not None:
+        if self._current is not None and not self._current.has_failed:
             self._current.close()
         self._current = reduction
         self._changed.set()

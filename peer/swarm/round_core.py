@@ -11,13 +11,16 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from peer.swarm.accusations import Accusations
 from peer.swarm.round_types import (
     Behind,
+    ContributionRefused,
     Effect,
     OwnContribution,
     Persist,
     PhaseChanged,
     Proposal,
+    ReduceFailed,
     RoundChecks,
     RoundPhase,
     RoundRecord,
@@ -61,6 +64,9 @@ class RoundCore:
         self.attempt = 0
         self.phase = RoundPhase.FORM
         self.unreachable: set[str] = set()
+        self.accusations = Accusations(num_members=len(self.roster))
+        self.last_contributors: frozenset[str] = frozenset()
+        """Members that brought something into the last group that was averaged here."""
         self.at_step: set[str] = set()
         """Members whose last answer shows that they hold the previous state of this step."""
         self.contributions_by_digest: dict[bytes, bytes] = {}
@@ -99,13 +105,21 @@ class RoundCore:
             self.emit(Send(peer_ids, message))
 
     def refuse(
-        self, peer_id: str, *, attempt: int, kind: int, reason: str, to_attempt: int = 0
+        self,
+        peer_id: str,
+        *,
+        attempt: int,
+        kind: int,
+        reason: str,
+        to_attempt: int = 0,
+        accused: str = "",
     ) -> None:
         """Tell a sender that its message cannot be used."""
         refusal = rounds_pb2.RoundRefusal(
             reason=reason,
             kind=kind,  # type: ignore[arg-type]
             attempt=to_attempt,
+            accused_peer_id=accused,
         )
         self.send((peer_id,), attempt=attempt, refusal=refusal)
 
@@ -137,6 +151,36 @@ class RoundCore:
         return directive
 
     # Attempts ---------------------------------------------------------------------------------
+
+    @property
+    def not_awaited(self) -> frozenset[str]:
+        """Members that no group waits for, and no attempt follows."""
+        return self.accusations.left_out | self.unreachable
+
+    def hear_accusation(self, accuser: str, accused: str, reason: str) -> None:
+        """A member says whose bytes ended an attempt; if it is us, what we bring is dropped."""
+        if accused in self.entry_by_peer:
+            self.accusations.add(accuser, accused, reason, group=self.last_contributors)
+        self.drop_refused_own()
+
+    def judge_failure(self, event: ReduceFailed) -> str:
+        """Draw the conclusions from a reduction that failed here; returns whom to accuse."""
+        peer_id = event.peer_id
+        if event.is_down:
+            self.unreachable.add(peer_id)
+        if not peer_id or not self.accusations.is_to_be_accused(
+            peer_id, is_invalid=event.is_invalid
+        ):
+            return ""
+        self.hear_accusation(self.setup.own_peer_id, peer_id, event.reason)
+        return peer_id
+
+    def drop_refused_own(self) -> None:
+        """Bring nothing into a step that leaves us out."""
+        reason = self.accusations.reason_against(self.setup.own_peer_id)
+        if reason and self.own is not None and self.own.contribution.ranges:
+            self.own = None
+            self.emit(ContributionRefused(reason))
 
     @property
     def max_attempt(self) -> int:

@@ -124,6 +124,8 @@ class LeaderSide:
         core = self._core
         if join.contribution.peer_id != sender:
             return f"contribution names {join.contribution.peer_id}, not the sender"
+        if reason := core.accusations.reason_against(sender):
+            return f"left out of outer step {core.setup.outer_step}: {reason}"
         wanted = core.setup.num_pieces if join.contribution.ranges else 0
         if len(join.piece_digests) != wanted:
             return f"{len(join.piece_digests)} piece digests; {wanted} are needed"
@@ -160,13 +162,15 @@ class LeaderSide:
         if core.is_paused:
             core.show(RoundPhase.FORM, f"directive {core.newest_number} pauses the run")
             return ()
-        for peer_id in core.unreachable & set(proposer.joins):
+        for peer_id in core.not_awaited & set(proposer.joins):
             del proposer.joins[peer_id]
+        if core.accusations.reason_against(core.setup.own_peer_id):
+            self._admit(core.setup.own_peer_id, own_join(core))  # without anything of ours
         decision = decide_form(
             proposer,
             roster=core.roster,
             own_peer_id=core.setup.own_peer_id,
-            unreachable=core.unreachable,
+            unreachable=core.not_awaited,
             at_step=core.at_step,
             now_seconds=now_seconds,
             deadline_seconds=deadline_seconds,
@@ -302,6 +306,32 @@ def own_join(core: RoundCore) -> rounds_pb2.JoinGroup:
         upload_bytes_per_second=int(own.upload_bytes_per_second) if own is not None else 0,
         download_bytes_per_second=int(own.download_bytes_per_second) if own is not None else 0,
     )
+
+
+def problem_with_group(core: RoundCore, group: rounds_pb2.FormGroup) -> tuple[str, str]:
+    """What is wrong with a leader's group, and which member's doing it is; ("", "") if nothing."""
+    ends = list(group.reducer_piece_ends)
+    if len(ends) != len(group.members) or ends != sorted(ends):
+        return "piece ranges do not follow one another", ""
+    if not ends or ends[-1] != core.setup.num_pieces:
+        return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}", ""
+    if core.learn_directive(group.next_directive) is None:
+        return "next directive is older than the one in force or not signed", ""
+    for member in group.members:
+        peer_id, num_pieces = member.contribution.peer_id, len(member.piece_digests)
+        if member.previous_state_digest != core.setup.previous_state_digest:
+            return f"{peer_id} continues another state", ""
+        wanted = core.setup.num_pieces if member.contribution.ranges else 0
+        if num_pieces != wanted:
+            return f"{peer_id} committed {num_pieces} piece digests; {wanted} are needed", peer_id
+        if peer_id == core.setup.own_peer_id and member.contribution.ranges:
+            own = own_join(core)
+            if (member.contribution, list(member.piece_digests)) != (
+                own.contribution,
+                list(own.piece_digests),
+            ):
+                return "our own contribution is not what we bring", ""
+    return core.check_contributions([member.contribution for member in group.members]), ""
 
 
 def proposal_from(repropose: rounds_pb2.Repropose, attempt: int) -> Proposal:

@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 ROUND_CALL = "round"
 TICK_SECONDS = 0.1
 _FINISH_SECONDS = 3.0
+_AGAIN_SECONDS = 0.2
+"""From a call that failed to the next, at least."""
+_AGAIN_RATIO = 0.7
+"""Patience with a member that has not answered the last call, against the usual."""
 
 Place = tuple[int, int]
 Post = Callable[[Place, rt.Event], None]
@@ -292,18 +296,22 @@ class RoundShell:
     # Messages ---------------------------------------------------------------------------------
 
     async def _deliver(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
-        """Call a member once; twice in a row without success, a second apart or by deadline, it is
-        unreachable.
+        """Call a member; twice in a row without success it is unreachable.
+
+        After a refusal the second call comes a moment later; after silence, at once and with less
+        patience: the first has waited for long.
         """
         place = (message.incarnation, message.outer_step)
         begin_seconds = time.monotonic()
+        has_failed = peer_id in self._failures_by_peer
+        timeout_seconds = self.pace.call_seconds * (_AGAIN_RATIO if has_failed else 1.0)
         try:
             ack = await self._transport.call(
                 peer_id,
                 ROUND_CALL,
                 message,
                 rounds_pb2.RoundAck,
-                timeout_seconds=self.pace.call_seconds,
+                timeout_seconds=timeout_seconds,
             )
         except PeerCallError as error:
             logger.debug("message to %s: %s", peer_id, error)
@@ -313,7 +321,8 @@ class RoundShell:
                 if failures >= 2:
                     self._post(place, rt.PeerUnreachable(peer_id, str(error)))
                 else:
-                    await asyncio.sleep(0.2)
+                    spent_seconds = time.monotonic() - begin_seconds
+                    await asyncio.sleep(max(0.0, _AGAIN_SECONDS - spent_seconds))
                     await self._deliver(peer_id, message)
             return
         self._failures_by_peer.pop(peer_id, None)
@@ -351,8 +360,14 @@ class RoundShell:
         try:
             averaged = await reduction.run()
         except ReduceError as error:
-            blamed = error.peer_id if error.is_down else ""
-            self._post(place, rt.ReduceFailed(attempt, str(error), blamed))
+            failed = rt.ReduceFailed(
+                attempt,
+                str(error),
+                error.peer_id,
+                is_down=error.is_down,
+                is_invalid=error.is_invalid,
+            )
+            self._post(place, failed)
             return
         finally:
             watching.cancel()
@@ -381,6 +396,8 @@ class RoundShell:
         if self._reduction is not None and not self._reduction.done():
             logger.debug("averaging stopped: %s", reason)
             self._note_silent()
+            if self._current is not None:
+                self._current.fail(ReduceError(f"averaging was given up: {reason}"))
             self._reduction.cancel()
             self._desk.open(None)
         self._reduction = None

@@ -11,7 +11,13 @@ from google.protobuf.message import DecodeError
 
 from peer.swarm.round_agree import AgreeSide
 from peer.swarm.round_core import RoundCore, backoff_seconds
-from peer.swarm.round_leader import LeaderSide, own_join, proposal_from
+from peer.swarm.round_leader import (
+    LeaderSide,
+    own_join,
+    problem_with_group,
+    proposal_from,
+)
+from peer.swarm.round_proposer import contributors_of
 from peer.swarm.round_types import (
     AbortReduce,
     Acked,
@@ -121,6 +127,7 @@ class RoundMachine:
                 self._on_ack(event)
             case Contributed():
                 self._core.own = event.own
+                self._core.drop_refused_own()
                 self._leader.join_own()
                 self._send_join()
             case ReduceDone():
@@ -233,7 +240,7 @@ class RoundMachine:
         if attempt <= core.attempt or core.phase is RoundPhase.DONE:
             return
         for _ in core.roster:
-            if self._leader.leader(attempt) not in core.unreachable:
+            if self._leader.leader(attempt) not in core.not_awaited:
                 break
             attempt += 1
         if self.is_reducing:
@@ -355,7 +362,10 @@ class RoundMachine:
             if sender == self._leader.leader(attempt) and core.own is not None:
                 core.own = None
                 core.emit(ContributionRefused(f"{sender}: {refusal.reason}"))
-        elif kind == _FAILED and attempt == core.attempt:
+        elif kind == _FAILED:
+            core.hear_accusation(sender, refusal.accused_peer_id, refusal.reason)
+            if attempt != core.attempt:
+                return
             if core.phase is RoundPhase.AGREE:
                 self._leader.repropose_to(sender)
             elif self._group is not None or sender == self.leader_peer_id:
@@ -374,44 +384,22 @@ class RoundMachine:
         self.supersede(attempt, f"group of attempt {attempt} has formed")
         if core.attempt != attempt or core.phase is not RoundPhase.FORM or self._group is not None:
             return
-        problem = self._problem_with(group)
+        problem, accused = problem_with_group(core, group)
         if problem:
-            leader = self._leader.leader(attempt)
-            tell = (leader,) if leader != core.setup.own_peer_id else ()
-            self._fail_attempt(f"group refused: {problem}", tell)
+            tell = core.others if accused else (self._leader.leader(attempt),)
+            core.hear_accusation(core.setup.own_peer_id, accused, problem)
+            tell = tuple(peer for peer in tell if peer != core.setup.own_peer_id)
+            self._fail_attempt(f"group refused: {problem}", tell, accused)
             return
         members = {member.contribution.peer_id for member in group.members}
         if core.setup.own_peer_id not in members:
             return
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
+        core.last_contributors = contributors_of(group)
         self._is_in_group_before = True
         self.phase_deadline_seconds = self.now_seconds + core.timing.reduce_wait_seconds
         core.show(RoundPhase.REDUCE, f"averaging with {len(members)} members, attempt {attempt}")
         core.emit(StartReduce(attempt, group))
-
-    def _problem_with(self, group: rounds_pb2.FormGroup) -> str:
-        core = self._core
-        ends = list(group.reducer_piece_ends)
-        if len(ends) != len(group.members) or ends != sorted(ends):
-            return "piece ranges do not follow one another"
-        if not ends or ends[-1] != core.setup.num_pieces:
-            return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}"
-        if core.learn_directive(group.next_directive) is None:
-            return "next directive is older than the one in force or not signed"
-        for member in group.members:
-            if member.previous_state_digest != core.setup.previous_state_digest:
-                return f"{member.contribution.peer_id} continues another state"
-            wanted = core.setup.num_pieces if member.contribution.ranges else 0
-            if len(member.piece_digests) != wanted:
-                return f"{member.contribution.peer_id} committed {len(member.piece_digests)} pieces"
-            if member.contribution.peer_id == core.setup.own_peer_id and member.contribution.ranges:
-                own = own_join(core)
-                if (member.contribution, list(member.piece_digests)) != (
-                    own.contribution,
-                    list(own.piece_digests),
-                ):
-                    return "our own contribution is not what we bring"
-        return core.check_contributions([member.contribution for member in group.members])
 
     def _on_reduce_done(self, event: ReduceDone) -> None:
         core = self._core
@@ -432,17 +420,17 @@ class RoundMachine:
 
     def _on_reduce_failed(self, event: ReduceFailed) -> None:
         if event.attempt == self._core.attempt and self.is_reducing:
-            if event.peer_id:
-                self._core.unreachable.add(event.peer_id)
+            accused = self._core.judge_failure(event)
             group = self._group
             members = {m.contribution.peer_id for m in group.members} if group else set()
-            self._fail_attempt(event.reason, tuple(p for p in self._core.others if p in members))
+            tell = tuple(p for p in self._core.others if p in members)
+            self._fail_attempt(event.reason, tell, accused)
 
-    def _fail_attempt(self, reason: str, tell: tuple[str, ...]) -> None:
+    def _fail_attempt(self, reason: str, tell: tuple[str, ...], accused: str = "") -> None:
         core = self._core
         attempt = core.attempt
         for peer_id in tell:
-            core.refuse(peer_id, attempt=attempt, kind=_FAILED, reason=reason)
+            core.refuse(peer_id, attempt=attempt, kind=_FAILED, reason=reason, accused=accused)
         self.supersede(attempt + 1, reason)
 
     # Agree ------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ def test_part_that_no_encoder_writes_ends_the_attempt_and_names_its_sender(tmp_p
         vectors = {peer: _vector(peer) for peer in PEERS}
         results = await _average(hosts, vectors, int8, group=group, forged={"b": forged})
         failure = results["a"]
-        assert isinstance(failure, ReduceError) and failure.peer_id == "b"
+        assert isinstance(failure, ReduceError)
+        assert failure.peer_id == "b" and failure.is_invalid
         assert "part of b: codec int8: code -128" in str(failure)
 
     _with_hosts(tmp_path, body)
@@ -178,7 +179,10 @@ def test_bytes_that_were_not_committed_to_end_the_attempt(tmp_path: Path) -> Non
         vectors["b"][0] = 1.5  # changed after committing; piece 0 is reduced by a
         results = await _average(hosts, vectors)
         assert all(isinstance(result, ReduceError) for result in results.values())
-        assert "part of b: piece 0 is not what was committed to" in str(results["a"])
+        failure = results["a"]
+        assert isinstance(failure, ReduceError)
+        assert failure.peer_id == "b" and failure.is_invalid
+        assert "part of b: piece 0 is not what was committed to" in str(failure)
 
     _with_hosts(tmp_path, body)
 
@@ -237,6 +241,7 @@ def _reduction(host: Transport, peer: str) -> Reduction:
 
 def test_dead_member_is_named(tmp_path: Path) -> None:
     async def body(hosts: Hosts) -> None:
+        await ReductionDesk(hosts["c"]).start()  # alive, and slower to answer than a dead address
         await hosts["b"].close()
         reduction = _reduction(hosts["a"], "a")
         with pytest.raises(ReduceError) as caught:

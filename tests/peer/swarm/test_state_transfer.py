@@ -16,7 +16,7 @@ import pytest
 
 from peer.model.init import initial_vector
 from peer.swarm import piece_plan
-from peer.swarm.catch_up import CatchUp
+from peer.swarm.catch_up import CatchUp, DownloadPause
 from peer.swarm.incoming_state import IncomingState
 from peer.swarm.piece_plan import PieceLayout
 from peer.swarm.replica import Replica
@@ -403,6 +403,21 @@ def test_resumed_state_is_proven_by_the_certificate_after_it(
         server.close()
 
     asyncio.run(story())
+
+
+def test_states_that_lead_nowhere_are_downloaded_ever_more_seldom() -> None:
+    pause, now_seconds = DownloadPause(), 100.0
+    waits = []
+    for _ in range(9):
+        pause.downloaded(now_seconds)
+        waits.append(pause.left_seconds(now_seconds))
+        now_seconds += waits[-1]
+    assert waits == [0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    pause.downloaded(now_seconds)
+    pause.step_made()
+    assert pause.left_seconds(now_seconds) == 0.0
+    pause.downloaded(now_seconds)
+    assert pause.left_seconds(now_seconds) == 0.0
 
 
 def test_serving_takes_few_hundredths_of_the_machine_and_half_of_the_upload() -> None:
