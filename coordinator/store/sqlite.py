@@ -104,6 +104,7 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership, SqliteStudie
         run_sql(self._connection, "SAVEPOINT operation")
         try:
             yield
+            self.flush()  # a constraint that does not hold is this operation's error, nobody else's
         except BaseException:
             self._kept.forget()
             self._kept.unwritten = Unwritten()
