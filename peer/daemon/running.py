@@ -391,6 +391,7 @@ class RunningSession:
 
     def _on_death(self, child: ChildName, failure: ChildFailure) -> None:
         self._watches[child].forget()
+        self._duties.child_ended(child)
         if child is ChildName.SWARM:
             self._outbox.lose_state()
         else:
