@@ -177,6 +177,19 @@ def _lying(handler: Handler) -> Handler:
     return lie
 
 
+def _once(handler: Handler, is_time: Callable[[], bool]) -> Handler:
+    """The donor answers late, but not for ever."""
+
+    async def late(peer_id: str, stream: Stream) -> None:
+        loop = asyncio.get_running_loop()
+        deadline_seconds = loop.time() + 10.0
+        while not is_time() and loop.time() < deadline_seconds:
+            await asyncio.sleep(0)
+        await handler(peer_id, stream)
+
+    return late
+
+
 def test_three_donors_serve_one_state_and_a_liar_is_found_out(hub: Hub, tmp_path: Path) -> None:
     async def story() -> None:
         wire = Wire()
@@ -185,8 +198,11 @@ def test_three_donors_serve_one_state_and_a_liar_is_found_out(hub: Hub, tmp_path
         wanted = _proven(donors[0][0], "liar", "a", "b", "dead")
         incoming = IncomingState(tmp_path, _layout(donors[0][0]))
         download = _download(wire, wanted, incoming)
-        assert _is_right(await download.run(), wanted)
         plan = download.plan.donors
+        for name in ("a", "b"):
+            honest = wire.handler_by_peer[name]
+            wire.handler_by_peer[name] = _once(honest, lambda: plan["liar"].is_out)
+        assert _is_right(await download.run(), wanted)
         assert plan["liar"].is_out and "does not match the proven digest" in plan["liar"].reason
         assert plan["dead"].reason == "nobody is there"
         assert plan["a"].num_received + plan["b"].num_received >= download.plan.num_pieces
