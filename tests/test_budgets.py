@@ -29,6 +29,8 @@ BROAD_HANDLERS = {
     "coordinator/api/interceptor.py": 2,  # unary calls, streams
     "coordinator/ticker.py": 1,
     "peer/daemon.py": 1,
+    "peer/swarm/__main__.py": 1,  # the process's border
+    "peer/swarm/allreduce.py": 1,  # a thread's border: its error ends the attempt
 }
 
 NAMES_WITHOUT_UNIT = re.compile(r"(.*_)?(timeout|interval|delay|size|limit|budget)")

@@ -176,6 +176,9 @@ class Reduction:
                     {*waiting, failing}, return_when=asyncio.FIRST_COMPLETED
                 )
                 waiting -= done
+                for task in done & set(tasks):
+                    if not task.cancelled() and (error := task.exception()) is not None:
+                        self.fail(_unexpected(error))
         except asyncio.CancelledError:
             self.fail(ReduceError("averaging was given up"))
             raise
@@ -183,6 +186,9 @@ class Reduction:
             for task in (*tasks, failing):
                 task.cancel()
             await asyncio.gather(*tasks, failing, return_exceptions=True)
+        if self._failure is None and not all(self._result.digests):
+            num_missing = self._result.digests.count(b"")
+            self.fail(ReduceError(f"{num_missing} averaged pieces are missing"))
         if self._failure is not None:
             raise self._failure
         return AveragedVector(
@@ -250,6 +256,8 @@ class Reduction:
                 pass
             except ReduceError as found:
                 error = found
+            except Exception as found:  # whatever it is, the attempt must not count as averaged
+                error = _unexpected(found)
             with contextlib.suppress(RuntimeError):  # the loop may be gone as the process ends
                 self._loop.call_soon_threadsafe(finish, error)
 
@@ -397,6 +405,12 @@ class Reduction:
             raise ReduceError(reason, peer_id=reducer) from error
         finally:
             self._awaited.pop((reducer, True), None)
+
+
+def _unexpected(error: BaseException) -> ReduceError:
+    """A failure that nobody foresaw: said in full where it happened, in short to the others."""
+    logger.error("averaging failed", exc_info=error)
+    return ReduceError(f"averaging failed: {type(error).__name__}: {error}")
 
 
 async def refuse_stream(stream: Stream, reason: str) -> None:

@@ -10,10 +10,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel
 from peer.swarm import round_types as rt
 from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
@@ -28,6 +29,7 @@ from peer.swarm.timeline import TimelineRecorder
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.vote_file import VoteFile
 from protos.contract.digest import num_pieces
+from protos.contract.errors import MachineError
 from protos.contract.signing import SigningKey
 from protos.contract.telemetry import AttemptOutcome, RoundPhase
 from protos.muster.v1 import common_pb2, rounds_pb2
@@ -55,6 +57,7 @@ class RoundShell:
         votes: VoteFile,
         desk: ReductionDesk,
         post: Post,
+        tasks: BackgroundTasks,
     ) -> None:
         self._replica, self._transport, self._channel = replica, transport, channel
         self._key, self._desk, self._post = key, desk, post
@@ -76,7 +79,7 @@ class RoundShell:
         self._current: Reduction | None = None
         self._buffers = BufferPool()
         self._fetching: set[bytes] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = tasks
         self._failures_by_peer: dict[str, int] = {}
         self._request_numbers = itertools.count(1)
         self._place_by_request: dict[str, tuple[Place, int | None]] = {}
@@ -156,14 +159,6 @@ class RoundShell:
         if self._reduction is not None:
             await asyncio.wait({self._reduction}, timeout=_FINISH_SECONDS)
 
-    async def close(self) -> None:
-        """Cancel everything that runs."""
-        self.end()
-        tasks = [*self._tasks, *([self._reduction] if self._reduction else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
     async def contribute(
         self, own: rt.OwnContribution | None, encoded: EncodedVector | None = None
     ) -> None:
@@ -198,13 +193,13 @@ class RoundShell:
                 await asyncio.to_thread(self.votes.write, effect.record)
             case rt.Send():
                 for peer_id in effect.peer_ids:
-                    self._spawn(self._deliver(peer_id, effect.message))
+                    self._tasks.start(self._deliver(peer_id, effect.message))
             case rt.StartReduce():
                 self._start_reduction(effect)
             case rt.AbortReduce():
                 self._abort_reduction(effect.reason)
             case rt.FetchBytes():
-                self._spawn(self._fetch(effect))
+                self._tasks.start(self._fetch(effect))
             case rt.AskCoordinatorExchange() | rt.SubmitVotes():
                 self._ask_coordinator(effect)
             case rt.Commit():
@@ -247,11 +242,6 @@ class RoundShell:
         place = self.place
         assert place is not None
         return place
-
-    def _spawn(self, job: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(job)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # Timeline ---------------------------------------------------------------------------------
 
@@ -343,7 +333,7 @@ class RoundShell:
         self._desk.open(reduction)
         self._transport.link_meter.begin(time.monotonic())
         self._current = reduction
-        self._reduction = asyncio.ensure_future(self._reduce(reduction, effect.attempt))
+        self._reduction = self._tasks.start(self._reduce(reduction, effect.attempt))
 
     async def _reduce(self, reduction: Reduction, attempt: int) -> None:
         place = self._place()
@@ -358,7 +348,14 @@ class RoundShell:
             watching.cancel()
         self._transport.link_meter.end()
         self.pace.add_wait(reduction.longest_wait_seconds)
-        await asyncio.to_thread(self._replica.hold_averaged, averaged)
+        try:
+            await asyncio.to_thread(self._replica.hold_averaged, averaged)
+        except OSError as error:  # without the bytes on disk there must be no vote
+            raise MachineError(
+                f"averaged bytes cannot be written: {error}",
+                allowed="room for them in the peer's home",
+                remedy="free space there, or move the peer with --home",
+            ) from error
         self._post(place, rt.ReduceDone(attempt, averaged.averaged_digest))
 
     def _exchanged(self) -> None:

@@ -26,6 +26,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
 from peer.swarm.link_meter import LinkMeter
 from peer.swarm.sockets import socket_folder
+from protos.contract.addresses import problem_of_address
 from protos.contract.errors import ErrorCode, MachineError
 
 __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport"]
@@ -39,6 +40,8 @@ _LOOK_SECONDS = 0.1
 """Between looks for a connection that the other side may be making; longer than half an RTT."""
 _START_SECONDS = 30.0
 _P2PD_IDLE_SECONDS = 20
+_MAX_BAD_ADDRESSES = 256
+"""Remembered, so that each is told once; beyond that they are dropped without a word."""
 
 _M = TypeVar("_M", bound=Message)
 
@@ -157,6 +160,7 @@ class Transport:
         self._peer_by_p2p: dict[str, str] = {}
         self._p2p_by_peer: dict[str, PeerID] = {}
         self._addresses_by_peer: dict[str, set[str]] = {}
+        self._bad_addresses: set[str] = set()
         self._connected: set[str] = set()
 
     @classmethod
@@ -211,8 +215,9 @@ class Transport:
         return str(self.p2p.peer_id.to_base58())
 
     async def addresses(self) -> list[str]:
-        """Own multiaddresses, with the identity at the end."""
-        return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        """Own multiaddresses, with the identity at the end; of kinds that members dial."""
+        found = [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        return [address for address in found if not problem_of_address(address)]
 
     async def wait_died(self) -> str:
         """Wait until p2pd has ended, whoever ended it; returns how."""
@@ -266,16 +271,31 @@ class Transport:
         return peer_id in self._p2p_by_peer
 
     def add_addresses(self, peer_id: str, addresses: Iterable[str]) -> None:
-        """Remember where a member may be reached."""
+        """Remember where a member may be reached; what is no address is left out."""
         known = self._addresses_by_peer.setdefault(peer_id, set())
         if len(known) > 16:
             known.clear()
-        known.update(addresses)
+        for address in addresses:
+            if address in known or address in self._bad_addresses:
+                continue
+            try:
+                Multiaddr(address)
+            except ValueError as error:
+                if len(self._bad_addresses) < _MAX_BAD_ADDRESSES:
+                    self._bad_addresses.add(address)
+                    logger.warning("an address of %s is of no use: %s", peer_id, _short(error))
+            else:
+                known.add(address)
 
     async def connect_address(self, address: str, *, timeout_seconds: float = 5.0) -> str:
-        """Connect to a full multiaddress of anybody; returns its libp2p identity."""
-        maddr = Multiaddr(address)
-        identity = PeerID.from_base58(maddr["p2p"])
+        """Connect to a full multiaddress of anybody; returns its libp2p identity. Raises
+        PeerCallError.
+        """
+        try:
+            maddr = Multiaddr(address)
+            identity = PeerID.from_base58(maddr["p2p"])
+        except (ValueError, LookupError) as error:
+            raise PeerCallError(f"{address[:80]!r}: {_short(error)}", is_down=False) from error
         await self._connect(identity, [maddr], timeout_seconds=timeout_seconds)
         return str(identity.to_base58())
 
