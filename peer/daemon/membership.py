@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+from peer import session_events as ev
 from peer.config import PeerConfig, format_bytes
 from peer.coordinator_client import ClockOffset, CoordinatorClient, check_clock
 from peer.home import write_atomically
@@ -243,3 +244,13 @@ def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
 def needed_memory_bytes(shape: ModelShape, strategy_name: str) -> int:
     """Least memory of all processes together, activations apart."""
     return _BASE_MEMORY_BYTES + _VECTORS_BY_STRATEGY[strategy_name] * shape.vector_bytes
+
+
+def joined_event(membership: Membership, *, has_lost_leases: bool) -> ev.Joined:
+    """What the machine needs to know of a membership."""
+    interval = membership.response.heartbeat_interval_duration
+    return ev.Joined(
+        heartbeat_interval_seconds=interval.seconds + interval.nanos / 1e9,
+        incarnation=membership.incarnation,
+        has_lost_leases=has_lost_leases,
+    )

@@ -18,16 +18,22 @@ from peer import session_events as ev
 from peer.background import BackgroundTasks
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CoordinatorClient
+from peer.daemon.child_watch import ChildWatch
 from peer.daemon.children import ChildFailure, Children, swarm_settings, trainer_settings
 from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks
 from peer.daemon.core import Core
 from peer.daemon.dataset import Dataset
 from peer.daemon.duties import Duties
-from peer.daemon.membership import Membership, check_can_honour, join_run, save_membership
+from peer.daemon.membership import (
+    Membership,
+    check_can_honour,
+    join_run,
+    joined_event,
+    save_membership,
+)
 from peer.daemon.messages import MessageDesk
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
-from peer.daemon.trainer_watch import TrainerWatch
 from peer.home import Home
 from peer.identity import Identity
 from peer.ipc import Message
@@ -89,7 +95,7 @@ class RunningSession:
             on_message=self._take_message,
             on_death=self._on_death,
         )
-        self._watch = TrainerWatch()
+        self._watches = {child: ChildWatch() for child in ChildName}
         self._max_micro_batch_sequences: int | None = None
         self._outbox = Outbox()
         self._calls = CoordinatorTasks(
@@ -125,12 +131,11 @@ class RunningSession:
             send=self._children.send,
             start_task=self._serve_swarm,
             note_failure=self._children.note_failure,
-            watch=self._watch,
+            watches=self._watches,
         )
         self._held_digest_by_lease: dict[tuple[int, int], bytes] = {}
         self._path_by_lease: dict[tuple[int, int], Path] = {}
-        self._noted_reasons: set[str] = set()
-        """Why chunks could not be had, as the owner was told."""
+        self._noted_reasons: set[str] = set()  # why chunks could not be had, as the owner was told
         self._is_dataset_ready = asyncio.Event()
         self._next_by_chore = dict.fromkeys(("status", "progress", "memory"), 0.0)
 
@@ -148,10 +153,10 @@ class RunningSession:
         core = self._core
         core.feed(ev.Tick(jitter_ratio=random.random()))
         core.show_leases()
-        stalled = self._watch.tick(time.monotonic())
-        if stalled:
-            self._watch.forget()
-            self._children.kill(ChildName.TRAINER, stalled)
+        for child, watch in self._watches.items():
+            if stalled := watch.tick(time.monotonic()):
+                watch.forget()
+                self._children.kill(child, stalled)
         if self._is_due("status", STATUS_SECONDS):
             self._forget_ended_leases()
             core.numbers.save(self._home.run / "status.json")
@@ -166,7 +171,8 @@ class RunningSession:
         at most.
         """
         began_seconds = time.monotonic()
-        self._watch.forget()
+        for watch in self._watches.values():
+            watch.forget()
         await self._children.stop(ChildName.TRAINER, grace_seconds=_TRAINER_STOP_SECONDS)
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
@@ -384,8 +390,11 @@ class RunningSession:
         self._desk.take(child, message)
 
     def _on_death(self, child: ChildName, failure: ChildFailure) -> None:
-        if child is ChildName.TRAINER:
-            self._watch.forget()
+        self._watches[child].forget()
+        self._duties.child_ended(child)
+        if child is ChildName.SWARM:
+            self._outbox.lose_state()
+        else:
             self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
         event = ev.ChildDied(
             child=child,
@@ -487,13 +496,3 @@ class RunningSession:
                     remedy="raise --memory-limit, or join a run with a smaller model",
                 )
             )
-
-
-def joined_event(membership: Membership, *, has_lost_leases: bool) -> ev.Joined:
-    """What the machine needs to know of a membership."""
-    interval = membership.response.heartbeat_interval_duration
-    return ev.Joined(
-        heartbeat_interval_seconds=interval.seconds + interval.nanos / 1e9,
-        incarnation=membership.incarnation,
-        has_lost_leases=has_lost_leases,
-    )

@@ -15,7 +15,7 @@ async def command_line(process: asyncio.subprocess.Process) -> bytes:
             found = Path(f"/proc/{process.pid}/cmdline").read_bytes()
             if found:
                 return found
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
 
 
 def test_the_join_string_is_read_and_does_not_show_in_ps(tmp_path: Path) -> None:
