@@ -168,7 +168,8 @@ class SwarmNode:
         await self._failed
 
     def _on_failure(self, error: BaseException) -> None:
-        logger.error("a task of the swarm process failed", exc_info=error)
+        if not isinstance(error, ChannelClosed):
+            logger.error("a task of the swarm process failed", exc_info=error)
         if not self._failed.done():
             self._failed.set_exception(error)
 

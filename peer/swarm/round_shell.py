@@ -21,6 +21,7 @@ from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
 from peer.swarm.buffer_pool import BufferPool
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
+from peer.swarm.latecomers import Latecomers, late_in_failed
 from peer.swarm.pace import Pace
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
@@ -64,6 +65,8 @@ class RoundShell:
         self.votes = votes
         self.machine: RoundMachine | None = None
         self.pace = Pace()
+        self._latecomers = Latecomers()
+        self._committed_seconds = time.monotonic()
         self.on_phase: Callable[[RoundPhase, int], None] | None = None
         """Called with (phase, attempt) when a phase of the round begins, before its work."""
         self.seconds_by_phase: dict[str, float] = {}
@@ -77,6 +80,7 @@ class RoundShell:
         self._own_encoded: EncodedVector | None = None
         self._reduction: asyncio.Task[None] | None = None
         self._current: Reduction | None = None
+        self._stall_seconds = self.pace.stall_seconds()
         self._buffers = BufferPool()
         self._fetching: set[bytes] = set()
         self._tasks = tasks
@@ -135,6 +139,9 @@ class RoundShell:
                 directive=directive,
                 previous_state_digest=replica.state_digest,
                 num_pieces=pieces,
+                vector_bytes=replica.codec.encoded_bytes(replica.contribution.size),
+                left_out=self._latecomers.left_out,
+                on_trial=self._latecomers.on_trial,
             ),
             checks=self._checks,
             timing=self.pace.timing(),
@@ -167,10 +174,11 @@ class RoundShell:
         `encoded` is what it brings, if it has ranges.
         """
         if own is not None:
-            meter = self._transport.link_meter
+            meter, limit = self._transport.link_meter, self._transport.upload_limit_bytes_per_second
+            upload = meter.upload_bytes_per_second
             own = replace(
                 own,
-                upload_bytes_per_second=meter.upload_bytes_per_second,
+                upload_bytes_per_second=min(upload or limit, limit) if limit else upload,
                 download_bytes_per_second=meter.download_bytes_per_second,
             )
         self._own, self._own_encoded = own, encoded
@@ -270,6 +278,8 @@ class RoundShell:
             moved=self._transport.moved_by_peer(),
         )
         self.seconds_by_phase = seconds = timeline.seconds_by_phase()
+        if outcome is AttemptOutcome.COMMITTED:
+            self._learn_who_is_late()
         if outcome is AttemptOutcome.COMMITTED and "exchange" in seconds and "form" in seconds:
             averaging_seconds = seconds["exchange"] + seconds.get("reduce", 0.0)
             self.pace.add(
@@ -341,6 +351,7 @@ class RoundShell:
         try:
             averaged = await reduction.run()
         except ReduceError as error:
+            self._note_late(reduction)
             blamed = error.peer_id if error.is_down else ""
             self._post(place, rt.ReduceFailed(attempt, str(error), blamed))
             return
@@ -366,9 +377,13 @@ class RoundShell:
 
     async def _watch_silence(self, reduction: Reduction) -> None:
         """A member that is connected but stopped is only found by what it does not send."""
+        num_failed = self.machine.num_failed_reductions if self.machine is not None else 0
+        self._stall_seconds = self.pace.stall_seconds(num_failed)
         while True:
+            before_seconds = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
-            peer_id, seconds = reduction.silent_peer(self.pace.stall_seconds)
+            reduction.note_late(time.monotonic() - before_seconds)
+            peer_id, seconds = reduction.silent_peer(self._stall_seconds)
             if peer_id:
                 reason = f"{peer_id} has sent nothing for {seconds:.1f} s"
                 reduction.fail(ReduceError(reason, peer_id=peer_id, is_down=True))
@@ -387,10 +402,33 @@ class RoundShell:
         in the next one.
         """
         if self._current is not None and self.place is not None:
-            peer_id, seconds = self._current.silent_peer(self.pace.stall_seconds / 2)
+            peer_id, seconds = self._current.silent_peer(self._stall_seconds / 2)
             if peer_id:
                 reason = f"has sent nothing for {seconds:.1f} s"
                 self._post(self.place, rt.PeerUnreachable(peer_id, reason))
+            self._note_late(self._current)
+
+    def _note_late(self, reduction: Reduction) -> None:
+        """A reduction has failed, here or elsewhere: for whom was it waiting?"""
+        elapsed_seconds = time.monotonic() - reduction.begin_seconds
+        late = late_in_failed(reduction.late_seconds_by_peer, elapsed_seconds=elapsed_seconds)
+        if late and self.place is not None:
+            self._post(self.place, rt.PeersLate(reduction.place[2], late))
+
+    def _learn_who_is_late(self) -> None:
+        """A step is certified: what that says of slow members."""
+        now, current = time.monotonic(), self._current
+        round_seconds, self._committed_seconds = now - self._committed_seconds, now
+        self.pace.add_round(round_seconds)
+        is_ours = current is not None and current.place[:2] == self.place
+        late = self._latecomers.step_ended(
+            late=self.machine.late if self.machine is not None else (),
+            tokens_by_peer=current.tokens_by_peer if current is not None and is_ours else {},
+            late_seconds_by_peer=current.late_seconds_by_peer if current and is_ours else {},
+            round_seconds=round_seconds,
+        )
+        if late:
+            logger.warning("left out for some steps, the link is too slow: %s", ", ".join(late))
 
     async def _fetch(self, effect: rt.FetchBytes) -> None:
         digest, place = effect.averaged_digest, self._place()

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _WRITE_BYTES = 2**18
 _LEAST_WAIT_SECONDS = 0.005
+_LEAST_SLICE, _MOST_SLICE = 2**10, 2**16
 _NUM_LOOKS = 6
 _LOOK_SECONDS = 0.1
 """Between looks for a connection that the other side may be making; longer than half an RTT."""
@@ -77,8 +78,9 @@ class Stream:
         """Send raw bytes at the pace that the owner allows."""
         view = memoryview(data).cast("B")
         try:
-            for begin in range(0, len(view), _WRITE_BYTES):
-                part = view[begin : begin + _WRITE_BYTES]
+            size = min(_WRITE_BYTES, self._transport.slice_bytes or _WRITE_BYTES)
+            for begin in range(0, len(view), size):
+                part = view[begin : begin + size]
                 await asyncio.sleep(self._transport.reserve(len(part)))
                 self._transport.count(self._peer_id, sent_bytes=len(part))
                 self._writer.write(part)
@@ -456,11 +458,25 @@ class Transport:
         return BulkStream(
             fd,
             head=head,
+            slice_bytes=self.slice_bytes,
             reserve=self.reserve,
             count=lambda sent, received: self.count(
                 peer_id, sent_bytes=sent, received_bytes=received
             ),
         )
+
+    @property
+    def upload_limit_bytes_per_second(self) -> float | None:
+        """What the owner allows; None: no limit."""
+        return self._bytes_per_second
+
+    @property
+    def slice_bytes(self) -> int | None:
+        """Most bytes to send at a time below the owner's limit: about a tenth of a second, so that
+        nobody takes the pauses for the end; None without a limit.
+        """
+        limit = self._bytes_per_second
+        return None if limit is None else int(min(_MOST_SLICE, max(_LEAST_SLICE, limit / 10)))
 
     def reserve(self, num_bytes: int) -> float:
         """Seconds to wait before sending so much, to keep below the owner's upload limit; from any

@@ -270,7 +270,7 @@ def _failure_of(reduction: Callable[[], Reduction]) -> ReduceError:
 
 def test_an_error_that_nobody_foresaw_ends_the_attempt() -> None:
     error = _failure_of(lambda: _reduction(_LostStreams(), "a"))
-    assert "ValueError: no way to b" in str(error)
+    assert "ValueError: no way to" in str(error)
 
 
 def test_an_error_in_a_thread_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
