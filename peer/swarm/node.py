@@ -24,7 +24,7 @@ from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
 from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, Place, RoundShell
-from peer.swarm.state_transfer import StateServer
+from peer.swarm.state_server import StateServer
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.turns import tell_turns
 from peer.swarm.vote_file import VoteFile
@@ -69,10 +69,12 @@ class SwarmNode:
         )
         self._queue: asyncio.Queue[_Item] = asyncio.Queue(_MAX_QUEUED)
         self._early: deque[tuple[Place, rt.Event]] = deque(maxlen=_MAX_EARLY)
-        self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
-        self._server = StateServer(self._replica, transport)
-        self._desk = ReductionDesk(transport)
         self._reporter = Reporter(channel, self._replica, transport, own_peer_id=self._own_peer_id)
+        self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
+        self._catch_up.on_progress = self._reporter.sync_progress
+        limit_mbit = config.upload_limit_mbit
+        self._server = StateServer(self._replica, transport, upload_limit_mbit=limit_mbit)
+        self._desk = ReductionDesk(transport)
         self._shell: RoundShell
         self._offers: Offers
         self._done_ratio = 0.0
@@ -115,15 +117,16 @@ class SwarmNode:
         await asyncio.to_thread(self._load_local)
         self._update_members()
         await self._server.start()
+        self._tasks.start(self._server.sweep(), name="sweep")
         await self._desk.start()
         await self._transport.serve_messages(ROUND_CALL, self._on_message, rounds_pb2.RoundMessage)
         self._tasks.start(tell_turns(self._channel), name="turns")
-        presence = keep_presence(self._dht, self._transport, self._replica, self._own_peer_id)
-        self._tasks.start(presence, name="presence")
+        presence = (self._dht, self._transport, self._replica, self._own_peer_id)
+        self._tasks.start(keep_presence(*presence), name="presence")
 
     def _load_local(self) -> None:
         replica = self._replica
-        replica.load_held_averaged()
+        replica.averages.load()
         for path in replica.store.paths():
             incarnation, _, _ = path.name.partition("-")
             if int(incarnation) > replica.incarnation:
@@ -143,6 +146,7 @@ class SwarmNode:
     async def run(self) -> None:
         """Work until cancelled or the daemon is gone."""
         reader = asyncio.ensure_future(self._read_channel())
+        reader.add_done_callback(lambda _: self._catch_up.stop.set())
         try:
             while not reader.done():
                 await self._settle()
@@ -162,14 +166,13 @@ class SwarmNode:
         if self._replica.is_current and self._replica.position != self._saved_position:
             await self._save()
         self._shell.votes.close()
+        self._server.close()
 
     async def wait_failed(self) -> None:
         """Wait for ever, or raise what a task beside `run` did not foresee."""
         await self._failed
 
     def _on_failure(self, error: BaseException) -> None:
-        if not isinstance(error, ChannelClosed):
-            logger.error("a task of the swarm process failed", exc_info=error)
         if not self._failed.done():
             self._failed.set_exception(error)
 

@@ -91,6 +91,7 @@ class Daemon:
     addresses: list[str] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     lease_number: int = 0
+    upload_limit_mbit: float | None = None
 
     @property
     def peer_id(self) -> str:
