@@ -57,7 +57,6 @@ def expected_seconds(links: Sequence[Link], ends: Sequence[int], *, vector_bytes
         share, begin = (end - begin) / num_pieces, end
         rates = (link.upload_bytes_per_second, link.download_bytes_per_second)
         costs = _costs(link, rates[0] or _UNKNOWN, rates[1] or _UNKNOWN, links)
-        # The costs of a share f are fixed + slope f, where what stays here is counted as sent.
         seconds.append(vector_bytes * max(fixed + slope * share for fixed, slope in costs))
     return statistics.median_low(seconds)
 
