@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from protos.contract.addresses import ALLOWED_ADDRESS, problem_of_address
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 from protos.contract.ids import is_valid_name
 
@@ -128,10 +129,22 @@ class PeerConfig:
         if self.metrics_port is not None:
             _check_range("metrics_port", self.metrics_port, 0, 65535)
         _check_range("upload_limit_mbit", self.upload_limit_mbit, 0, 1_000_000)
+        for address in self.announce:
+            check_announced(address)
         if self.log_level not in LOG_LEVELS:
             raise _not_one_of("log_level", self.log_level, LOG_LEVELS)
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise _not_one_of("device", self.device, ("auto", "cpu", "cuda", "cuda:N"))
+
+
+def check_announced(address: str) -> None:
+    """Raise UsageError unless others can dial this address."""
+    if problem := problem_of_address(address):
+        raise UsageError(
+            f"announce is {address!r}: {problem}",
+            allowed=ALLOWED_ADDRESS,
+            remedy="correct announce in the flag, variable or file that sets it",
+        )
 
 
 def _check_range(key: str, value: float, low: float, high: float) -> None:

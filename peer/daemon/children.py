@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peer.background import BackgroundTasks
 from peer.config import PeerConfig
-from peer.daemon.background import BackgroundTasks
 from peer.daemon.membership import Membership
 from peer.identity import Identity
 from peer.ipc import ChannelClosed, Message

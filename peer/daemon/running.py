@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from peer import session_events as ev
+from peer.background import BackgroundTasks
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CoordinatorClient
-from peer.daemon.background import BackgroundTasks
 from peer.daemon.child_watch import ChildWatch
 from peer.daemon.children import ChildFailure, Children, swarm_settings, trainer_settings
 from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks

@@ -70,7 +70,13 @@ class DilocoStrategy:
         return self._base
 
     def settle(self, *, round_tokens: int) -> StatePosition:
-        """Mix the fragment that has arrived into the local parameters."""
+        """Mix the fragment that has arrived into the local parameters.
+
+        What was trained on it while it travelled stays with the share `mix_ratio`; the rest of it
+        is lost, though its tokens count towards the next round. The other fragments keep all of it.
+        So with P fragments a step of the overlap has the effect of 1 - (1 - mix_ratio) / P of a
+        step, by the count of parameters; the spec refuses settings for which that is 0.
+        """
         before = self._base
         assert before is not None
         if not self._is_travelling:

@@ -95,6 +95,7 @@ def test_unknown_keys_name_the_nearest(
         {"log_level": "LOUD"},
         {"upload_limit_mbit": -1.0},
         {"memory_limit": "lots"},
+        {"announce": ["/ip4/my-host.example/tcp/4001"]},
     ],
 )
 def test_values_that_cannot_work(tmp_path: Path, flags: dict[str, object]) -> None:
