@@ -41,6 +41,29 @@ class ChildFailure:
     exit_code: int | None = None
     """Of an error that has one."""
     is_out_of_memory: bool = False
+    lost_devices: tuple[int, ...] = ()
+    """Positions of devices whose local ranks ended or do not answer."""
+
+
+@dataclass(slots=True)
+class TrainerLimits:
+    """What earlier trainers of this session have shown; the next is planned for what is left."""
+
+    max_micro_batch_sequences: int | None = None
+    saves_memory: bool = False
+    lost_devices: tuple[int, ...] = ()
+
+    def learn(
+        self,
+        *,
+        max_micro_batch_sequences: int | None = None,
+        saves_memory: bool = False,
+        lost_devices: tuple[int, ...] = (),
+    ) -> None:
+        """Take in a fault."""
+        self.max_micro_batch_sequences = max_micro_batch_sequences or self.max_micro_batch_sequences
+        self.saves_memory = self.saves_memory or saves_memory
+        self.lost_devices = tuple(sorted({*self.lost_devices, *lost_devices}))
 
 
 def num_kernel_oom_kills() -> int:
@@ -195,15 +218,20 @@ def trainer_settings(
     membership: Membership,
     heldout_paths: tuple[Path, ...],
     tokenizer_path: Path,
-    max_micro_batch_sequences: int | None,
+    limits: TrainerLimits,
 ) -> dict[str, Any]:
-    """Fields of the trainer's `configure`; the last one bounds its own choice."""
+    """Fields of the trainer's `configure`; `limits` bound its own choice."""
     return {
         "run_spec": membership.response.run_spec,
         "num_threads": config.threads,
         "device": config.device,
+        "devices": config.devices,
+        "layout": config.layout,
+        "memory_limit_bytes": config.memory_limit_bytes,
         "heldout_paths": [str(path) for path in heldout_paths],
         "tokenizer_path": str(tokenizer_path),
         "seed": membership.spec.seed,
-        "max_micro_batch_sequences": max_micro_batch_sequences,
+        "max_micro_batch_sequences": limits.max_micro_batch_sequences,
+        "saves_memory": limits.saves_memory,
+        "lost_devices": list(limits.lost_devices),
     }

@@ -23,12 +23,13 @@ from peer.daemon.membership import (
     installed_version,
     is_same_run,
     join_run,
+    joined_event,
     load_membership,
     package_version,
     save_membership,
 )
 from peer.daemon.reports import Reporter, SessionNumbers
-from peer.daemon.running import RunningSession, joined_event
+from peer.daemon.running import RunningSession
 from peer.home import Home
 from peer.identity import Identity
 from peer.metrics import PeerMetrics

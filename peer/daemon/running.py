@@ -17,13 +17,20 @@ from typing import Any
 from peer import session_events as ev
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CoordinatorClient
+from peer.daemon import membership as memberships
 from peer.daemon.background import BackgroundTasks
-from peer.daemon.children import ChildFailure, Children, swarm_settings, trainer_settings
+from peer.daemon.children import (
+    ChildFailure,
+    Children,
+    TrainerLimits,
+    swarm_settings,
+    trainer_settings,
+)
 from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks
 from peer.daemon.core import Core
 from peer.daemon.dataset import Dataset
 from peer.daemon.duties import Duties
-from peer.daemon.membership import Membership, check_can_honour, join_run, save_membership
+from peer.daemon.membership import Membership
 from peer.daemon.messages import MessageDesk
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
@@ -78,7 +85,7 @@ class RunningSession:
             environment=child_environment(threads=config.threads, log_level=config.log_level),
             record_children=home.record_children,
         )
-        shape = check_can_honour(membership.spec, config)
+        shape = memberships.check_can_honour(membership.spec, config)
         self._vectors = SharedVectors.create(
             shape.num_parameters, membership.spec.strategy.state_vectors
         )
@@ -90,7 +97,7 @@ class RunningSession:
             on_death=self._on_death,
         )
         self._watch = TrainerWatch()
-        self._max_micro_batch_sequences: int | None = None
+        self._limits = TrainerLimits()
         self._outbox = Outbox()
         self._calls = CoordinatorTasks(
             client,
@@ -333,8 +340,10 @@ class RunningSession:
 
     async def _respawn(self, action: ev.Respawn) -> None:
         child = action.child
-        if action.max_micro_batch_sequences is not None:
-            self._max_micro_batch_sequences = action.max_micro_batch_sequences
+        self._limits.learn(
+            max_micro_batch_sequences=action.max_micro_batch_sequences,
+            saves_memory=action.saves_memory,
+        )
         self._core.note(f"{action.reason}; starting it again")
         self._core.metrics.add(telemetry.PEER_CHILD_RESTARTS, 1, {"process": child.value})
         try:
@@ -351,7 +360,7 @@ class RunningSession:
         _LOGGER.info("joining again: %s", action.reason)
         while True:
             try:
-                membership, clock = await join_run(
+                membership, clock = await memberships.join_run(
                     self._client,
                     join_string=self._membership.join_string,
                     identity=self._identity,
@@ -365,7 +374,7 @@ class RunningSession:
                 return
         self._calls.note_clock(clock)
         self._keep_membership(membership)
-        self._core.feed(joined_event(membership, has_lost_leases=True))
+        self._core.feed(memberships.joined_event(membership, has_lost_leases=True))
 
     def _serve_swarm(self, message: Message) -> None:
         if message["kind"] == "need_checkpoint":
@@ -387,6 +396,7 @@ class RunningSession:
         if child is ChildName.TRAINER:
             self._watch.forget()
             self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
+            self._limits.learn(lost_devices=failure.lost_devices)
         event = ev.ChildDied(
             child=child,
             reason=failure.reason,
@@ -406,7 +416,7 @@ class RunningSession:
         if list(new.initial_peers) != list(old.initial_peers):
             self._tell_swarm("initial_peers", addresses=list(new.initial_peers))
         try:
-            save_membership(self._home.path, membership)
+            memberships.save_membership(self._home.path, membership)
         except MachineError as error:
             self._core.note(f"membership not saved: {error}")
 
@@ -438,7 +448,7 @@ class RunningSession:
             membership=self._membership,
             heldout_paths=self._dataset.heldout_paths,
             tokenizer_path=self._dataset.tokenizer_path,
-            max_micro_batch_sequences=self._max_micro_batch_sequences,
+            limits=self._limits,
         )
         self._children.configure(ChildName.TRAINER, **settings)
 
@@ -487,13 +497,3 @@ class RunningSession:
                     remedy="raise --memory-limit, or join a run with a smaller model",
                 )
             )
-
-
-def joined_event(membership: Membership, *, has_lost_leases: bool) -> ev.Joined:
-    """What the machine needs to know of a membership."""
-    interval = membership.response.heartbeat_interval_duration
-    return ev.Joined(
-        heartbeat_interval_seconds=interval.seconds + interval.nanos / 1e9,
-        incarnation=membership.incarnation,
-        has_lost_leases=has_lost_leases,
-    )
