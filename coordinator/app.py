@@ -1,8 +1,8 @@
 """Composition root: what a coordinator consists of, in the order in which it starts, and how it
 stops.
 
-lock + store -> keys -> RECOVERING -> writer thread -> rendezvous child -> gRPC server -> ticker ->
-web thread
+lock + store -> keys -> RECOVERING -> writer thread -> rendezvous child -> gRPC server -> ticker,
+refit -> web thread
 
 Stopping goes the other way, with a deadline for calls in progress; a process that is killed instead
 loses nothing that was acknowledged. `serve` and `up` use the same object.
@@ -34,6 +34,7 @@ from coordinator.operations.common import BeginRecovery, OperationContext, begin
 from coordinator.operations.requests_admin import ListRunsRequest
 from coordinator.operations.writer import Operation, Writer
 from coordinator.ports import require_free
+from coordinator.refit import Refitter
 from coordinator.rendezvous import Rendezvous
 from coordinator.store.sqlite import SqliteStore
 from coordinator.store.sqlite_table import full_disk_is_fatal
@@ -141,6 +142,9 @@ class Coordinator:
         ticker = Ticker(writer, observe_commit=metrics.observe_commit)
         ticker.start()
         on_stop.push_async_callback(ticker.stop)
+        refitter = Refitter(writer)
+        refitter.start()
+        on_stop.push_async_callback(refitter.stop)
         web = WebServer(
             build_app(cache=cache, metrics=metrics), host=config.http_host, port=config.http_port
         )

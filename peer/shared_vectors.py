@@ -103,16 +103,24 @@ class SharedVectors:
 
     @contextmanager
     def writing_state(self, position: StatePosition) -> Iterator[None]:
-        """Write the state inside; afterwards the vectors hold `position`. Swarm process only."""
-        self._header[0] += 1
+        """Write the state inside; afterwards the vectors hold `position`. Swarm process only.
+
+        A writer that died inside left the counter odd; the next one takes it over as it is.
+        """
+        writing = int(self._header[0]) | 1
+        self._header[0] = writing
         try:
             yield
             self._header[1 : 1 + len(_POSITION_FIELDS)] = dataclasses.astuple(position)
         finally:
-            self._header[0] += 1
+            self._header[0] = writing + 1
 
     def read_params(self, target: Float32Vector) -> StatePosition:
-        """Copy a whole, untorn set of parameters into `target` and say which state it is."""
+        """Copy a whole, untorn set of parameters into `target` and say which state it is.
+
+        Waits while a state is being written; if the writer has died inside, until its successor has
+        written one (the daemon's child_watch.py bounds that).
+        """
         while True:
             before = int(self._header[0])
             if before % 2 == 0:

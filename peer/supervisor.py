@@ -144,6 +144,7 @@ class Supervisor:
             name=name, process=process, channel=channel, group_id=group_id, log_path=log_path
         )
         self._children = [*self.children, child]
+        self._group_ids = {known for known in self._group_ids if _pids_in_groups({known})}
         self._group_ids.add(group_id)
         self._record()
         _LOGGER.debug("started %s=%s pid=%d", LogField.PROCESS, name, process.pid)

@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("domain", "scaling", "store"),
         ("corpus", "study"),
         ("operations",),
-        ("api", "web", "ticker"),
+        ("api", "web", "ticker", "refit"),
         ("app",),
         ("cli",),
     ),

@@ -177,6 +177,7 @@ def heartbeat_request_from_wire(
         directive_number=message.directive_number,
         incarnation=message.incarnation,
         addresses=_texts(message.addresses, name="addresses"),
+        has_lost_state=message.has_lost_state,
     )
 
 

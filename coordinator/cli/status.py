@@ -1,5 +1,7 @@
 """`status` and `peers`: the same figures as the page."""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from coordinator.cli.options import (
@@ -10,6 +12,9 @@ from coordinator.cli.options import (
     print_json,
     print_table,
 )
+
+if TYPE_CHECKING:
+    from coordinator.operations.requests_admin import StatusResponse
 
 
 def status(
@@ -61,6 +66,7 @@ def status(
         ),
         ("training loss", f"{found.train_loss_nats:.4f} nats" if found.train_loss_nats else "-"),
         ("held-out", heldout),
+        *_forecast_lines(found),
         (
             "peers",
             f"{found.num_live_peers} live, {found.num_voters} with a vote, "
@@ -70,6 +76,30 @@ def status(
         ("checkpoint", found.newest_checkpoint_path or "-"),
     ):
         typer.echo(f"{name:14}  {text}")
+
+
+def _forecast_lines(found: "StatusResponse") -> list[tuple[str, str]]:
+    said = found.forecast.forecast
+    if said is None:
+        return [("forecast", f"- ({found.forecast.reason})")]
+    eta = f"{said.eta_seconds:,.0f} s" if said.eta_seconds >= 0 else "unknown: nobody trains"
+    return [
+        (
+            "forecast",
+            f"{said.loss_nats:.4f} nats held-out at {said.final_tokens:,.0f} tokens, "
+            f"{said.low_nats:.4f} to {said.high_nats:.4f}; made at "
+            f"{found.forecast.credited_tokens:,} tokens",
+        ),
+        ("", said.reason),
+        (
+            "best size",
+            f"{said.n_opt:.3g} parameters; the present ones use {said.efficiency_ratio:.0%} "
+            f"of the compute (by {said.law})",
+        ),
+        ("advice", said.restart_reason),
+        ("cooldown", said.cooldown_reason),
+        ("to go", eta),
+    ]
 
 
 def peers(

@@ -124,7 +124,8 @@ def fit(
     bootstrap: Annotated[int, typer.Option(help="Draws behind the intervals.")] = 400,
     seed: Annotated[int, typer.Option(help="Of starts and draws.")] = 0,
     is_forced: Annotated[
-        bool, typer.Option("--force", help="Extrapolate beyond 1,000 times the largest compute.")
+        bool,
+        typer.Option("--force-extrapolation", help="Go beyond 1,000 times the largest compute."),
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Directory for PNG and SVG.", readable=False)
@@ -132,10 +133,11 @@ def fit(
     is_json: AsJson = False,
 ) -> None:
     """Fit scaling laws to any table: constants with intervals, N_opt and D_opt, predictions."""
+    from coordinator.scaling.extrapolation import check_extrapolation
     from coordinator.scaling.laws import Form
     from coordinator.scaling.parametric import Loss
     from coordinator.scaling.report import chosen_value, fit_report, predict_rows
-    from coordinator.scaling.study_fit import AUTO, fit_observations, refuse_far
+    from coordinator.scaling.study_fit import AUTO, fit_observations
 
     if plot is not None:
         need_scaling_extra("study fit --plot", "matplotlib")
@@ -157,7 +159,7 @@ def fit(
         seed=seed,
     )
     computes = flop or [study.largest_flop * factor for factor in (1.0, 10.0, 100.0)]
-    refuse_far(computes, study.largest_flop, is_forced=is_forced)
+    check_extrapolation(max(computes), study.largest_flop, law="this table", is_forced=is_forced)
     report = fit_report(study, computes)
     if predict is not None:
         rows = predict_rows(study, read_table(predict), name=str(predict), is_forced=is_forced)

@@ -14,6 +14,9 @@ MAX_ROUND_FACTOR = 4
 may add up.
 """
 
+BUDGET_FOLLOW_RATIO = 0.1
+"""A run's budget that follows its pool is left as it is for smaller changes."""
+
 BUDGET_TOLERANCE_RATIO = 0.2
 """Budgets closer than this to what speeds suggest stay as they are."""
 
@@ -53,6 +56,79 @@ def plan_run_budget(
         f" {passes:.2f} passes over {pass_tokens} training tokens"
     )
     return RunBudget(budget_tokens=budget_tokens, reason=reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetChange:
+    """A run's budget that follows its pool, after a look at the pool."""
+
+    budget_tokens: int
+    cooldown_start_tokens: int
+    is_changed: bool
+    is_cooling: bool
+    """True if the cooldown begins with this decision: the budget stays from now on."""
+    reason: str
+
+
+def follow_pool(
+    *,
+    budget_tokens: int,
+    credited_tokens: int,
+    granted_tokens: int,
+    schedule_tokens: int,
+    cooldown_ratio: float,
+    tokens_per_second: float,
+    left_seconds: float,
+    seq_len: int,
+    max_tokens: int,
+) -> BudgetChange:
+    """Stretch or shrink a budget to what the pool will have trained at the deadline, while the
+    learning rate is constant; begin the cooldown when what remains is at most cooldown_ratio of
+    the whole (0.25 of the spent for a fifth).
+
+    Changes below BUDGET_FOLLOW_RATIO are left alone. Whole windows, never below what is granted,
+    at most `max_tokens`.
+    """
+    begins = round(budget_tokens * (1 - cooldown_ratio))
+
+    def keep(reason: str) -> BudgetChange:
+        return BudgetChange(
+            budget_tokens=budget_tokens,
+            cooldown_start_tokens=begins,
+            is_changed=False,
+            is_cooling=False,
+            reason=reason,
+        )
+
+    if tokens_per_second <= 0 and left_seconds > 0:
+        return keep("nobody trains: the pool's speed is not known")
+    more_tokens = tokens_per_second * max(left_seconds, 0.0)
+    wanted = min(credited_tokens + more_tokens, max_tokens)
+    floor = max(-(-granted_tokens // seq_len), credited_tokens // seq_len + 1)
+    total = max(int(wanted) // seq_len, floor) * seq_len
+    pool = (
+        f"{tokens_per_second:,.0f} tokens/s for {max(left_seconds, 0.0):,.0f} s more make "
+        f"{total:,} tokens of {credited_tokens:,} credited ones"
+    )
+    remaining = total - credited_tokens
+    if remaining <= cooldown_ratio * total and schedule_tokens > 0:
+        return BudgetChange(
+            budget_tokens=total,
+            cooldown_start_tokens=schedule_tokens,
+            is_changed=total != budget_tokens or schedule_tokens != begins,
+            is_cooling=True,
+            reason=f"the cooldown begins: {pool}; the {remaining:,} that remain are at most "
+            f"{cooldown_ratio:.0%} of the whole",
+        )
+    if abs(total - budget_tokens) <= BUDGET_FOLLOW_RATIO * budget_tokens:
+        return keep(f"{pool}, within {BUDGET_FOLLOW_RATIO:.0%} of the budget")
+    return BudgetChange(
+        budget_tokens=total,
+        cooldown_start_tokens=round(total * (1 - cooldown_ratio)),
+        is_changed=True,
+        is_cooling=False,
+        reason=f"the budget follows the pool from {budget_tokens:,} to {total:,} tokens: {pool}",
+    )
 
 
 def plan_round_tokens(

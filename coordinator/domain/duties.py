@@ -96,6 +96,20 @@ def final_duty_id(run_id: str, kind: DutyKind, incarnation: int) -> str:
     return f"{run_id}/{kind.lower()}/final-{incarnation}"
 
 
+def evaluation_part(credited_tokens: int, budget_tokens: int, num_parts: int) -> str:
+    """The newest part of the budget, of `num_parts`, after which an evaluation is due.
+
+    The first two parts are looked at more closely, by quarters of a part from the first half on:
+    a forecast from the first quarter of the run needs points there.
+    """
+    quarters = 4 * credited_tokens * num_parts // budget_tokens
+    if quarters < 2:
+        quarters = 0
+    elif quarters > 8:
+        quarters -= quarters % 4
+    return f"{quarters / 4:g}"
+
+
 def plan_duties(
     duties: Sequence[DutyRecord],
     *,
@@ -129,7 +143,9 @@ def plan_duties(
             create(kind, final_duty_id(progress.run_id, kind, progress.incarnation), reason)
         return created
     if DutyKind.EVALUATE not in pending_kinds:
-        part = progress.credited_tokens * policy.num_evaluations // progress.budget_tokens
+        part = evaluation_part(
+            progress.credited_tokens, progress.budget_tokens, policy.num_evaluations
+        )
         reason = f"part {part} of {policy.num_evaluations} of the budget is credited"
         create(DutyKind.EVALUATE, f"{progress.run_id}/evaluate/{part}", reason)
     if DutyKind.CHECKPOINT not in pending_kinds:

@@ -29,7 +29,7 @@ class Member:
     state: PeerState
     state_reason: str
     join_unix_seconds: float
-    """Start of its present session."""
+    """Start of its present session, or when it lost its state later in it."""
     last_heartbeat_unix_seconds: float
     has_vote: bool
     """In the newest directive."""
@@ -77,6 +77,22 @@ def after_heartbeat(member: Member, *, now_unix_seconds: float) -> Member:
         member,
         state=PeerState.JOINED,
         state_reason="heard again after it was lost; has not attested a state since",
+        attested_incarnation=-1,
+        attested_digest=b"",
+    )
+
+
+def after_state_loss(member: Member, *, now_unix_seconds: float) -> Member:
+    """The member after the process that held its state has ended: as after a Join, until it attests
+    what it holds now.
+    """
+    if not member.is_live:
+        return member
+    return replace(
+        member,
+        state=PeerState.JOINED,
+        state_reason="the process that held its state ended; has not attested a state since",
+        join_unix_seconds=now_unix_seconds,
         attested_incarnation=-1,
         attested_digest=b"",
     )

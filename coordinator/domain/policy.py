@@ -33,7 +33,7 @@ class SwarmPolicy:
     """Newest proved checkpoints that are kept."""
     num_evaluations: int = 8
     """Evaluations over the budget, evenly by credited tokens, the final one included and step 0
-    not.
+    not; in the first two parts there are more (duties.evaluation_part).
     """
     duty_ttl_seconds: float = 120.0
     """A duty without a result for this long is handed to somebody else."""

@@ -11,7 +11,6 @@ from coordinator.domain.directives import (
     RosterLine,
     RunTerms,
     build_content,
-    cooldown_start,
 )
 from coordinator.domain.incarnations import Base, voters_of_base
 from coordinator.domain.membership import Member, after_directive, after_incarnation
@@ -22,6 +21,7 @@ from coordinator.operations.members import (
     save_member,
     speed_from_row,
 )
+from coordinator.operations.pool_budget import cooldown_start_tokens
 from coordinator.operations.store_age import load_beyond
 from coordinator.store.base import Transaction
 from coordinator.store.rows import DirectiveRow, IncarnationRow, RunRow
@@ -66,8 +66,8 @@ def load_terms(tx: Transaction, context: OperationContext, run_id: str) -> RunTe
     budget_tokens = load_book(tx, run_id).budget_tokens
     return RunTerms(
         budget_tokens=budget_tokens,
-        cooldown_start_tokens=cooldown_start(
-            budget_tokens, cooldown_ratio=spec.schedule.cooldown_ratio
+        cooldown_start_tokens=cooldown_start_tokens(
+            tx, run_id, budget_tokens, cooldown_ratio=spec.schedule.cooldown_ratio
         ),
         is_paused=bool(pause_reason(tx, run_id)),
         strategy=spec.strategy,

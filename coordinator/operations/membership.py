@@ -9,7 +9,12 @@ from dataclasses import fields, replace
 from itertools import islice
 
 from coordinator.domain.duties import assign
-from coordinator.domain.membership import after_end, after_heartbeat, claim_problem
+from coordinator.domain.membership import (
+    after_end,
+    after_heartbeat,
+    after_state_loss,
+    claim_problem,
+)
 from coordinator.domain.run_state import FINAL_STATES
 from coordinator.operations.common import (
     OperationContext,
@@ -175,6 +180,8 @@ def _take_report(
     """Store claims, addresses and attestations; returns the new row."""
     before = member_from_row(row)
     member = after_heartbeat(before, now_unix_seconds=now_unix_seconds)
+    if request.has_lost_state:
+        member = after_state_loss(member, now_unix_seconds=now_unix_seconds)
     member = take_attestations(
         tx,
         context,

@@ -125,6 +125,7 @@ class HeartbeatRequest:
     directive_number: int = 0
     incarnation: int = 0
     addresses: tuple[str, ...] = ()
+    has_lost_state: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

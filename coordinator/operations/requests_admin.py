@@ -7,6 +7,7 @@ people are hex.
 from dataclasses import dataclass
 
 from coordinator.operations.requests import Capabilities, Claims
+from coordinator.scaling.live import LiveForecast
 
 # Admin: runs.
 
@@ -185,6 +186,22 @@ class EvaluationPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastStatus:
+    """The newest forecast of the held-out loss at the end of the budget."""
+
+    forecast: LiveForecast | None
+    reason: str
+    """How it was made, or why there is none."""
+    outer_step: int
+    """Of the evaluation after which it was made."""
+    credited_tokens: int
+    """When it was made."""
+    budget_tokens: int
+    """Then."""
+    make_unix_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusResponse:
     """Everything that `status`, the page's head and summary.json need; digests are hex."""
 
@@ -251,6 +268,7 @@ class StatusResponse:
     now_unix_seconds: float
     has_final_evaluation: bool
     has_final_checkpoint: bool
+    forecast: ForecastStatus
     equivocation_reason: str = ""
 
 
@@ -364,9 +382,23 @@ class StepPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastPoint:
+    """One published forecast, as it was."""
+
+    credited_tokens: int
+    """When it was made."""
+    unix_seconds: float
+    final_tokens: float
+    loss_nats: float
+    low_nats: float
+    high_nats: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesResponse:
     """See SeriesRequest."""
 
     run_id: str
     steps: tuple[StepPoint, ...]
     evaluations: tuple[EvaluationPoint, ...] = ()
+    forecasts: tuple[ForecastPoint, ...] = ()

@@ -17,10 +17,11 @@ from coordinator.operations.common import (
     is_recovering,
     load_book,
     load_directive,
-    unix_ms,
 )
 from coordinator.operations.duties import load_duties
+from coordinator.operations.forecasts import all_forecasts, forecast_status
 from coordinator.operations.members import capabilities_from_json, claims_from_json, member_from_row
+from coordinator.operations.pool_budget import goodput_tokens_per_second
 from coordinator.operations.requests_admin import (
     EvaluationPoint,
     EventsRequest,
@@ -42,9 +43,6 @@ from coordinator.store.rows import BookRow, PeerTotalRow, RunRow
 from coordinator.store.rows_membership import EvaluationRow, PeerRow
 from protos.contract.telemetry import CoordinatorState
 from protos.muster.v1 import common_pb2
-
-GOODPUT_SECONDS = 60.0
-"""Goodput and ETA look this far back."""
 
 _Point = TypeVar("_Point")
 
@@ -126,6 +124,7 @@ def status(
         has_final_evaluation=final_duty_id(run.run_id, DutyKind.EVALUATE, run.incarnation) in done,
         has_final_checkpoint=final_duty_id(run.run_id, DutyKind.CHECKPOINT, run.incarnation)
         in done,
+        forecast=forecast_status(tx, run, now_unix_seconds=now_unix_seconds),
         equivocation_reason="" if accepted is None else accepted.equivocation_reason,
     )
 
@@ -159,15 +158,10 @@ def _evaluation_point(row: EvaluationRow) -> EvaluationPoint:
 
 
 def _goodput(tx: Transaction, run: RunRow, *, now_unix_seconds: float) -> float:
-    """Credited tokens per second over the last minute, or since the start if that is shorter; 0
-    when over.
-    """
-    if not run.start_unix_ms or run.state in FINAL_STATES:
+    """Credited tokens per second lately; 0 when over."""
+    if run.state in FINAL_STATES:
         return 0.0
-    begin_unix_seconds = max(run.start_unix_ms / 1000, now_unix_seconds - GOODPUT_SECONDS)
-    steps = tx.steps(run.run_id, since_unix_ms=unix_ms(begin_unix_seconds))
-    span_seconds = max(now_unix_seconds - begin_unix_seconds, 1.0)
-    return sum(step.credited_tokens for step in steps) / span_seconds
+    return goodput_tokens_per_second(tx, run, now_unix_seconds=now_unix_seconds)
 
 
 def _train_seconds(tx: Transaction, run: RunRow, *, now_unix_seconds: float) -> float:
@@ -300,6 +294,7 @@ def series(
         run_id=run.run_id,
         steps=tuple(decimate(points, max_points=request.max_points)),
         evaluations=tuple(decimate(_all_evaluations(tx, run), max_points=request.max_points)),
+        forecasts=tuple(decimate(all_forecasts(tx, run), max_points=request.max_points)),
     )
 
 

@@ -51,6 +51,7 @@ from coordinator.operations.epochs import (
 )
 from coordinator.operations.leases import expire_leases
 from coordinator.operations.members import load_members, save_member
+from coordinator.operations.pool_budget import adapt_budget
 from coordinator.operations.requests import TickRequest, TickResponse
 from coordinator.operations.requests_ledger import ApplyRollback, ExpireLeasesRequest
 from coordinator.operations.rollback import apply_rollback
@@ -126,6 +127,7 @@ class _RunTick:
         elif not self._recovering:
             stall_reason = self._check_epoch()
         if self._run.incarnation > 0:
+            self._adapt_budget()
             self._issue_directive()
         self._handle_duties()
         compare_with_certificates(self._tx, self._run, now_unix_seconds=self._now)
@@ -293,6 +295,13 @@ class _RunTick:
         )
         lost = f", {rolled_back_tokens} tokens rolled back" if rolled_back_tokens else ""
         self.changes.append(f"incarnation {incarnation} begins: {plan.reason}{lost}")
+
+    def _adapt_budget(self) -> None:
+        if self._recovering or self._is_complete():
+            return
+        change = adapt_budget(self._tx, self._context, self._run, now_unix_seconds=self._now)
+        if change:
+            self.changes.append(change)
 
     def _issue_directive(self) -> None:
         run_id = self._run.run_id

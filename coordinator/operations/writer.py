@@ -9,8 +9,9 @@ ops/bench/coordinator.md).
 An operation that raises takes only its own changes back, and its caller gets the exception. Nearly
 all refusals come before any change, so a batch is first tried without savepoints, which would cost
 a quarter of its statements; if one is needed after all, the transaction is given up and the batch
-runs again with them. Nobody has seen anything of the first try. A store that fails (disk full)
-takes the whole batch back, and every caller of it gets the store's error; the thread goes on.
+runs again with them. Nobody has seen anything of the first try. The same happens when rows that
+waited for the commit break a constraint. A store that fails (disk full) takes the whole batch back,
+and every caller of it gets the store's error; the thread goes on.
 """
 
 import logging
@@ -209,20 +210,33 @@ class Writer:
         now_unix_seconds = self._clock()
         is_failed = False
         try:
-            try:
-                self._run_jobs(jobs, now_unix_seconds, has_savepoints=False)
-            except UndoNeededError:
-                self._context.directive_by_number.clear()
-                self._run_jobs(jobs, now_unix_seconds, has_savepoints=True)
-        except MusterError as error:
+            self._try_jobs(jobs, now_unix_seconds)
+        except Exception as error:
             is_failed = True
             self._context.directive_by_number.clear()
-            _LOGGER.error("store failed, %d operations taken back: %s", len(jobs), error)
+            if isinstance(error, MusterError):
+                _LOGGER.error("store failed, %d operations taken back: %s", len(jobs), error)
+            else:
+                _LOGGER.exception("%d operations taken back", len(jobs))
             for job in jobs:
                 job.error = _batch_error(error)
         self._count(jobs, time.perf_counter() - start_seconds, is_failed=is_failed)
         for job in jobs:
             job.resolve()
+
+    def _try_jobs(self, jobs: list[_Job], now_unix_seconds: float) -> None:
+        """Without savepoints, and with them if one is needed or rows that waited for the commit
+        cannot be written: then their own operation is found and fails alone.
+        """
+        try:
+            self._run_jobs(jobs, now_unix_seconds, has_savepoints=False)
+        except MusterError:
+            raise
+        except Exception as error:
+            if not isinstance(error, UndoNeededError):
+                _LOGGER.warning("%d operations run again one by one: %s", len(jobs), error)
+            self._context.directive_by_number.clear()
+            self._run_jobs(jobs, now_unix_seconds, has_savepoints=True)
 
     def _run_jobs(self, jobs: list[_Job], now_unix_seconds: float, *, has_savepoints: bool) -> None:
         """One transaction. Without savepoints it raises UndoNeededError if one is needed after
@@ -254,8 +268,8 @@ class Writer:
         )
 
 
-def _batch_error(error: MusterError) -> MusterError:
-    if isinstance(error, CorruptDataError):
+def _batch_error(error: Exception) -> Exception:
+    if isinstance(error, CorruptDataError) or not isinstance(error, MusterError):
         return error
     return UnavailableError(
         error.found, allowed=error.allowed, remedy=error.remedy, code=error.code

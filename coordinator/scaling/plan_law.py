@@ -14,8 +14,6 @@ from coordinator.scaling.sizing import Growth, anchored, growth_per_tenfold
 from protos.contract.errors import UsageError
 
 DEFAULT_LAW = "chinchilla"
-MAX_EXTRAPOLATION = 1000.0
-"""Times the largest measured compute; beyond, a person must ask for it."""
 TRANSFER_ERROR_RATIO = 0.082
 """Mean error of published constants on somebody else's corpus (Muennighoff's 182 runs)."""
 
@@ -116,24 +114,3 @@ _OPINIONS = ("chinchilla", "besiroglu", "porian", "deepseek", "llama3", "muennig
 def opinions(compute_flop: float) -> dict[str, float]:
     """N_opt by every published law that stands."""
     return {name: published_law(name).optimum(compute_flop).params_n for name in _OPINIONS}
-
-
-def check_extrapolation(law: PlanLaw, compute_flop: float, *, is_forced: bool) -> str:
-    """ "" within x1000 of the law's largest compute; beyond a warning if forced.
-
-    Raises UsageError if not forced.
-    """
-    ratio = compute_flop / law.largest_flop
-    if ratio <= MAX_EXTRAPOLATION:
-        return ""
-    found = (
-        f"{compute_flop:.3g} FLOP are {ratio:.3g} times the largest compute that law "
-        f"{law.name!r} was measured at ({law.largest_flop:.3g})"
-    )
-    if is_forced:
-        return f"extrapolated by force: {found}; power laws bend, treat every number as a guess"
-    raise UsageError(
-        found,
-        allowed=f"up to x{MAX_EXTRAPOLATION:.0f}, {law.largest_flop * MAX_EXTRAPOLATION:.3g} FLOP",
-        remedy="measure larger runs and pass them in --observations, or --force-extrapolation",
-    )

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from coordinator.scaling.admission import Admission, plan_admission
 from coordinator.scaling.constants import COMPUTE_WORTH, NUMBERS
+from coordinator.scaling.extrapolation import check_extrapolation
 from coordinator.scaling.links import (
     StrategyChoice,
     merge_advice,
@@ -19,7 +20,6 @@ from coordinator.scaling.links import (
     plan_sync,
 )
 from coordinator.scaling.plan_caps import Z_90, loss_band, plan_caps
-from coordinator.scaling.plan_law import check_extrapolation
 from coordinator.scaling.plan_text import describe
 from coordinator.scaling.plan_types import Draft, Plan, PlanRequest
 from coordinator.scaling.pool import ComputeEstimate, PoolPeer, estimate_compute
@@ -48,8 +48,9 @@ def plan(request: PlanRequest) -> Plan:
     """
     all_peers = () if request.pool is None else request.pool.peers
     warning = check_extrapolation(
-        request.law,
         _compute(request, all_peers, utilisation_ratio=1.0).compute_flop,
+        request.law.largest_flop,
+        law=f"law {request.law.name!r}",
         is_forced=request.is_extrapolation_forced,
     )
     admission = _admit(request)

@@ -11,10 +11,11 @@ from coordinator.scaling.approach1 import fit_envelope
 from coordinator.scaling.approach2 import IsoFlopFit, fit_isoflop
 from coordinator.scaling.bands import INTERVAL_LEVEL_RATIO, LEVEL_RATIO
 from coordinator.scaling.constants import GROUPS
+from coordinator.scaling.extrapolation import check_extrapolation
 from coordinator.scaling.forecast import MIN_POINTS, Points, forecast_run, known_at, past_errors
 from coordinator.scaling.laws import Form, LossLaw
 from coordinator.scaling.observations import Observations, points_from_csv
-from coordinator.scaling.study_fit import StudyFit, refuse_far
+from coordinator.scaling.study_fit import StudyFit
 from protos.contract.errors import UsageError
 
 _MAX_REPLAY_POINTS = 40
@@ -170,7 +171,9 @@ def _other_approaches(table: Observations) -> dict[str, Any]:
 def predict_rows(study: StudyFit, text: str, *, name: str, is_forced: bool) -> dict[str, Any]:
     """Predicted losses of a table's rows, in its order, and how good they were where it says."""
     params_n, tokens_d, compute_flop, losses = points_from_csv(text, name=name)
-    refuse_far([float(compute_flop.max())], study.largest_flop, is_forced=is_forced)
+    check_extrapolation(
+        float(compute_flop.max()), study.largest_flop, law="this table", is_forced=is_forced
+    )
     said = study.predict(params_n, tokens_d, compute_flop)
     rows = [
         {

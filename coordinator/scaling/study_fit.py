@@ -32,12 +32,11 @@ from coordinator.scaling.selection import (
     off_frontier_log,
     row_weights,
 )
-from protos.contract.errors import RefusedError, UsageError
+from protos.contract.errors import UsageError
 
 Array = NDArray[np.float64]
 
 AUTO = "auto"
-MAX_EXTRAPOLATION_RATIO = 1000.0
 DEFAULT_DRAWS = 400
 _TOGETHER_CORRELATION = 0.995
 
@@ -227,18 +226,6 @@ def _warnings(near: Observations) -> list[str]:
         f"warning: N and D rise together (correlation {together:.3f}): losses can be predicted "
         "along that line, but what N would be best is not in these rows"
     ]
-
-
-def refuse_far(compute_flop: Sequence[float], largest_flop: float, *, is_forced: bool) -> None:
-    """Raises RefusedError beyond 1,000 times the largest measured compute, unless forced."""
-    farthest = max(compute_flop, default=0.0)
-    if farthest > MAX_EXTRAPOLATION_RATIO * largest_flop * (1 + 1e-9) and not is_forced:
-        raise RefusedError(
-            f"{farthest:.3g} FLOP are {farthest / largest_flop:,.0f} times the largest measured "
-            f"compute, {largest_flop:.3g}",
-            allowed=f"up to {MAX_EXTRAPOLATION_RATIO:,.0f} times: beyond it no law has been tested",
-            remedy="measure dearer runs, or say --force and trust the band little",
-        )
 
 
 def _usable(

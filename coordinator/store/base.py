@@ -13,7 +13,7 @@ checks each sentence.
   the process.
 - Constraint violations are bugs of the caller and come out as the driver raised them.
 
-`Transaction` is the sum of three groups of typed methods, one file each, so that no file grows
+`Transaction` is the sum of four groups of typed methods, one file each, so that no file grows
 beyond reading. SQL lives nowhere else. Methods named after a thing return it or None; plural ones
 return all in the stated order.
 """
@@ -24,6 +24,7 @@ from typing import Protocol
 from coordinator.store.base_ledger import LedgerTransaction
 from coordinator.store.base_membership import MembershipTransaction
 from coordinator.store.base_runs import RunsTransaction
+from coordinator.store.base_studies import StudiesTransaction
 
 
 class UndoNeededError(Exception):
@@ -32,7 +33,9 @@ class UndoNeededError(Exception):
     """
 
 
-class Transaction(RunsTransaction, LedgerTransaction, MembershipTransaction, Protocol):
+class Transaction(
+    RunsTransaction, LedgerTransaction, MembershipTransaction, StudiesTransaction, Protocol
+):
     """Everything that can be read and written inside one transaction."""
 
     def savepoint(self) -> AbstractContextManager[None]:

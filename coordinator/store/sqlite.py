@@ -22,6 +22,7 @@ from coordinator.store.sqlite_kept import KeptRows, Unwritten
 from coordinator.store.sqlite_ledger import SqliteLedger
 from coordinator.store.sqlite_membership import SqliteMembership
 from coordinator.store.sqlite_runs import SqliteRuns
+from coordinator.store.sqlite_studies import SqliteStudies
 from coordinator.store.sqlite_table import full_disk_is_fatal, raise_store_error, run_sql
 from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, MusterError
 
@@ -64,7 +65,7 @@ class _HopefulScope:
             raise UndoNeededError from error
 
 
-class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
+class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership, SqliteStudies):
     """All typed methods over one connection with an open transaction."""
 
     def __init__(self, connection: sqlite3.Connection, kept: KeptRows) -> None:
@@ -103,6 +104,7 @@ class SqliteTransaction(SqliteRuns, SqliteLedger, SqliteMembership):
         run_sql(self._connection, "SAVEPOINT operation")
         try:
             yield
+            self.flush()  # a constraint that does not hold is this operation's error, nobody else's
         except BaseException:
             self._kept.forget()
             self._kept.unwritten = Unwritten()

@@ -106,6 +106,7 @@ def _run_samples(status: StatusResponse) -> Iterator[Sample]:
         (telemetry.COORDINATOR_OUTER_STEP, status.outer_step),
         (telemetry.COORDINATOR_INCARNATION, status.incarnation),
         (telemetry.COORDINATOR_DIRECTIVE_NUMBER, status.directive_number),
+        (telemetry.COORDINATOR_ETA_SECONDS, status.eta_seconds),
     ):
         yield Sample(metric, (), value)
     yield Sample(
@@ -116,6 +117,7 @@ def _run_samples(status: StatusResponse) -> Iterator[Sample]:
         yield Sample(
             telemetry.COORDINATOR_HELDOUT_BITS_PER_BYTE, (), status.last_evaluation.bits_per_byte
         )
+    yield from _forecast_samples(status)
     for state in telemetry.LeaseState:
         yield Sample(telemetry.COORDINATOR_LEASES, (state,), status.leases_by_state.get(state, 0))
     for peer_state in telemetry.PeerState:
@@ -126,6 +128,17 @@ def _run_samples(status: StatusResponse) -> Iterator[Sample]:
     yield from _one_hot(
         telemetry.COORDINATOR_STATE, telemetry.CoordinatorState, status.coordinator_state
     )
+
+
+def _forecast_samples(status: StatusResponse) -> Iterator[Sample]:
+    said = status.forecast.forecast
+    if said is None:
+        return
+    bounds = (("low", said.low_nats), ("middle", said.loss_nats), ("high", said.high_nats))
+    for bound, loss_nats in bounds:
+        yield Sample(telemetry.COORDINATOR_FORECAST_LOSS_NATS, (bound,), loss_nats)
+    yield Sample(telemetry.COORDINATOR_FORECAST_BEST_PARAMETERS, (), said.n_opt)
+    yield Sample(telemetry.COORDINATOR_FORECAST_EFFICIENCY, (), said.efficiency_ratio)
 
 
 def _peer_samples(peers: list[PeerStatus]) -> Iterator[Sample]:

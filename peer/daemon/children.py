@@ -19,6 +19,7 @@ from typing import Any
 from peer.config import PeerConfig
 from peer.daemon.background import BackgroundTasks
 from peer.daemon.membership import Membership
+from peer.daemon.trainer_limits import TrainerLimits
 from peer.identity import Identity
 from peer.ipc import ChannelClosed, Message
 from peer.session_events import ChildName
@@ -43,27 +44,6 @@ class ChildFailure:
     is_out_of_memory: bool = False
     lost_devices: tuple[int, ...] = ()
     """Positions of devices whose local ranks ended or do not answer."""
-
-
-@dataclass(slots=True)
-class TrainerLimits:
-    """What earlier trainers of this session have shown; the next is planned for what is left."""
-
-    max_micro_batch_sequences: int | None = None
-    saves_memory: bool = False
-    lost_devices: tuple[int, ...] = ()
-
-    def learn(
-        self,
-        *,
-        max_micro_batch_sequences: int | None = None,
-        saves_memory: bool = False,
-        lost_devices: tuple[int, ...] = (),
-    ) -> None:
-        """Take in a fault."""
-        self.max_micro_batch_sequences = max_micro_batch_sequences or self.max_micro_batch_sequences
-        self.saves_memory = self.saves_memory or saves_memory
-        self.lost_devices = tuple(sorted({*self.lost_devices, *lost_devices}))
 
 
 def num_kernel_oom_kills() -> int:

@@ -98,6 +98,7 @@ class CoordinatorTasks:
         """One heartbeat and everything that its answer sets off."""
         membership = current_membership()
         attestations = self._outbox.attestations()
+        has_lost_state, self._outbox.has_lost_state = self._outbox.has_lost_state, False
         request = membership_pb2.HeartbeatRequest(
             claims=self._numbers.claims(),
             attestations=attestations,
@@ -105,10 +106,12 @@ class CoordinatorTasks:
             directive_number=membership.directive_number,
             incarnation=membership.incarnation,
             addresses=self._numbers.addresses,
+            has_lost_state=has_lost_state,
         )
         try:
             response, clock = await self._client.heartbeat(request)
         except MusterError as error:
+            self._outbox.has_lost_state |= has_lost_state
             self._hooks.feed(ev.HeartbeatFailed(reason=error.found))
             self.note_refusal(error)
             return

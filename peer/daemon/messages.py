@@ -7,16 +7,16 @@ children are no strangers.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from peer import session_events as ev
+from peer.daemon.child_watch import ChildWatch
 from peer.daemon.children import ChildFailure
 from peer.daemon.coordinator_tasks import CoordinatorTasks
 from peer.daemon.core import Core
 from peer.daemon.duties import Duties
 from peer.daemon.outbox import Outbox
 from peer.daemon.reports import Report
-from peer.daemon.trainer_watch import TrainerWatch
 from peer.ipc import Message
 from peer.lease_holdings import UsedRange
 from peer.session_events import ChildName
@@ -43,7 +43,7 @@ class MessageDesk:
         send: Send,
         start_task: Callable[[Message], None],
         note_failure: Callable[[ChildName, ChildFailure], None],
-        watch: TrainerWatch,
+        watches: Mapping[ChildName, ChildWatch],
     ) -> None:
         """`start_task` serves messages that need a call to the coordinator."""
         self._core = core
@@ -53,7 +53,7 @@ class MessageDesk:
         self._send = send
         self._start_task = start_task
         self._note_failure = note_failure
-        self._watch = watch
+        self._watches = watches
         self._offered: Message = {}
         self._contribution: Message = {}
         """In the round under way."""
@@ -68,6 +68,8 @@ class MessageDesk:
                 lost_devices=tuple(message.get("lost_devices", ())),
             )
             self._note_failure(child, failure)
+        elif message["kind"] == "turn":
+            self._watches[child].turn(message["longest_turn_seconds"])
         elif child is ChildName.SWARM:
             self._take_from_swarm(message)
         else:
@@ -205,8 +207,6 @@ class MessageDesk:
                         can_save_memory=message["can_save_memory"],
                     )
                 )
-            case "turn":
-                self._watch.turn(message["longest_turn_seconds"])
             case "progress":
                 self._take_progress(message)
             case "need_leases":

@@ -25,6 +25,15 @@ class Outbox:
     def __init__(self) -> None:
         self._attestations: OrderedDict[bytes, common_pb2.Signed] = OrderedDict()
         self._certificates: dict[CertificateKey, bytes] = {}
+        self.has_lost_state = False
+        """The swarm process has ended, and the coordinator does not know it yet."""
+
+    def lose_state(self) -> None:
+        """The process that held the state has ended: nothing that it attested can be had any
+        more.
+        """
+        self.has_lost_state = True
+        self._attestations.clear()
 
     def add_attestation(self, signed: bytes) -> None:
         """A state was reached; the same statement is kept once."""

@@ -17,24 +17,24 @@ from typing import Any
 from peer import session_events as ev
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CoordinatorClient
-from peer.daemon import membership as memberships
 from peer.daemon.background import BackgroundTasks
-from peer.daemon.children import (
-    ChildFailure,
-    Children,
-    TrainerLimits,
-    swarm_settings,
-    trainer_settings,
-)
+from peer.daemon.child_watch import ChildWatch
+from peer.daemon.children import ChildFailure, Children, swarm_settings, trainer_settings
 from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks
 from peer.daemon.core import Core
 from peer.daemon.dataset import Dataset
 from peer.daemon.duties import Duties
-from peer.daemon.membership import Membership
+from peer.daemon.membership import (
+    Membership,
+    check_can_honour,
+    join_run,
+    joined_event,
+    save_membership,
+)
 from peer.daemon.messages import MessageDesk
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
-from peer.daemon.trainer_watch import TrainerWatch
+from peer.daemon.trainer_limits import TrainerLimits
 from peer.home import Home
 from peer.identity import Identity
 from peer.ipc import Message
@@ -85,7 +85,7 @@ class RunningSession:
             environment=child_environment(threads=config.threads, log_level=config.log_level),
             record_children=home.record_children,
         )
-        shape = memberships.check_can_honour(membership.spec, config)
+        shape = check_can_honour(membership.spec, config)
         self._vectors = SharedVectors.create(
             shape.num_parameters, membership.spec.strategy.state_vectors
         )
@@ -96,7 +96,7 @@ class RunningSession:
             on_message=self._take_message,
             on_death=self._on_death,
         )
-        self._watch = TrainerWatch()
+        self._watches = {child: ChildWatch() for child in ChildName}
         self._limits = TrainerLimits()
         self._outbox = Outbox()
         self._calls = CoordinatorTasks(
@@ -132,12 +132,11 @@ class RunningSession:
             send=self._children.send,
             start_task=self._serve_swarm,
             note_failure=self._children.note_failure,
-            watch=self._watch,
+            watches=self._watches,
         )
         self._held_digest_by_lease: dict[tuple[int, int], bytes] = {}
         self._path_by_lease: dict[tuple[int, int], Path] = {}
-        self._noted_reasons: set[str] = set()
-        """Why chunks could not be had, as the owner was told."""
+        self._noted_reasons: set[str] = set()  # why chunks could not be had, as the owner was told
         self._is_dataset_ready = asyncio.Event()
         self._next_by_chore = dict.fromkeys(("status", "progress", "memory"), 0.0)
 
@@ -155,10 +154,10 @@ class RunningSession:
         core = self._core
         core.feed(ev.Tick(jitter_ratio=random.random()))
         core.show_leases()
-        stalled = self._watch.tick(time.monotonic())
-        if stalled:
-            self._watch.forget()
-            self._children.kill(ChildName.TRAINER, stalled)
+        for child, watch in self._watches.items():
+            if stalled := watch.tick(time.monotonic()):
+                watch.forget()
+                self._children.kill(child, stalled)
         if self._is_due("status", STATUS_SECONDS):
             self._forget_ended_leases()
             core.numbers.save(self._home.run / "status.json")
@@ -173,7 +172,8 @@ class RunningSession:
         at most.
         """
         began_seconds = time.monotonic()
-        self._watch.forget()
+        for watch in self._watches.values():
+            watch.forget()
         await self._children.stop(ChildName.TRAINER, grace_seconds=_TRAINER_STOP_SECONDS)
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
@@ -340,10 +340,7 @@ class RunningSession:
 
     async def _respawn(self, action: ev.Respawn) -> None:
         child = action.child
-        self._limits.learn(
-            max_micro_batch_sequences=action.max_micro_batch_sequences,
-            saves_memory=action.saves_memory,
-        )
+        self._limits.learn_from(action)
         self._core.note(f"{action.reason}; starting it again")
         self._core.metrics.add(telemetry.PEER_CHILD_RESTARTS, 1, {"process": child.value})
         try:
@@ -360,7 +357,7 @@ class RunningSession:
         _LOGGER.info("joining again: %s", action.reason)
         while True:
             try:
-                membership, clock = await memberships.join_run(
+                membership, clock = await join_run(
                     self._client,
                     join_string=self._membership.join_string,
                     identity=self._identity,
@@ -374,7 +371,7 @@ class RunningSession:
                 return
         self._calls.note_clock(clock)
         self._keep_membership(membership)
-        self._core.feed(memberships.joined_event(membership, has_lost_leases=True))
+        self._core.feed(joined_event(membership, has_lost_leases=True))
 
     def _serve_swarm(self, message: Message) -> None:
         if message["kind"] == "need_checkpoint":
@@ -393,10 +390,13 @@ class RunningSession:
         self._desk.take(child, message)
 
     def _on_death(self, child: ChildName, failure: ChildFailure) -> None:
-        if child is ChildName.TRAINER:
-            self._watch.forget()
+        self._watches[child].forget()
+        self._duties.child_ended(child)
+        if child is ChildName.SWARM:
+            self._outbox.lose_state()
+        else:
             self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
-            self._limits.learn(lost_devices=failure.lost_devices)
+            self._limits.lose(failure.lost_devices)
         event = ev.ChildDied(
             child=child,
             reason=failure.reason,
@@ -416,7 +416,7 @@ class RunningSession:
         if list(new.initial_peers) != list(old.initial_peers):
             self._tell_swarm("initial_peers", addresses=list(new.initial_peers))
         try:
-            memberships.save_membership(self._home.path, membership)
+            save_membership(self._home.path, membership)
         except MachineError as error:
             self._core.note(f"membership not saved: {error}")
 

@@ -26,6 +26,7 @@ from peer.swarm.reports import Reporter
 from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, Place, RoundShell
 from peer.swarm.state_transfer import StateServer
 from peer.swarm.transport import PeerCallError, Transport
+from peer.swarm.turns import tell_turns
 from peer.swarm.vote_file import VoteFile
 from protos.contract.telemetry import AttemptOutcome, RoundOutcome
 from protos.muster.v1 import common_pb2, rounds_pb2
@@ -114,6 +115,7 @@ class SwarmNode:
         await self._server.start()
         await self._desk.start()
         await self._transport.serve_messages(ROUND_CALL, self._on_message, rounds_pb2.RoundMessage)
+        self._spawn(tell_turns(self._channel))
         self._spawn(keep_presence(self._dht, self._transport, self._replica, self._own_peer_id))
 
     def _load_local(self) -> None:

@@ -15,7 +15,7 @@ RunId = NewType("RunId", str)
 COORDINATOR_VOTER = "coordinator"
 """Name under which the coordinator votes; never a PeerId, which is 32 hex digits."""
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Rises when a message or rule changes so that older peers would disagree; both sides refuse
 others.
 """

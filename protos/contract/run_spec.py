@@ -138,8 +138,18 @@ class ScheduleSpec:
     lr_warmup_tokens: int = 32_768
     cooldown_ratio: float = 0.2
     """Share of the budget that the cooldown takes."""
+    deadline_seconds: float = 0.0
+    """From the first roster; the budget stretches and shrinks with what the pool can train until
+    then, while the rate is constant. 0: the budget is fixed.
+    """
 
     def __post_init__(self) -> None:
+        check_setting(
+            self.deadline_seconds >= 0,
+            "schedule.deadline_seconds",
+            self.deadline_seconds,
+            "at least 0; 0 fixes the budget",
+        )
         check_setting(
             self.lr_warmup_tokens >= 0,
             "schedule.lr_warmup_tokens",

@@ -274,6 +274,23 @@ COORDINATOR_PEER_LOSS_NATS = _gauge(
     "peer",
     "name",
 )
+COORDINATOR_FORECAST_LOSS_NATS = _gauge(
+    "muster_coordinator_forecast_loss_nats",
+    "Forecast of the held-out loss at the end of the budget; low and high are its 90 % band.",
+    "bound",
+)
+COORDINATOR_FORECAST_BEST_PARAMETERS = _gauge(
+    "muster_coordinator_forecast_best_parameters",
+    "Number of parameters that would use the run's whole compute best.",
+)
+COORDINATOR_FORECAST_EFFICIENCY = _gauge(
+    "muster_coordinator_forecast_efficiency_ratio",
+    "Share of the run's compute that its number of parameters makes use of.",
+)
+COORDINATOR_ETA_SECONDS = _gauge(
+    "muster_coordinator_eta_seconds",
+    "Until the budget is credited at the present pool; negative if it cannot be told.",
+)
 COORDINATOR_RUN_STATE = _gauge(
     "muster_coordinator_run_state", "1 for the run's state, 0 for the others.", "state"
 )
@@ -314,6 +331,10 @@ COORDINATOR_METRICS: tuple[Metric, ...] = (
     COORDINATOR_PEER_TOKENS_PER_SECOND,
     COORDINATOR_PEER_CREDITED_TOKENS,
     COORDINATOR_PEER_LOSS_NATS,
+    COORDINATOR_FORECAST_LOSS_NATS,
+    COORDINATOR_FORECAST_BEST_PARAMETERS,
+    COORDINATOR_FORECAST_EFFICIENCY,
+    COORDINATOR_ETA_SECONDS,
     COORDINATOR_RUN_STATE,
     COORDINATOR_STATE,
     COORDINATOR_EVENTS,

@@ -44,7 +44,7 @@ GOLDEN_SPEC = RunSpec(
     strategy=StrategySpec(name="sync", global_batch_tokens=32_768, codec="fp32"),
     data=DataSpec(dataset_id="ab" * 32, max_data_passes=4, eval_tokens=0),
 )
-GOLDEN_DIGEST = "8fcf99ea63ad231b3612b157c13af2bcfe4d2ac0530558b58f499d7ff261ef0c"
+GOLDEN_DIGEST = "f0091b87dbda10e0b7cc5cdfd853683a18ebc1749b87cae4750c8d7fd7477e8f"
 
 
 def test_digest_is_golden() -> None:

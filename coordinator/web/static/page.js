@@ -70,6 +70,12 @@ function showStatus(status) {
   const last = status.last_evaluation;
   put("heldout", last ? last.bits_per_byte.toFixed(3) : "-");
   put("heldout-note", last ? `bits per byte (${last.loss_nats.toFixed(3)} nats per token) at step ${last.outer_step}` : "bits per byte");
+  const said = status.forecast.forecast;
+  put("forecast", said ? said.loss_nats.toFixed(3) : "-");
+  put("forecast-note", said ? `nats held-out at ${shortNumber(said.final_tokens)} tokens, ${said.low_nats.toFixed(3)} to ${said.high_nats.toFixed(3)}; ` +
+    `made at ${shortNumber(status.forecast.credited_tokens)} tokens` : status.forecast.reason);
+  put("best-size", said ? shortNumber(said.n_opt) : "-");
+  put("best-size-note", said ? `parameters; the present ones use ${Math.round(100 * said.efficiency_ratio)} % of the compute. ${said.restart_reason}` : "");
   put("outer-step", String(status.outer_step));
   put("incarnation", `incarnation ${status.incarnation}, ${status.num_rollbacks} rollbacks, directive ${status.directive_number}`);
   put("num-peers", String(status.num_live_peers));

@@ -140,7 +140,7 @@ class PeerClaims(_message.Message):
     def __init__(self, state: _Optional[str] = ..., state_reason: _Optional[str] = ..., outer_step: _Optional[int] = ..., loss_nats: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_rounds_committed: _Optional[int] = ..., num_attempts_discarded: _Optional[int] = ..., round_seconds: _Optional[float] = ..., clock_offset_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., upload_bytes_per_second: _Optional[float] = ..., download_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("request_id", "claims", "attestations", "lease_numbers", "directive_number", "incarnation", "addresses")
+    __slots__ = ("request_id", "claims", "attestations", "lease_numbers", "directive_number", "incarnation", "addresses", "has_lost_state")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CLAIMS_FIELD_NUMBER: _ClassVar[int]
     ATTESTATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class HeartbeatRequest(_message.Message):
     DIRECTIVE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    HAS_LOST_STATE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     claims: PeerClaims
     attestations: _containers.RepeatedCompositeFieldContainer[_common_pb2.Signed]
@@ -155,7 +156,8 @@ class HeartbeatRequest(_message.Message):
     directive_number: int
     incarnation: int
     addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, request_id: _Optional[str] = ..., claims: _Optional[_Union[PeerClaims, _Mapping]] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ..., lease_numbers: _Optional[_Iterable[int]] = ..., directive_number: _Optional[int] = ..., incarnation: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    has_lost_state: bool
+    def __init__(self, request_id: _Optional[str] = ..., claims: _Optional[_Union[PeerClaims, _Mapping]] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ..., lease_numbers: _Optional[_Iterable[int]] = ..., directive_number: _Optional[int] = ..., incarnation: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., has_lost_state: bool = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("directive", "incarnation_record", "certificates", "lost_lease_numbers", "duty", "heartbeat_interval_duration", "now_time", "is_run_over", "run_state", "run_state_reason", "initial_peers", "outer_step")

@@ -104,7 +104,7 @@ def test_replay_for_people(tmp_path: Path) -> None:
         ("good", ("--max-flop", "1"), 2, "no row with at most"),
         ("good", ("--max-flop", "-1"), 2, "--max-flop -1"),
         ("good", ("--bootstrap", "-1"), 2, "--bootstrap -1"),
-        ("good", ("--flop", "1e30"), 3, "times the largest measured compute"),
+        ("good", ("--flop", "1e30"), 2, "times the largest compute"),
         ("good", ("--predict", "nowhere.csv"), 2, "cannot read"),
         ("good", ("--convention", "matmul"), 2, "head_params"),
     ],

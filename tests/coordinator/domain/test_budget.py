@@ -2,11 +2,18 @@
 with numbers.
 """
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.domain.budget import are_budgets_off, plan_round_tokens, plan_run_budget
+from coordinator.domain.budget import (
+    are_budgets_off,
+    follow_pool,
+    plan_round_tokens,
+    plan_run_budget,
+)
 
 SPEEDS = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3),
@@ -63,3 +70,69 @@ def test_run_budget_is_rounded_down_and_refused_above_the_pass_cap() -> None:
     assert refused.budget_tokens == 0
     assert "410 tokens are 4.1 passes over 100" in refused.reason and "400" in refused.reason
     assert plan_run_budget(9, **limits).budget_tokens == 0
+
+
+POOL: dict[str, Any] = {
+    "budget_tokens": 1000,
+    "credited_tokens": 300,
+    "granted_tokens": 340,
+    "schedule_tokens": 300,
+    "cooldown_ratio": 0.2,
+    "tokens_per_second": 7.0,
+    "left_seconds": 100.0,
+    "seq_len": 10,
+    "max_tokens": 4000,
+}
+
+
+def test_a_budget_follows_its_pool_while_the_rate_is_constant() -> None:
+    same = follow_pool(**POOL)
+    assert (same.budget_tokens, same.is_changed) == (1000, False)
+    grown = follow_pool(**POOL | {"tokens_per_second": 14.0})
+    assert (grown.budget_tokens, grown.cooldown_start_tokens) == (1700, 1360)
+    assert "from 1,000 to 1,700" in grown.reason and "14 tokens/s for 100 s" in grown.reason
+    shrunk = follow_pool(**POOL | {"tokens_per_second": 2.5})
+    assert (shrunk.budget_tokens, shrunk.cooldown_start_tokens) == (550, 440)
+    assert follow_pool(**POOL | {"tokens_per_second": 1e6}).budget_tokens == 4000
+    unknown = follow_pool(**POOL | {"tokens_per_second": 0.0})
+    assert not unknown.is_changed and "not known" in unknown.reason
+
+
+def test_the_cooldown_begins_when_a_quarter_of_the_spent_remains() -> None:
+    late = POOL | {"credited_tokens": 750, "granted_tokens": 790, "schedule_tokens": 750}
+    cooling = follow_pool(**late | {"left_seconds": 20.0})
+    assert cooling.is_cooling and cooling.is_changed
+    assert (cooling.budget_tokens, cooling.cooldown_start_tokens) == (890, 750)
+    assert "the cooldown begins" in cooling.reason
+    over = follow_pool(**late | {"left_seconds": -5.0})
+    assert (over.budget_tokens, over.cooldown_start_tokens) == (790, 750)
+    assert not follow_pool(**late | {"left_seconds": 60.0}).is_cooling
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    credited=st.integers(0, 400),
+    held=st.integers(0, 40),
+    speed=st.floats(0, 1e4),
+    left=st.floats(-10, 1e4),
+)
+def test_a_budget_never_falls_below_what_was_granted(
+    credited: int, held: int, speed: float, left: float
+) -> None:
+    granted = (credited + held) * 10
+    change = follow_pool(
+        **POOL
+        | {
+            "budget_tokens": 4000 if granted <= 4000 else granted + 1000,
+            "credited_tokens": credited * 10,
+            "granted_tokens": granted,
+            "schedule_tokens": credited * 10,
+            "max_tokens": 8000,
+            "tokens_per_second": speed,
+            "left_seconds": left,
+        }
+    )
+    assert change.budget_tokens % 10 == 0
+    assert change.budget_tokens >= granted
+    assert change.cooldown_start_tokens <= change.budget_tokens
+    assert change.reason

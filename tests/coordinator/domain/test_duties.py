@@ -77,8 +77,11 @@ def test_evaluations_follow_credited_tokens() -> None:
     assert due([], replace(PROGRESS, incarnation=0)) == []
     assert due([], PROGRESS) == ["run/evaluate/0"]
     first = done("run/evaluate/0", DutyKind.EVALUATE)
-    assert due([first], replace(PROGRESS, credited_tokens=99)) == []
-    assert due([first], replace(PROGRESS, credited_tokens=100)) == ["run/evaluate/1"]
+    assert due([first], replace(PROGRESS, credited_tokens=49)) == []
+    parts = {50: "0.5", 75: "0.75", 99: "0.75", 100: "1", 125: "1.25", 199: "1.75", 299: "2"}
+    for credited_tokens, part in parts.items():
+        moved = replace(PROGRESS, credited_tokens=credited_tokens)
+        assert due([first], moved) == [f"run/evaluate/{part}"]
     pending = replace(first, state=DutyState.OPEN)
     assert due([pending], replace(PROGRESS, credited_tokens=100)) == []
     assert due([first], replace(PROGRESS, credited_tokens=350)) == ["run/evaluate/3"]

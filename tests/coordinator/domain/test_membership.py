@@ -14,6 +14,7 @@ from coordinator.domain.membership import (
     after_join,
     after_refused_attestation,
     after_silence,
+    after_state_loss,
     claim_problem,
     missing_capability,
 )
@@ -60,6 +61,16 @@ def test_silence_is_lost_and_a_word_brings_back_without_state() -> None:
     member = after_heartbeat(member, now_unix_seconds=170.0)
     assert member.state is PeerState.JOINED and member.attested_incarnation == -1
     assert member.last_heartbeat_unix_seconds == 170.0
+
+
+def test_a_lost_state_is_as_a_join_that_keeps_the_vote() -> None:
+    """Nobody goes back to a state that its only holder no longer has."""
+    member = after_state_loss(voter(), now_unix_seconds=150.0)
+    assert member.state is PeerState.JOINED and member.has_vote
+    assert not member.has_attested(1) and member.join_unix_seconds == 150.0
+    assert "ended" in member.state_reason
+    gone = after_end(voter(), state=PeerState.LEFT, reason="left")
+    assert after_state_loss(gone, now_unix_seconds=150.0) == gone
 
 
 def test_a_restart_keeps_the_vote_until_it_attests() -> None:

@@ -150,7 +150,7 @@ def test_an_upload_of_another_state_than_the_proved_one_is_refused() -> None:
 
 
 def test_three_checkpoints_are_kept() -> None:
-    world = started(num_peers=1)
+    world = started(num_peers=1, num_evaluations=1)
     finish_first_evaluation(world)
     removed: list[str] = []
     for _ in range(5):

@@ -1,5 +1,6 @@
 """The writer thread: group commit, an operation's own failure, the store's failure, the end."""
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 from coordinator.operations.common import OperationContext
 from coordinator.operations.writer import MAX_BATCH, Writer
 from coordinator.store.base import Transaction
+from coordinator.store.rows import LeaseRow
 from coordinator.store.sqlite import SqliteStore
 from protos.contract.errors import ErrorCode, RefusedError, UnavailableError
 from protos.contract.signing import SigningKey
 
+LEASE = LeaseRow("no-run", 1, "a", 1, 1, 0, 0, 3, 0, 4, "ACTIVE", 0, 100, 200, "")
 CONTEXT = OperationContext(signing_key=SigningKey(bytes(32)))
 
 
@@ -76,6 +79,26 @@ def test_a_failing_operation_takes_only_its_own_back(store: SqliteStore, error: 
         futures[1].result(10)
     futures[2].result(10)
     assert [writer.read(look, name) for name in ("a", "failed", "b")] == ["1", "", "2"]
+    writer.stop()
+
+
+def test_a_row_that_breaks_a_constraint_at_the_commit_fails_alone(store: SqliteStore) -> None:
+    """Leases are written with the commit: the thread lives, and only their operation fails."""
+
+    def lease_of_no_run(
+        tx: Transaction, request: LeaseRow, /, *, context, now_unix_seconds: float
+    ) -> None:
+        tx.insert_leases([request])
+
+    writer = Writer(store, context=CONTEXT, clock=lambda: 0.0).start()
+    futures = [writer.submit(put, ("a", "1")), writer.submit(lease_of_no_run, LEASE)]
+    futures.append(writer.submit(put, ("b", "2")))
+    with pytest.raises(sqlite3.IntegrityError):
+        futures[1].result(10)
+    assert [future.result(10) for future in (futures[0], futures[2])] == [0.0, 0.0]
+    assert [writer.read(look, name) for name in ("a", "b")] == ["1", "2"]
+    with store.read() as tx:
+        assert tx.leases("no-run") == []
     writer.stop()
 
 

@@ -12,8 +12,8 @@ from coordinator.scaling.selection import (
     impossible_rows,
     row_weights,
 )
-from coordinator.scaling.study_fit import StudyFit, fit_observations, refuse_far
-from protos.contract.errors import RefusedError, UsageError
+from coordinator.scaling.study_fit import StudyFit, fit_observations
+from protos.contract.errors import UsageError
 from tests.coordinator.scaling.tables import PORIAN_CSV, TRUTH, chinchilla_240, made_up, read
 
 
@@ -120,10 +120,6 @@ def test_refusals() -> None:
     table = made_up(num_budgets=3)
     with pytest.raises(UsageError, match="no row with at most"):
         fit_observations(table, max_flop=1.0)
-    with pytest.raises(RefusedError, match="times the largest measured"):
-        refuse_far([1e23], 1e19, is_forced=False)
-    refuse_far([1e23], 1e19, is_forced=True)
-    refuse_far([1e22], 1e19, is_forced=False)
     one_size = Observations.of(
         [
             Observation(params_n=1e8, tokens_d=1e9 * k, compute_flop=6e17 * k, loss_nats=3 - k / 99)

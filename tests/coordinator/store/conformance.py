@@ -27,6 +27,7 @@ from coordinator.store.rows_membership import (
     PeerRow,
     TokenRow,
 )
+from coordinator.store.rows_studies import ForecastRow, StudyRow, TrialRow
 from protos.contract.errors import UsageError
 
 RUN = RunRow("r", "d", b"s", "data", "dir", "p", "RUNNING", "why", 1, 0, 1, 10, 0, 0)
@@ -43,6 +44,9 @@ ATTESTATION = AttestationRow("r", 1, 2, "a", b"d", b"p", b"s", 5)
 DUTY = DutyRow("u", "r", "EVALUATE", "OPEN", "", 0, 0, 0, 1, 0, 0, "")
 EVALUATION = EvaluationRow("r", 1, 2, "u", "a", b"d", 1.25, 10, 40, 100, 6)
 CHECKPOINT = CheckpointRow("r", 1, 2, b"d", "path", 10, "a", 7)
+FORECAST = ForecastRow("r", 1, 2, 100, 120, 400, 6, "{}", "why")
+STUDY = StudyRow("s", "r", "{}", "SIZES", "why", 5, 0)
+TRIAL = TrialRow("s-0", "s", 0, "SIZE", "{}", 1e9, 1e4, "", "", 0, "", 0)
 
 
 def fill(tx: Transaction) -> None:
@@ -383,6 +387,25 @@ class StoreConformance:
             assert tx.checkpoints("r") == [CHECKPOINT]
             tx.delete_checkpoint("r", 1, 2)
             assert tx.checkpoints("r") == []
+
+    def test_forecasts_studies_and_trials(self, store: Store) -> None:
+        with store.write() as tx:
+            fill(tx)
+            assert tx.newest_forecast("r") is None
+            tx.put_forecast(replace(FORECAST, outer_step=3, make_unix_ms=7))
+            tx.put_forecast(FORECAST)
+            tx.put_forecast(replace(FORECAST, reason="again"))
+            assert [row.outer_step for row in tx.forecasts("r")] == [2, 3]
+            assert tx.newest_forecast("r") == replace(FORECAST, outer_step=3, make_unix_ms=7)
+            tx.put_study(STUDY)
+            tx.put_study(replace(STUDY, stage="DONE"))
+            assert tx.study("s") == replace(STUDY, stage="DONE")
+            assert tx.studies() == [replace(STUDY, stage="DONE")]
+            tx.put_trial(replace(TRIAL, trial_id="s-1", trial_number=1))
+            tx.put_trial(TRIAL)
+            assert [row.trial_id for row in tx.trials("s")] == ["s-0", "s-1"]
+            assert tx.trial("s-0") == TRIAL
+            assert (tx.study("x"), tx.trial("x"), tx.trials("x")) == (None, None, [])
 
     def test_readers_see_the_newest_commit(self, store: Store) -> None:
         with store.read() as tx:

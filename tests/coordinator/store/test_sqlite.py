@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.store import sqlite_ledger, sqlite_membership, sqlite_runs
+from coordinator.store import sqlite_ledger, sqlite_membership, sqlite_runs, sqlite_studies
 from coordinator.store.base import Store
 from coordinator.store.sqlite import STORE_FILE_NAME, SqliteStore, migrations
 from coordinator.store.sqlite_table import Table
@@ -66,7 +66,7 @@ def test_rows_and_schema_name_the_same_columns_in_the_same_order() -> None:
         connection.executescript(script)
     tables = [
         table
-        for module in (sqlite_ledger, sqlite_membership, sqlite_runs)
+        for module in (sqlite_ledger, sqlite_membership, sqlite_runs, sqlite_studies)
         for table in vars(module).values()
         if isinstance(table, Table)
     ]

@@ -62,6 +62,7 @@ def check_api(base: str, peer_id: str) -> None:
         "run_id": RUN_ID,
         "steps": [],
         "evaluations": [],
+        "forecasts": [],
     }
     events = ask(f"/api/v1/runs/{RUN_ID}/events")["events"]
     later = ask(f"/api/v1/runs/{RUN_ID}/events?after={events[-1]['event_id']}&max=5")["events"]

@@ -1,9 +1,9 @@
-"""When a silent trainer is killed: never before ten of its own turns, and only in awake time."""
+"""When a silent child is killed: never before ten of its own turns, and only in awake time."""
 
-from peer.daemon.trainer_watch import TrainerWatch
+from peer.daemon.child_watch import ChildWatch
 
 
-def silence(watch: TrainerWatch, *, begin: float, seconds: float, tick_seconds: float) -> float:
+def silence(watch: ChildWatch, *, begin: float, seconds: float, tick_seconds: float) -> float:
     """Tick through silence; returns when the verdict came, or infinity."""
     now = begin
     while now < begin + seconds:
@@ -13,9 +13,9 @@ def silence(watch: TrainerWatch, *, begin: float, seconds: float, tick_seconds: 
     return float("inf")
 
 
-def test_silence_is_measured_in_the_trainers_own_turns() -> None:
+def test_silence_is_measured_in_its_own_turns() -> None:
     for turn_seconds, allowed_seconds in ((0.1, 10.0), (3.0, 30.0)):
-        watch = TrainerWatch()
+        watch = ChildWatch()
         watch.tick(0.0)
         watch.turn(turn_seconds)
         found = silence(watch, begin=0.0, seconds=100.0, tick_seconds=0.25)
@@ -23,7 +23,7 @@ def test_silence_is_measured_in_the_trainers_own_turns() -> None:
 
 
 def test_the_verdict_has_the_numbers() -> None:
-    watch = TrainerWatch()
+    watch = ChildWatch()
     watch.tick(0.0)
     watch.turn(2.0)
     verdicts = [watch.tick(float(now)) for now in range(1, 25)]
@@ -31,8 +31,8 @@ def test_the_verdict_has_the_numbers() -> None:
     assert "took 2.0 s (20 s are allowed)" in next(filter(None, verdicts))
 
 
-def test_a_trainer_that_starts_or_is_told_to_end_is_not_watched() -> None:
-    watch = TrainerWatch()
+def test_a_child_that_starts_or_is_told_to_end_is_not_watched() -> None:
+    watch = ChildWatch()
     assert silence(watch, begin=0.0, seconds=1000.0, tick_seconds=0.5) == float("inf")
     watch.turn(0.1)
     watch.forget()
@@ -40,7 +40,7 @@ def test_a_trainer_that_starts_or_is_told_to_end_is_not_watched() -> None:
 
 
 def test_time_in_which_the_daemon_slept_counts_little() -> None:
-    watch = TrainerWatch()
+    watch = ChildWatch()
     watch.tick(0.0)
     watch.turn(0.1)
     assert not watch.tick(3600.0)
@@ -49,7 +49,7 @@ def test_time_in_which_the_daemon_slept_counts_little() -> None:
 
 
 def test_turns_that_come_keep_it_alive() -> None:
-    watch = TrainerWatch()
+    watch = ChildWatch()
     for now in range(100):
         watch.turn(0.5)
         assert not watch.tick(float(now))

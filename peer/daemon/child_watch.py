@@ -1,10 +1,11 @@
-"""Notices a trainer that makes no progress: stopped, swapped out or wedged, but alive.
+"""Notices a child that makes no progress: stopped, swapped out or wedged, but alive.
 
-The trainer's loop says about once a second that it has come round (`turn`), with the longest that a
-turn took lately; what a turn takes on this machine with this model is thus measured, not guessed.
-Silence of ten such turns is a failure: the daemon kills the process, and everything that a death
-means follows (begun leases go back, it is started again). Only time in which the daemon itself ran
-counts, so a laptop that slept or a whole peer that was stopped kills nothing.
+The trainer's loop and the swarm process's event loop say about once a second that they have come
+round (`turn`), with the longest that a turn took lately; what a turn takes on this machine with
+this model is thus measured, not guessed. Silence of ten such turns is a failure: the daemon kills
+the process, and everything that a death means follows (begun leases go back, it is started again).
+Only time in which the daemon itself ran counts, so a laptop that slept or a whole peer that was
+stopped kills nothing.
 """
 
 SILENT_TURNS = 10.0
@@ -15,7 +16,7 @@ _MAX_TICK_SECONDS = 1.0
 """Most that one tick of the daemon counts; ticks come several times a second."""
 
 
-class TrainerWatch:
+class ChildWatch:
     """Pure: turns and time in, a verdict out. Before the first turn nothing is expected."""
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class TrainerWatch:
         self._last_tick_seconds: float | None = None
 
     def forget(self) -> None:
-        """The trainer has ended, or is about to."""
+        """The child has ended, or is about to."""
         self._longest_turn_seconds = None
 
     def turn(self, longest_turn_seconds: float) -> None:
