@@ -129,9 +129,13 @@ def measure_flop_per_second(device: torch.device, *, size: int = 768) -> float:
     return 2 * size**3 / max(seconds, 1e-9)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """True for torch's and Python's ways to say so."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for torch's and Python's ways to say so, also as the cause of another error."""
+    if error is None:
+        return False
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("not enough memory", "can't allocate memory")  # torch on CPU: Windows, Linux
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        return True
+    return is_out_of_memory(error.__cause__)

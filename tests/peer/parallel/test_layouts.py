@@ -4,9 +4,11 @@ Tiny shapes; the processes are started once for all tests (conftest.py).
 """
 
 import math
+import resource
 import signal
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,3 +222,19 @@ def test_a_rank_that_dies_or_hangs_is_named_in_time(
         node.run(examples_for(spec, is_plain=True))
     assert failure.value.lost_devices == (1,) and not failure.value.has_no_memory
     assert time.monotonic() - begin_seconds < 15.0
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_a_rank_without_memory_is_told_from_one_that_is_lost(node: LocalRanks, axis: str) -> None:
+    """The limit is the kernel's, so the words are torch's own."""
+    spec = replace(BASE, vocab_size=1024, seq_len=64)
+    layout = replace(Layout(micro_batch_sequences=32, num_micro_batches=2), **{axis: 2})
+    configure(node, spec, layout)
+    node.call("load")
+    pid = node.processes[1].pid
+    size_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    limit_bytes = size_pages * resource.getpagesize() + 2**20
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    with pytest.raises(LocalRankError, match="local rank 1 is out of memory") as failure:
+        node.run(examples_for(spec, num_windows=64, is_plain=True))
+    assert failure.value.has_no_memory and failure.value.lost_devices == ()

@@ -216,9 +216,9 @@ def _pair(folder: Path, spec: RunSpec) -> tuple[FakeDaemon, socket.socket]:
 
 
 @contextmanager
-def trainer_process(folder: Path) -> Iterator[FakeDaemon]:
+def trainer_process(folder: Path, *, spec: RunSpec = SPEC) -> Iterator[FakeDaemon]:
     """The real process, started as the daemon starts it."""
-    daemon, theirs = _pair(folder, SPEC)
+    daemon, theirs = _pair(folder, spec)
     arguments = ["--channel-fd", str(theirs.fileno()), "--vectors-fd", str(daemon.vectors.fd)]
     arguments += ["--num-values", str(daemon.vectors.num_values)]
     daemon.process = subprocess.Popen(
