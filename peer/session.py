@@ -166,7 +166,10 @@ class SessionMachine:
             facts.is_trainer_ready = facts.is_trainer_paused = facts.is_trainer_idle = False
             facts.trainer_position = None
             facts.outcome = None
-            self._release(self.leases.take_begun(facts.contribution_tokens), event.reason)
+            if event.has_lost_device or event.is_out_of_memory:
+                self.leases.take_back()
+            else:
+                self._release(self.leases.take_begun(facts.contribution_tokens), event.reason)
             facts.contribution_tokens = 0
             self._has_told_no_more = False
             if not facts.is_contributing:

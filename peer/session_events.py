@@ -79,6 +79,8 @@ class ChildDied:
     """Of the error that it named, if it named one (protos/contract/errors.py)."""
     is_out_of_memory: bool = False
     """True if it said so, or if the kernel ended it for that."""
+    has_lost_device: bool = False
+    """True if the trainer named devices that it lost; the next one is planned without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -402,6 +402,7 @@ class RunningSession:
             reason=failure.reason,
             exit_code=failure.exit_code,
             is_out_of_memory=failure.is_out_of_memory,
+            has_lost_device=bool(failure.lost_devices),
         )
         self._core.feed(event)
 

@@ -113,12 +113,12 @@ def host_memory_bytes() -> int:
     return max(0, left_bytes)
 
 
-def measure_flop_per_second(device: torch.device, *, size: int = 768) -> float:
+def measure_flop_per_second(device: torch.device, *, num_rows: int = 768) -> float:
     """Speed of a matrix product in fp32 on CPU, bf16 elsewhere; takes some hundredths of a
     second.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    matrix = torch.ones((size, size), device=device, dtype=dtype)
+    matrix = torch.ones((num_rows, num_rows), device=device, dtype=dtype)
     seconds = float("inf")
     for _ in range(4):
         if device.type == "cuda":
@@ -126,7 +126,7 @@ def measure_flop_per_second(device: torch.device, *, size: int = 768) -> float:
         begin = time.perf_counter()
         float((matrix @ matrix)[0, 0])
         seconds = min(seconds, time.perf_counter() - begin)
-    return 2 * size**3 / max(seconds, 1e-9)
+    return 2 * num_rows**3 / max(seconds, 1e-9)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

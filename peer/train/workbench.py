@@ -66,6 +66,7 @@ class _Lent:
 
     @classmethod
     def from_message(cls, message: Message) -> "_Lent":
+        """Those that no earlier trainer has lost."""
         names = device_names(message.get("devices") or message["device"])
         lost = set(message.get("lost_devices") or ())
         left = [position for position in range(len(names)) if position not in lost]

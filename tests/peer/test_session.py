@@ -374,6 +374,19 @@ def test_out_of_memory_halves_the_micro_batch_and_ends_at_one_window(training: T
         assert part in drain.reason
 
 
+def test_a_lost_device_costs_no_lease(training: Timeline) -> None:
+    before = training.machine.leases.renewed_numbers
+    assert before
+    training.feed(
+        ev.ChildDied(child=ChildName.TRAINER, reason="local rank 1 hangs", has_lost_device=True)
+    )
+    assert len(training.take(ev.Respawn)) == 1 and training.take(ev.ReleaseLeases) == []
+    training.feed(ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=8))
+    (sent,) = training.take(ev.SendLeases)
+    assert tuple(part.lease_number for part in sent.parts) == before
+    assert training.machine.leases.renewed_numbers == before
+
+
 def test_out_of_memory_with_one_window_recomputes_activations_once(training: Timeline) -> None:
     death = ev.ChildDied(child=ChildName.TRAINER, reason="no memory", is_out_of_memory=True)
     ready = ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=1, can_save_memory=True)

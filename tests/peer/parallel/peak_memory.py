@@ -1,10 +1,11 @@
-"""Program of test_memory: one training step of a decoder in this process or on fake tensors, and
-what it took. Prints the peak in bytes: of the tensors, or of the whole process.
+"""Program of test_memory: one training step of each of several decoders on fake tensors, or of one
+in this process. Prints the peaks in bytes: of the tensors, or of the whole process.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,30 +31,34 @@ def _status_bytes(field: str) -> int:
     raise AssertionError(field)
 
 
-def main() -> None:
-    plain = json.loads(sys.argv[1])
-    spec, windows = ModelSpec(**plain["model"]), plain["windows"]
-    torch.set_num_threads(1)
-    if plain["is_fake"]:
-        with FakeTensorMode():
-            model = Decoder(spec)
-            model.has_checkpointing = plain["has_checkpointing"]
-            FlatParameters(model)
-            tracker = MemTracker()
-            tracker.track_external(model)
-            with tracker:
-                _step(model, windows, is_bf16=plain["is_bf16"])
-        snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        print(max(snapshot.values()))
-        return
+def _tracked_bytes(plain: dict[str, Any]) -> int:
+    with FakeTensorMode():
+        model = Decoder(ModelSpec(**plain["model"]))
+        model.has_checkpointing = plain["has_checkpointing"]
+        FlatParameters(model)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            _step(model, plain["windows"], is_bf16=plain["is_bf16"])
+    return max(tracker.get_tracker_snapshot("peak")[torch.device("cpu")].values())
+
+
+def _process_bytes(plain: dict[str, Any]) -> int:
     keep_freed_memory()
-    model = Decoder(spec)
+    model = Decoder(ModelSpec(**plain["model"]))
     model.has_checkpointing = plain["has_checkpointing"]
     flat = FlatParameters(model)
     flat.values.fill_(0.01)
     flat.grads.fill_(0.0)
-    _step(model, windows, is_bf16=plain["is_bf16"])
-    print(_status_bytes("VmHWM"))
+    _step(model, plain["windows"], is_bf16=plain["is_bf16"])
+    return _status_bytes("VmHWM")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    is_fake, cases = json.loads(sys.argv[1])
+    measure = _tracked_bytes if is_fake else _process_bytes
+    print(json.dumps([measure(plain) for plain in cases]))
 
 
 if __name__ == "__main__":

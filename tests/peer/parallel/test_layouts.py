@@ -221,7 +221,7 @@ def test_a_rank_that_dies_or_hangs_is_named_in_time(
     with pytest.raises(LocalRankError, match=words) as failure:
         node.run(examples_for(spec, is_plain=True))
     assert failure.value.lost_devices == (1,) and not failure.value.has_no_memory
-    assert time.monotonic() - begin_seconds < 15.0
+    assert time.monotonic() - begin_seconds < 30.0
 
 
 @pytest.mark.parametrize("axis", ["tp", "pp"])

@@ -36,7 +36,7 @@ from protos.muster.v1 import common_pb2
 from tests.peer.model.tiny import SPEC
 
 ROOT = Path(__file__).resolve().parents[3]
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 90.0
 CHUNK_WINDOWS = 40
 SCHEDULE = {"cooldown_start_tokens": 10**6, "budget_tokens": 10**7}
 

@@ -49,7 +49,7 @@ def test_gradients_of_two_rounds_and_a_stop(tmp_path: Path) -> None:
         daemon.send("evaluate", duty_id="d", eval_tokens=0, heldout_paths=[str(daemon.chunk_path)])
         assert daemon.expect("evaluation")["num_tokens"] == 40 * SEQ_LEN
         daemon.send("stop")
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(20) == 0
         assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
 
 
