@@ -301,6 +301,11 @@ def child_environment(*, threads: int, log_level: str) -> dict[str, str]:
     return environment
 
 
+def mark_descendants(mark: Mapping[str, str]) -> None:
+    """Put a mark (home.py) into the environment of whatever this process starts."""
+    os.environ.update(mark)
+
+
 def quiet_libraries() -> None:
     """Keep gRPC's own lines off the terminal, and OpenMP from spinning; both are read at import."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

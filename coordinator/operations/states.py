@@ -3,8 +3,9 @@
 State k is proved by certificate k+1 (its votes name it as previous state), by the record of an
 incarnation that begins from it, or by attestations of more than half of the votes of the roster in
 force then, or of the roster that certified step k: who decides an average also knows the state that
-follows from it, and of a larger roster too many may be behind to attest anything. One difference between two members, or between a member and a proof, is remembered for ever:
-`state_digests_equal` is then false, with the place.
+follows from it, and of a larger roster too many may be behind to attest anything. One difference
+between two members, or between a member and a proof, is remembered for ever: `state_digests_equal`
+is then false, with the place.
 """
 
 from collections.abc import Sequence

@@ -165,6 +165,8 @@ def make_reporter(*, is_json: bool) -> "Reporter":
                 }
             )
             return
+        if entry.kind == "attempt" and entry.fields["outcome"] == "committed":
+            return  # the round's own line follows
         prefix = "warning: " if entry.kind == "warning" else ""
         print_line(f"{time.strftime('%H:%M:%S')}  {prefix}{entry.text}")
 

@@ -26,7 +26,7 @@ def rendezvous(
     """
     import asyncio
 
-    from peer.config import load_config
+    from peer.config import load_config, mark_descendants
     from peer.home import Home
 
     config = load_config(flags={"home": home, "log_level": log_level})
@@ -34,6 +34,7 @@ def rendezvous(
     locked = Home.open(config.home)
     try:
         locked.clean_leftovers()
+        mark_descendants(locked.owner_mark)
         asyncio.run(
             _serve(
                 host=host,

@@ -9,7 +9,6 @@ private folder that is emptied at start, and it ends within seconds of its paren
 """
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -25,7 +24,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
 from peer.swarm.link_meter import LinkMeter
-from peer.swarm.sockets import socket_folder
+from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
 from protos.contract.errors import ErrorCode, MachineError
 
 __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport"]
@@ -176,7 +175,7 @@ class Transport:
         """Start p2pd. Raises MachineError if it does not come up (port taken, no binary)."""
         p2p_daemon.loglevel = "CRITICAL"
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
-        folder = socket_folder(home)
+        folder = claim_socket_folder(home)
         private: Any = type("PrivateP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
         is_public = host != "127.0.0.1"
         relay_addresses = [Multiaddr(address) for address in relays] if is_public else []
@@ -224,8 +223,7 @@ class Transport:
         """Stop p2pd and remove its sockets, with their folder."""
         folder = Path(self.p2p.daemon_listen_maddr["unix"]).parent
         await self.p2p.shutdown()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        release_socket_folder(folder)
 
     # Traffic ----------------------------------------------------------------------------------
 
