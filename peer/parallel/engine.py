@@ -84,7 +84,7 @@ class RankEngine:
             stage: StageModule(part, self._current_batch, _loss_of, self._mesh)
             for stage, part in self.parts.items()
         }
-        self._schedule_by_count: dict[int, object] = {}
+        self._schedule_by_shape: dict[tuple[int, int], object] = {}
         self._optimizer: torch.optim.AdamW | None = None
         self._is_finished = False
 
@@ -177,8 +177,9 @@ class RankEngine:
         size = self.layout.micro_batch_sequences
         num_windows, T = batch.inputs_BT.shape
         if self.layout.pp > 1:
-            assert num_windows % size == 0
-            schedule = self._schedule(num_windows // size, T)
+            count, size = micro_batches(self.layout, num_windows)
+            assert count * size == num_windows
+            schedule = self._schedule(count, size, T)
             return run_schedule(schedule, self._modules, batch, self._last)
         (part,) = self.parts.values()
         nats = 0.0
@@ -192,16 +193,17 @@ class RankEngine:
                     loss.backward()
         return nats
 
-    def _schedule(self, num_micro_batches: int, seq_len: int) -> object:
-        if num_micro_batches not in self._schedule_by_count:
+    def _schedule(self, num_micro_batches: int, num_windows: int, seq_len: int) -> object:
+        key = num_micro_batches, num_windows
+        if key not in self._schedule_by_shape:
             assert self._groups.pp is not None
-            self._schedule_by_count[num_micro_batches] = build_schedule(
+            self._schedule_by_shape[key] = build_schedule(
                 self._modules,
                 schedule=self.layout.schedule,
                 num_stages=self.layout.num_stages,
                 num_micro_batches=num_micro_batches,
                 micro_batch_shape=(
-                    self.layout.micro_batch_sequences,
+                    num_windows,
                     seq_len // self.layout.tp,
                     self.spec.d_model,
                 ),
@@ -209,7 +211,7 @@ class RankEngine:
                 group=self._groups.pp,
                 device=self.device,
             )
-        return self._schedule_by_count[num_micro_batches]
+        return self._schedule_by_shape[key]
 
     @torch.no_grad()
     def _are_grads_finite(self) -> bool:
@@ -293,20 +295,29 @@ def _loss_of(logits_BTV: Tensor, batch: Batch) -> Tensor:
     return summed_loss(logits_BTV, batch.labels_BT, batch.weights_B)
 
 
+def micro_batches(layout: Layout, num_windows: int) -> tuple[int, int]:
+    """(micro-batches, windows of each) in which a pipeline trains `num_windows`, padding included:
+    at least one micro-batch per stage, smaller ones when there are few windows.
+    """
+    is_interleaved = layout.schedule is Schedule.INTERLEAVED
+    least = layout.pp if is_interleaved else layout.num_stages
+    if num_windows <= least * layout.micro_batch_sequences:
+        return least, max(1, -(-num_windows // least))
+    count = -(-num_windows // layout.micro_batch_sequences)
+    if is_interleaved:  # torch wants a multiple of the ranks
+        count = -(-count // layout.pp) * layout.pp
+    return count, layout.micro_batch_sequences
+
+
 def needed_windows(layout: Layout, num_windows: int) -> int:
     """Windows of each copy of the model in a turn of `num_windows`, padding included: pipelines
-    need whole micro-batches, at least one per stage; sharded copies run in step.
+    need whole micro-batches; sharded copies run in step.
     """
     per_copy = -(-num_windows // layout.dp)
     if layout.pp == 1:
         return per_copy
-    least = layout.num_stages
-    if layout.schedule is Schedule.INTERLEAVED:  # torch wants a multiple of the ranks
-        least = layout.pp
-    count = max(least, -(-per_copy // layout.micro_batch_sequences))
-    if layout.schedule is Schedule.INTERLEAVED:
-        count = -(-count // layout.pp) * layout.pp
-    return count * layout.micro_batch_sequences
+    count, size = micro_batches(layout, per_copy)
+    return count * size
 
 
 def deal(examples: Examples, layout: Layout) -> list[Examples]:

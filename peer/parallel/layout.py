@@ -170,17 +170,21 @@ def device_names(text: str) -> list[str]:
     return [text]
 
 
-def kv_heads_of_rank(shape: ModelShape, *, tp: int, tp_rank: int) -> tuple[int, int]:
-    """(begin, end) of the key/value heads that a rank's query heads read."""
+def kv_heads_of_rank(shape: ModelShape, *, tp: int, tp_rank: int) -> tuple[int, ...]:
+    """Key/value heads that a rank's query heads read: each once if equally many read it, else one
+    for every query head.
+    """
     group_heads = shape.num_heads // shape.num_kv_heads
     rank_heads = shape.num_heads // tp
-    begin = tp_rank * rank_heads // group_heads
-    return begin, -(-(tp_rank + 1) * rank_heads // group_heads)
+    first = tp_rank * rank_heads
+    read = [head // group_heads for head in range(first, first + rank_heads)]
+    counts = {head: read.count(head) for head in read}
+    return tuple(counts) if len(set(counts.values())) == 1 else tuple(read)
 
 
 def has_replicated_kv(shape: ModelShape, *, tp: int) -> bool:
-    """True if there are fewer key/value heads than ranks, so that ranks share one."""
-    return shape.num_kv_heads < tp
+    """True if the key/value heads cannot be dealt to the ranks, so that each computes all."""
+    return shape.num_kv_heads % tp != 0
 
 
 def why_impossible(layout: Layout, shape: ModelShape) -> str:
@@ -189,9 +193,6 @@ def why_impossible(layout: Layout, shape: ModelShape) -> str:
     if tp > 1:
         if shape.num_heads % tp:
             return f"tp={tp} does not divide {shape.num_heads} query heads"
-        num_kv = shape.num_kv_heads
-        if num_kv % tp and tp % num_kv:
-            return f"tp={tp} and {num_kv} key/value heads: neither divides the other"
         if shape.seq_len % tp:
             return f"tp={tp} does not divide the sequence length {shape.seq_len}"
         if shape.d_ff % tp:
@@ -215,8 +216,8 @@ def require_possible(layout: Layout, shape: ModelShape) -> None:
         return
     raise UsageError(
         f"layout {layout.text}: {why}",
-        allowed="tp that divides the query heads, the sequence length and d_ff, and divides or is "
-        "a multiple of the key/value heads; at most one pipeline stage per layer",
+        allowed="tp that divides the query heads, the sequence length and d_ff; at most one stage "
+        "of a pipeline per layer",
         remedy="choose another --layout, or leave it at auto",
     )
 

@@ -95,9 +95,10 @@ def layer_elements(
 ) -> float:
     """fp32-sized elements that one layer keeps per token for its backward pass."""
     stream = shape.d_model / tp
-    kv_heads = 1 if has_replicated_kv(shape, tp=tp) else shape.num_kv_heads / tp
+    is_kv_whole = has_replicated_kv(shape, tp=tp)
+    kv_heads = shape.num_heads / tp if is_kv_whole else shape.num_kv_heads / tp
     products = 2 * shape.d_model + 2 * shape.d_attention / tp + 2 * kv_heads * shape.head_dim
-    if has_replicated_kv(shape, tp=tp):
+    if is_kv_whole:
         products += 2 * shape.num_kv_heads * shape.head_dim
     products += 4 * shape.d_ff / tp
     if is_cpu:

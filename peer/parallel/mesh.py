@@ -1,8 +1,9 @@
 """Process groups of one node: one per axis of a layout, each with a finite time-out.
 
 All groups are made by hand, because a group made by default waits half an hour for a rank that
-hangs. The store is the leader's, on loopback; names in it carry a generation, so that no address of
-processes that have ended is ever read again.
+hangs. They find each other through an anonymous file that all ranks inherit, so nothing listens for
+strangers; names in it carry a generation, so that no address of processes that have ended is ever
+read again.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from peer.parallel.layout import Layout, stages_of_rank
 
-STORE_HOST = "127.0.0.1"
+
+def open_store(fd: int) -> dist.Store:
+    """The store in an inherited memory file."""
+    return dist.FileStore(f"/proc/self/fd/{fd}", -1)
 
 
 @dataclass(frozen=True, slots=True)

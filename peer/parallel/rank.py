@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from peer.ipc import Channel, ChannelClosed, Message
 from peer.model.objectives import Examples
 from peer.parallel.bridge import CanonicalVector
 from peer.parallel.devices import choose_device, is_out_of_memory, keep_freed_memory
 from peer.parallel.engine import RankEngine
-from peer.parallel.mesh import STORE_HOST, close_groups, open_groups
+from peer.parallel.mesh import close_groups, open_groups, open_store
 from peer.parallel.rank_messages import examples_from, layout_from, specs_from
 from peer.parent_death import die_with_parent
 from protos.contract.model_shape import ModelShape
@@ -44,7 +43,7 @@ class LocalRank:
         self.engine: RankEngine | None = None
         self._vector: CanonicalVector | None = None
 
-    def configure(self, message: Message, *, store: dist.Store) -> dict[str, Any]:
+    def configure(self, message: Message) -> dict[str, Any]:
         """Join the groups of a layout and build this rank's part of the model."""
         self.close()
         model, self._optimizer = specs_from(message)
@@ -56,7 +55,7 @@ class LocalRank:
         groups = open_groups(
             layout,
             rank=self.rank,
-            store=store,
+            store=open_store(message["store_fd"]),
             generation=message["generation"],
             timeout_seconds=message["timeout_seconds"],
             device_type=device.type,
@@ -114,8 +113,7 @@ def serve(channel: Channel, rank: int) -> None:
     while (message := channel.receive())["kind"] != "stop":
         match message["kind"]:
             case "configure":
-                store = dist.TCPStore(STORE_HOST, message["store_port"], is_master=False)
-                answer = local.configure(message, store=store)
+                answer = local.configure(message)
             case "run":
                 examples = examples_from(message["examples"])
                 answer = local.run(examples, is_bf16=message["is_bf16"])

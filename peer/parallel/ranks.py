@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from peer.ipc import Channel, ChannelClosed, Message
 from peer.model.objectives import Examples
@@ -24,7 +23,7 @@ from peer.parallel.devices import is_out_of_memory
 from peer.parallel.engine import deal
 from peer.parallel.faults import GROUP_TIMEOUT_SECONDS, LocalRankError
 from peer.parallel.layout import Layout
-from peer.parallel.mesh import STORE_HOST, Place
+from peer.parallel.mesh import Place
 from peer.parallel.rank import LocalRank
 from peer.parallel.rank_messages import plain_examples, plain_layout, plain_specs
 from protos.contract.digest import Float32Vector
@@ -54,7 +53,7 @@ class LocalRanks:
         self.vector: Float32Vector = np.memmap(
             f"/proc/self/fd/{self._vector_fd}", dtype="<f4", mode="r+", shape=(num_values,)
         )
-        self._store = dist.TCPStore(STORE_HOST, 0, is_master=True, wait_for_workers=False)
+        self._store_fd = os.memfd_create("muster-store", os.MFD_CLOEXEC)
         self._generation = 0
         self.timeout_seconds = GROUP_TIMEOUT_SECONDS
         self.local = LocalRank(0)
@@ -70,7 +69,9 @@ class LocalRanks:
         command = [sys.executable, "-m", "peer.parallel.rank", "--rank", str(rank)]
         command += ["--channel-fd", str(theirs.fileno())]
         self.processes[rank] = subprocess.Popen(
-            command, pass_fds=(theirs.fileno(), self._vector_fd), stdin=subprocess.DEVNULL
+            command,
+            pass_fds=(theirs.fileno(), self._vector_fd, self._store_fd),
+            stdin=subprocess.DEVNULL,
         )
         theirs.close()
         self._sockets[rank], self._channels[rank] = ours, Channel(ours)
@@ -98,13 +99,13 @@ class LocalRanks:
             "num_threads": num_threads,
             "generation": self._generation,
             "timeout_seconds": timeout_seconds,
-            "store_port": self._store.port,
+            "store_fd": self._store_fd,
             "vector_fd": self._vector_fd,
         }
         self._everywhere(
             "configure",
             [message] * layout.num_ranks,
-            lambda: self.local.configure(message, store=self._store),
+            lambda: self.local.configure(message),
         )
 
     def _wait_for_start(self) -> None:
@@ -214,6 +215,7 @@ class LocalRanks:
             process.wait()
         self.local.close()
         os.close(self._vector_fd)
+        os.close(self._store_fd)
 
 
 def _end_of(process: subprocess.Popen[bytes]) -> str:

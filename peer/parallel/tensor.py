@@ -3,8 +3,8 @@ the layers and the loss computed on shards of the vocabulary (Shoeybi et al. 201
 al. 2022). Parameters are DTensors; hooks on the model's modules move the activations.
 
 - embedding and head: rows (words); the vocabulary need not divide.
-- wq, w1, w3, and wk, wv: rows (heads, MLP width). With fewer key/value heads than ranks wk and wv
-  are whole on every rank, each uses the heads that its queries read, and the gradients add up.
+- wq, w1, w3, and wk, wv: rows (heads, MLP width). If the key/value heads cannot be dealt to the
+  ranks, wk and wv are whole on each, which uses the heads that its queries read; gradients add up.
 - wo, w2: columns; their partial sums are scattered over the sequence.
 - norms: whole, on a shard of the sequence, so their gradients are partial sums too.
 """
@@ -103,12 +103,13 @@ def _to_local(_: nn.Module, __: Any, output: DTensor) -> Tensor:
 def _kv_hook(shape: ModelShape, mesh: DeviceMesh) -> Any:
     if not has_replicated_kv(shape, tp=mesh.size()):
         return _to_local
-    begin, end = kv_heads_of_rank(shape, tp=mesh.size(), tp_rank=mesh.get_local_rank())
-    columns = slice(begin * shape.head_dim, end * shape.head_dim)
+    heads = kv_heads_of_rank(shape, tp=mesh.size(), tp_rank=mesh.get_local_rank())
+    width = shape.head_dim
+    columns = torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads])
 
     def own_heads(_: nn.Module, __: Any, output: DTensor) -> Tensor:
         # Each rank reads other heads, so what comes back is a partial sum.
         whole: Tensor = output.to_local(grad_placements=[Partial()])
-        return whole[..., columns].contiguous()
+        return whole.index_select(-1, columns.to(whole.device))
 
     return own_heads

@@ -39,6 +39,8 @@ _GPU_LINK = (20e9, 3e-5)
 _NOMINAL_FLOP_PER_SECOND = 50e9
 _MAX_SEQUENCES = {"cpu": 8, "cuda": 64}
 _WATCHED_TURNS = 10.0
+_PATIENCE_TURNS = 20.0
+"""Planned turns that a rank waits for another; a busy machine is slower than its plan."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -207,7 +209,7 @@ def _on_ranks(
             layout,
             devices=[device.name for device in plan.devices],
             num_threads=max(1, num_threads // layout.num_ranks) if is_cpu else num_threads,
-            timeout_seconds=message.get("group_timeout_seconds") or GROUP_TIMEOUT_SECONDS,
+            timeout_seconds=max(GROUP_TIMEOUT_SECONDS, _PATIENCE_TURNS * plan.turn_seconds),
         )
         step = NodeStep(spec.model, ranks)
         seconds, probe_reason = step.probe_precision(num_windows=layout.turn_sequences)

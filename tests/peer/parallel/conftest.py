@@ -1,5 +1,6 @@
 """One set of real local ranks for all tests of layouts; each test configures them anew."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from peer.parallel.ranks import LocalRanks
 
 MAX_VALUES = 2**20
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # as the daemon sets it for its children
 
 
 class Keeper:

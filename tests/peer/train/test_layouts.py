@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from protos.contract.run_spec import StrategySpec
+from tests.e2e.harness import is_alive, wait_until
 from tests.peer.model.tiny import SPEC
 from tests.peer.train.harness import trainer_process, windows_of
 
@@ -50,7 +51,11 @@ def test_gradients_of_two_rounds_and_a_stop(tmp_path: Path) -> None:
         assert daemon.expect("evaluation")["num_tokens"] == 40 * SEQ_LEN
         daemon.send("stop")
         assert daemon.process.wait(20) == 0
-        assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+        wait_until(
+            lambda: not any(is_alive(rank) for rank in ranks),
+            what="the ranks end with their leader",
+            deadline_seconds=20,
+        )
 
 
 def test_diloco_on_two_ranks_learns_and_a_lost_rank_is_reported(tmp_path: Path) -> None:
