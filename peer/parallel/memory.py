@@ -11,7 +11,8 @@ Letters: B sequences, T positions, D model width, H query heads, G key/value hea
 MLP width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
 from peer.parallel.layout import Layout, Schedule, has_replicated_kv, stage_layers, stages_of_rank
@@ -114,8 +115,9 @@ def _layer_backward_elements(shape: ModelShape, *, tp: int, is_cpu: bool) -> flo
     return max(scores + 2 * shape.d_attention / tp, 2 * shape.d_ff / tp + 2 * shape.d_model)
 
 
+@lru_cache(maxsize=4096)
 def _rank_parameters(layout: Layout, shape: ModelShape, pp_rank: int) -> int:
-    """Parameters that a rank of this stage holds."""
+    """Parameters that a rank of this stage holds; of the layout only the axes matter."""
     bounds = stage_layers(shape.num_layers, layout.num_stages)
     stages = stages_of_rank(layout, pp_rank)
     layers = {index for stage in stages for index in range(*bounds[stage])}
@@ -163,7 +165,8 @@ def estimate(layout: Layout, setting: Setting) -> MemoryTable:
 def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTable:
     shape, tp = setting.shape, layout.tp
     tokens = layout.micro_batch_sequences * shape.seq_len
-    num_values = _rank_parameters(layout, shape, pp_rank)
+    axes = replace(layout, has_checkpointing=False, micro_batch_sequences=1, num_micro_batches=1)
+    num_values = _rank_parameters(axes, shape, pp_rank)
     kept = layer_elements(
         shape, tp=tp, is_cpu=setting.is_cpu, activation_bytes=setting.activation_bytes
     )
@@ -183,10 +186,8 @@ def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTabl
     if has_last and setting.activation_bytes < FP32_BYTES:
         head += ceil(shape.vocab_size / tp)
     stream = 3 * shape.d_model if has_last else 0
-    largest = max(
-        ceil(dimensions[0] / tp) * (dimensions[1] if len(dimensions) > 1 else 1)
-        for _, dimensions in shape.parameter_table()
-    )
+    widest = max(shape.vocab_size, shape.d_ff, shape.d_attention)
+    largest = ceil(widest / tp) * shape.d_model
     # The head's backward pass and a layer's do not overlap; whichever is larger is the peak.
     peak = max(head + stream, one_layer)
     temporaries = (peak - head) * tokens + largest

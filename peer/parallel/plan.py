@@ -155,13 +155,16 @@ def _layouts(
 def _axes(num_devices: int) -> list[tuple[int, int, int, bool]]:
     axes = []
     for count in range(1, num_devices + 1):
-        for tp, pp in itertools.product(range(1, count + 1), repeat=2):
-            if count % (tp * pp) == 0:
-                dp = count // (tp * pp)
-                axes.append((dp, tp, pp, False))
-                if dp == count > 1:
-                    axes.append((dp, tp, pp, True))
+        for tp in _divisors(count):
+            for pp in _divisors(count // tp):
+                axes.append((count // (tp * pp), tp, pp, False))
+        if count > 1:
+            axes.append((count, 1, 1, True))
     return axes
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _with_micro_batches(
