@@ -188,9 +188,8 @@ class RankEngine:
             micro = batch.rows(rows)
             loss = _loss_of(part(micro.inputs_BT, mask=micro.mask), micro)
             nats += float(loss.detach())
-            if math.isfinite(nats):
-                with torch.autocast(self.device.type, enabled=False):
-                    loss.backward()
+            with torch.autocast(self.device.type, enabled=False):
+                loss.backward()  # also if not finite: sharded parameters are let go of by it
         return nats
 
     def _schedule(self, num_micro_batches: int, num_windows: int, seq_len: int) -> object:

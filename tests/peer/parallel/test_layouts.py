@@ -198,8 +198,9 @@ def test_inner_steps_and_turns_that_add_up_are_those_of_one_process(
     assert moved <= 2e-6
 
 
-def test_values_that_are_not_finite_are_told(node: LocalRanks) -> None:
-    spec, layout = CASES["tp-pp"]
+@pytest.mark.parametrize("name", ["fsdp", "tp-pp"])
+def test_values_that_are_not_finite_are_told(node: LocalRanks, name: str) -> None:
+    spec, layout = CASES[name]
     size = configure(node, spec, layout)
     node.vector[:size] = np.nan
     node.call("load")
