@@ -112,6 +112,10 @@ class PeerConfig:
     """Loopback port of /metrics; 0 lets the system choose; None: no server."""
     device: str = "auto"
     """Where to train: auto, cpu or cuda."""
+    devices: str = ""
+    """Several devices: cpu:N, N shares of the CPU, or cuda:0,1; empty: what `device` says."""
+    layout: str = "auto"
+    """How a model lies on them: auto, or such as tp=2,pp=2 (peer/parallel/layout.py)."""
     log_level: str = "INFO"
     """Least severe log line that is written."""
 
@@ -135,6 +139,14 @@ class PeerConfig:
             raise _not_one_of("log_level", self.log_level, LOG_LEVELS)
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise _not_one_of("device", self.device, ("auto", "cpu", "cuda", "cuda:N"))
+        if not re.fullmatch(r"|auto|cpu(:[1-9][0-9]{0,2})?|cuda(:[0-9]+(,[0-9]+)*)?", self.devices):
+            raise _not_one_of("devices", self.devices, ("auto", "cpu:N", "cuda:0,1"))
+        if self.devices and self.device != "auto":
+            raise UsageError(
+                f"device {self.device} and devices {self.devices}",
+                allowed="one of them",
+                remedy="leave --device out",
+            )
 
 
 def check_announced(address: str) -> None:
@@ -182,6 +194,8 @@ _KEYS: dict[str, _Key] = {
     "announce": _Key("announce", _parse_list),
     "metrics_port": _Key("metrics_port", _parse_whole),
     "device": _Key("device", str),
+    "devices": _Key("devices", str),
+    "layout": _Key("layout", str),
     "log_level": _Key("log_level", lambda text: str(text).upper()),
 }
 
@@ -295,6 +309,7 @@ def child_environment(*, threads: int, log_level: str) -> dict[str, str]:
         environment[variable] = str(threads)
     environment["HIVEMIND_LOGLEVEL"] = "INFO" if log_level == "DEBUG" else "WARNING"
     environment["PYTHONUNBUFFERED"] = "1"
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks talk on this machine only
     environment.setdefault(*_PASSIVE_WAIT)
     return environment
 

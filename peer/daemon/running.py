@@ -34,6 +34,7 @@ from peer.daemon.membership import (
 from peer.daemon.messages import MessageDesk
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
+from peer.daemon.trainer_limits import TrainerLimits
 from peer.home import Home
 from peer.identity import Identity
 from peer.ipc import Message
@@ -97,7 +98,7 @@ class RunningSession:
             on_death=self._on_death,
         )
         self._watches = {child: ChildWatch() for child in ChildName}
-        self._max_micro_batch_sequences: int | None = None
+        self._limits = TrainerLimits()
         self._outbox = Outbox()
         self._calls = CoordinatorTasks(
             client,
@@ -340,8 +341,7 @@ class RunningSession:
 
     async def _respawn(self, action: ev.Respawn) -> None:
         child = action.child
-        if action.max_micro_batch_sequences is not None:
-            self._max_micro_batch_sequences = action.max_micro_batch_sequences
+        self._limits.learn_from(action)
         self._core.note(f"{action.reason}; starting it again")
         self._core.metrics.add(telemetry.PEER_CHILD_RESTARTS, 1, {"process": child.value})
         try:
@@ -397,11 +397,13 @@ class RunningSession:
             self._outbox.lose_state()
         else:
             self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
+            self._limits.lose(failure.lost_devices)
         event = ev.ChildDied(
             child=child,
             reason=failure.reason,
             exit_code=failure.exit_code,
             is_out_of_memory=failure.is_out_of_memory,
+            has_lost_device=bool(failure.lost_devices),
         )
         self._core.feed(event)
 
@@ -448,7 +450,7 @@ class RunningSession:
             membership=self._membership,
             heldout_paths=self._dataset.heldout_paths,
             tokenizer_path=self._dataset.tokenizer_path,
-            max_micro_batch_sequences=self._max_micro_batch_sequences,
+            limits=self._limits,
         )
         self._children.configure(ChildName.TRAINER, **settings)
 
