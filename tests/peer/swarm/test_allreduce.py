@@ -249,6 +249,7 @@ def _reduction(host: Streams, peer: str) -> Reduction:
 
 def test_dead_member_is_named(tmp_path: Path) -> None:
     async def body(hosts: Hosts) -> None:
+        await ReductionDesk(hosts["c"]).start()  # answers, and waits for its own group
         await hosts["b"].close()
         reduction = _reduction(hosts["a"], "a")
         with pytest.raises(ReduceError) as caught:
