@@ -8,7 +8,7 @@ that every gradient lies as its parameter does, and `zero` comes before the next
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -153,11 +153,6 @@ class RankEngine:
         assert self._batch is not None
         return self._batch
 
-    def _contexts(self) -> tuple[AbstractContextManager[object], ...]:
-        loss = loss_parallel() if self._mesh is not None else nullcontext()
-        kind = self.device.type
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.is_bf16), loss
-
     def run(self, examples: Examples) -> tuple[float, bool]:
         """Forward and backward of this copy's windows; returns (summed loss in nats if this is the
         rank that counts it, else 0; True if loss and gradients here are finite).
@@ -166,14 +161,17 @@ class RankEngine:
         nats = 0.0
         if examples.inputs_BT.shape[0]:
             self._batch = Batch(*examples_on(examples, self.device))
-            autocast, loss = self._contexts()
-            with loss, autocast:
-                nats = self._run_batch(self._batch, autocast)
+            kind = self.device.type
+            with (
+                loss_parallel() if self._mesh is not None else nullcontext(),
+                torch.autocast(kind, dtype=torch.bfloat16, enabled=self.is_bf16),
+            ):
+                nats = self._run_batch(self._batch)
             self._batch = None
         is_finite = math.isfinite(nats) and self._are_grads_finite()
         return (nats if self.place.tp_rank == 0 else 0.0), is_finite
 
-    def _run_batch(self, batch: Batch, autocast: AbstractContextManager[object]) -> float:
+    def _run_batch(self, batch: Batch) -> float:
         size = self.layout.micro_batch_sequences
         num_windows, T = batch.inputs_BT.shape
         if self.layout.pp > 1:
