@@ -66,6 +66,7 @@ class MessageDesk:
                 reason=message["reason"],
                 exit_code=message.get("exit_code"),
                 is_out_of_memory=message.get("is_out_of_memory", False),
+                lost_devices=tuple(message.get("lost_devices", ())),
             )
             self._note_failure(child, failure)
         elif message["kind"] == "turn":
@@ -193,7 +194,15 @@ class MessageDesk:
             case "ready":
                 core.numbers.device = message["device"]
                 core.numbers.micro_batch_sequences = sequences = message["micro_batch_sequences"]
-                core.feed(ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=sequences))
+                if message["num_ranks"] > 1:
+                    core.note(f"layout: {message['reason']}")
+                core.feed(
+                    ev.ChildReady(
+                        child=ChildName.TRAINER,
+                        micro_batch_sequences=sequences,
+                        can_save_memory=message["can_save_memory"],
+                    )
+                )
             case "progress":
                 self._take_progress(message)
             case "need_leases":

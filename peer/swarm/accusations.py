@@ -5,10 +5,9 @@ bytes. So an accusation is believed at once: it costs the accused its contributi
 its vote. Whoever accuses more members than may be bad (a third of all, and one) is taken for the
 liar: it is left out and its accusations are void. And if nobody of a group would be left, everybody
 is forgiven: better to try again than to stand still. Silence and broken streams have innocent
-causes too: they are held against a member when they come again.
+causes too: they are latecomers.py's business.
 """
 
-from collections import Counter
 from collections.abc import Collection
 
 
@@ -19,7 +18,6 @@ class Accusations:
         self._most_bad = max(1, (num_members - 1) // 3)
         self._reasons: dict[str, dict[str, str]] = {}
         """accuser -> accused -> reason."""
-        self._failures_by_peer: Counter[str] = Counter()
 
     @property
     def left_out(self) -> frozenset[str]:
@@ -39,11 +37,6 @@ class Accusations:
 
     def _is_liar(self, peer_id: str) -> bool:
         return len(self._reasons.get(peer_id, ())) > self._most_bad
-
-    def is_to_be_accused(self, peer_id: str, *, is_invalid: bool) -> bool:
-        """After a reduction that failed here because of a member: accuse it now?"""
-        self._failures_by_peer[peer_id] += 1
-        return is_invalid or self._failures_by_peer[peer_id] > 1
 
     def add(self, accuser: str, accused: str, reason: str, *, group: Collection[str]) -> None:
         """One member says that another has broken an attempt; `group` are those who brought

@@ -215,6 +215,31 @@ class CatchUp:
         self._pause.step_made()
         return True
 
+    def _certifiers(
+        self, infos: dict[str, state_pb2.StateInfoResponse]
+    ) -> dict[int, common_pb2.Directive]:
+        """Under which directive the members' newest outer steps were certified, where that can be
+        checked.
+        """
+        found: dict[int, common_pb2.Directive] = {}
+        for peer_id, info in infos.items():
+            try:
+                value = rounds_pb2.RoundValue.FromString(info.newest_certificate.value)
+            except DecodeError as error:
+                logger.warning("%s sent a malformed certificate: %s", peer_id, error)
+                continue
+            signed = self._replica.directive_by_number.get(value.roster_directive_number)
+            if signed is None:
+                continue
+            directive = common_pb2.Directive.FromString(signed.payload)
+            if not check_certificate(
+                info.newest_certificate,
+                directive=directive,
+                coordinator_public_key=self._replica.coordinator_public_key,
+            ):
+                found[value.outer_step] = directive
+        return found
+
     async def _load_proven(self, infos: dict[str, state_pb2.StateInfoResponse]) -> bool:
         """Download the newest proven state if it is newer than ours, or contradicts it."""
         replica = self._replica
@@ -225,6 +250,7 @@ class CatchUp:
             incarnation=replica.incarnation,
             directive=newest,
             own_peer_id=self._own_peer_id,
+            certifiers=self._certifiers(infos),
         )
         if proven is None:
             return False

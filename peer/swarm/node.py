@@ -9,21 +9,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable
 
+from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel, ChannelClosed, Message
 from peer.shared_vectors import SharedVectors
 from peer.swarm import round_types as rt
 from peer.swarm.allreduce import ReductionDesk
 from peer.swarm.catch_up import CatchUp
 from peer.swarm.config_message import SwarmConfig
+from peer.swarm.coordinator_questions import Place
 from peer.swarm.dht import Dht
 from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
 from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
-from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, Place, RoundShell
+from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, RoundShell
 from peer.swarm.state_server import StateServer
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.turns import tell_turns
@@ -86,7 +87,8 @@ class SwarmNode:
         self._next_ask_checkpoint_seconds = 0.0
         self._saved_position = (-1, -1)
         self._next_save_seconds = time.monotonic() + config.checkpoint_interval_seconds
-        self._tasks: set[asyncio.Future[object]] = set()
+        self._tasks = BackgroundTasks(self._on_failure)
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # Life -------------------------------------------------------------------------------------
 
@@ -109,17 +111,19 @@ class SwarmNode:
             votes=self._enter_record(newest),
             desk=self._desk,
             post=self._post,
+            tasks=self._tasks,
         )
         self._offers = Offers(self._shell, replica, self._reporter, own_peer_id=self._own_peer_id)
         replica.learn_directive(config.directive)
         await asyncio.to_thread(self._load_local)
         self._update_members()
         await self._server.start()
-        self._spawn(self._server.sweep())
+        self._tasks.start(self._server.sweep(), name="sweep")
         await self._desk.start()
         await self._transport.serve_messages(ROUND_CALL, self._on_message, rounds_pb2.RoundMessage)
-        self._spawn(tell_turns(self._channel))
-        self._spawn(keep_presence(self._dht, self._transport, self._replica, self._own_peer_id))
+        self._tasks.start(tell_turns(self._channel), name="turns")
+        presence = (self._dht, self._transport, self._replica, self._own_peer_id)
+        self._tasks.start(keep_presence(*presence), name="presence")
 
     def _load_local(self) -> None:
         replica = self._replica
@@ -158,19 +162,20 @@ class SwarmNode:
 
     async def close(self) -> None:
         """Leave in good order: save the state, stop what runs."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._shell.close()
+        self._shell.end()
+        await self._tasks.cancel_all()
         if self._replica.is_current and self._replica.position != self._saved_position:
             await self._save()
         self._shell.votes.close()
         self._server.close()
 
-    def _spawn(self, job: Awaitable[object]) -> None:
-        task = asyncio.ensure_future(job)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def wait_failed(self) -> None:
+        """Wait for ever, or raise what a task beside `run` did not foresee."""
+        await self._failed
+
+    def _on_failure(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
 
     # What comes in ----------------------------------------------------------------------------
 
@@ -188,9 +193,9 @@ class SwarmNode:
             if kind == "progress":
                 self._done_ratio = float(message["done_ratio"])
             elif kind == "coordinator_answer":
-                self._shell.coordinator_answered(message)
+                self._shell.questions.answered(message)
             elif kind == "initial_peers":
-                self._spawn(self._dht.add_peers(message["addresses"]))
+                self._tasks.start(self._dht.add_peers(message["addresses"]))
             else:
                 await self._queue.put(message)
 
@@ -218,7 +223,7 @@ class SwarmNode:
         message = rounds_pb2.RoundMessage(
             incarnation=place[0], outer_step=place[1], certificate=certificate
         )
-        self._spawn(self._send_once(peer_id, message))
+        self._tasks.start(self._send_once(peer_id, message))
 
     async def _send_once(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from peer.swarm.accusations import Accusations
+from peer.swarm.latecomers import MAX_LATE_ATTEMPTS
 from peer.swarm.round_types import (
     Behind,
     ContributionRefused,
@@ -67,6 +68,8 @@ class RoundCore:
         self.accusations = Accusations(num_members=len(self.roster))
         self.last_contributors: frozenset[str] = frozenset()
         """Members that brought something into the last group that was averaged here."""
+        self.num_failed_reductions = 0
+        self._late_attempts_by_peer: dict[str, set[int]] = {}
         self.at_step: set[str] = set()
         """Members whose last answer shows that they hold the previous state of this step."""
         self.contributions_by_digest: dict[bytes, bytes] = {}
@@ -152,6 +155,25 @@ class RoundCore:
 
     # Attempts ---------------------------------------------------------------------------------
 
+    def note_late(self, attempt: int, peer_ids: frozenset[str]) -> None:
+        """A reduction failed because of these members."""
+        for peer_id in peer_ids:
+            self._late_attempts_by_peer.setdefault(peer_id, set()).add(attempt)
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Members that were late in so many attempts of this step that they are left out of it."""
+        return frozenset(
+            peer_id
+            for peer_id, attempts in self._late_attempts_by_peer.items()
+            if len(attempts) >= (1 if peer_id in self.setup.on_trial else MAX_LATE_ATTEMPTS)
+        )
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Members that this one does not ask when it leads, as long as others have work."""
+        return self.setup.left_out | self.late
+
     @property
     def not_awaited(self) -> frozenset[str]:
         """Members that no group waits for, and no attempt follows."""
@@ -165,15 +187,15 @@ class RoundCore:
 
     def judge_failure(self, event: ReduceFailed) -> str:
         """Draw the conclusions from a reduction that failed here; returns whom to accuse."""
-        peer_id = event.peer_id
-        if event.is_down:
-            self.unreachable.add(peer_id)
-        if not peer_id or not self.accusations.is_to_be_accused(
-            peer_id, is_invalid=event.is_invalid
-        ):
+        if not event.peer_id:
             return ""
-        self.hear_accusation(self.setup.own_peer_id, peer_id, event.reason)
-        return peer_id
+        if event.is_down:
+            self.unreachable.add(event.peer_id)
+        if not event.is_invalid:
+            self.note_late(event.attempt, frozenset((event.peer_id,)))
+            return ""
+        self.hear_accusation(self.setup.own_peer_id, event.peer_id, event.reason)
+        return event.peer_id
 
     def drop_refused_own(self) -> None:
         """Bring nothing into a step that leaves us out."""

@@ -15,6 +15,7 @@ from peer.swarm.round_proposer import (
     choose_from_answers,
     decide_form,
     leader_of,
+    possible_leaders,
 )
 from peer.swarm.round_types import AskCoordinatorExchange, Proposal, RoundPhase
 from protos.contract.certificate import contributions_digest
@@ -64,6 +65,16 @@ class LeaderSide:
     def is_own(self, attempt: int) -> bool:
         """True if this member leads the attempt and has not done so before a crash."""
         return self.leader(attempt) == self._core.setup.own_peer_id
+
+    def is_passed_over(self, peer_id: str) -> bool:
+        """True for a leader that nobody should wait for: unreachable or accused, or left out
+        while another may lead.
+        """
+        core = self._core
+        if peer_id not in core.left_out:
+            return peer_id in core.not_awaited
+        leaders = {entry.peer_id for entry in possible_leaders(core.roster)}
+        return bool(leaders - core.left_out - core.not_awaited)
 
     def enter(self, now_seconds: float) -> None:
         """The member's attempt has changed: begin to lead it if it is ours."""
@@ -166,9 +177,11 @@ class LeaderSide:
             del proposer.joins[peer_id]
         if core.accusations.reason_against(core.setup.own_peer_id):
             self._admit(core.setup.own_peer_id, own_join(core))  # without anything of ours
+        left_out = self._left_out(proposer)
+        parked = {p: proposer.joins.pop(p) for p in left_out & set(proposer.joins)}
         decision = decide_form(
             proposer,
-            roster=core.roster,
+            roster=[entry for entry in core.roster if entry.peer_id not in left_out],
             own_peer_id=core.setup.own_peer_id,
             unreachable=core.not_awaited,
             at_step=core.at_step,
@@ -176,6 +189,7 @@ class LeaderSide:
             deadline_seconds=deadline_seconds,
         )
         if not decision.is_formed:
+            proposer.joins.update(parked)
             core.show(RoundPhase.FORM, decision.reason.partition(" another ")[0])
             return tuple(p for p in core.others if p not in proposer.joins)
         if core.setup.own_peer_id not in proposer.joins:
@@ -194,6 +208,12 @@ class LeaderSide:
         core.send(invited, attempt=proposer.attempt, form_group=group)
         self._outcomes.accept_group(proposer.attempt, group)
         return ()
+
+    def _left_out(self, proposer: Proposer) -> frozenset[str]:
+        """Whom not to wait for; nobody, if only the slow have brought work."""
+        left_out = self._core.left_out - {self._core.setup.own_peer_id}
+        bringing = {peer for peer in proposer.joins if proposer.tokens_by_peer.get(peer, 0)}
+        return left_out if bringing - left_out else frozenset()
 
     # Exchange ---------------------------------------------------------------------------------
 

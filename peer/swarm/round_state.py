@@ -9,15 +9,12 @@ shell. `tests/peer/swarm/test_round_safety.py` is the model that checks the rule
 
 from google.protobuf.message import DecodeError
 
+from peer.swarm.pace import reduce_deadline_seconds
+from peer.swarm.reduce_slices import expected_seconds
 from peer.swarm.round_agree import AgreeSide
 from peer.swarm.round_core import RoundCore, backoff_seconds
-from peer.swarm.round_leader import (
-    LeaderSide,
-    own_join,
-    problem_with_group,
-    proposal_from,
-)
-from peer.swarm.round_proposer import contributors_of
+from peer.swarm.round_leader import LeaderSide, own_join, problem_with_group, proposal_from
+from peer.swarm.round_proposer import contributors_of, links_of
 from peer.swarm.round_types import (
     AbortReduce,
     Acked,
@@ -32,6 +29,7 @@ from peer.swarm.round_types import (
     DirectiveKnown,
     Effect,
     Event,
+    PeersLate,
     PeerUnreachable,
     Proposal,
     Received,
@@ -115,6 +113,16 @@ class RoundMachine:
         """Leader of the current attempt."""
         return self._leader.leader(self._core.attempt)
 
+    @property
+    def num_failed_reductions(self) -> int:
+        """Of this step so far."""
+        return self._core.num_failed_reductions
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Members that were left out because they were late in this step."""
+        return self._core.late
+
     def handle(self, event: Event, *, now_seconds: float) -> list[Effect]:
         """Take one event; returns effects to carry out in order. Nothing happens after `Commit`."""
         if self._core.phase is RoundPhase.DONE:
@@ -138,6 +146,8 @@ class RoundMachine:
                 self._agree.on_bytes(event.averaged_digest)
             case PeerUnreachable():
                 self._core.unreachable.add(event.peer_id)
+            case PeersLate():
+                self._core.note_late(event.attempt, event.peer_ids)
             case CoordinatorExchanged():
                 self._on_coordinator_exchanged(event)
             case CoordinatorVoted():
@@ -194,8 +204,8 @@ class RoundMachine:
         if not self._is_pushing():
             return
         leader = self.leader_peer_id
-        if leader in core.unreachable:
-            self.supersede(core.attempt + 1, f"leader {leader} cannot be reached")
+        if self._leader.is_passed_over(leader):
+            self.supersede(core.attempt + 1, f"leader {leader} cannot be reached or is too slow")
         elif now >= self._patience_seconds():
             self.supersede(core.attempt + 1, f"leader {leader} formed no group in time")
         elif is_resend:
@@ -240,11 +250,12 @@ class RoundMachine:
         if attempt <= core.attempt or core.phase is RoundPhase.DONE:
             return
         for _ in core.roster:
-            if self._leader.leader(attempt) not in core.not_awaited:
+            if not self._leader.is_passed_over(self._leader.leader(attempt)):
                 break
             attempt += 1
         if self.is_reducing:
             self.is_reducing = False
+            core.num_failed_reductions += 1
             core.emit(AbortReduce(core.attempt, reason))
         core.emit(AttemptDiscarded(core.attempt, reason))
         core.attempt, core.phase, self._group = attempt, RoundPhase.FORM, None
@@ -397,7 +408,15 @@ class RoundMachine:
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
         core.last_contributors = contributors_of(group)
         self._is_in_group_before = True
-        self.phase_deadline_seconds = self.now_seconds + core.timing.reduce_wait_seconds
+        links = links_of(group.members, core.entry_by_peer)
+        vector_bytes = core.setup.vector_bytes
+        self.phase_deadline_seconds = self.now_seconds + reduce_deadline_seconds(
+            core.timing,
+            expected_seconds=expected_seconds(
+                links, group.reducer_piece_ends, vector_bytes=vector_bytes
+            ),
+            num_failed=core.num_failed_reductions,
+        )
         core.show(RoundPhase.REDUCE, f"averaging with {len(members)} members, attempt {attempt}")
         core.emit(StartReduce(attempt, group))
 

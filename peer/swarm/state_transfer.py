@@ -67,14 +67,18 @@ def newest_proven_state(
     incarnation: int,
     directive: common_pb2.Directive,
     own_peer_id: str,
+    certifiers: Mapping[int, common_pb2.Directive],
 ) -> ProvenState | None:
     """Highest state whose equal signed attestations are more than half of the members' votes.
+
+    The votes are those of the newest `directive`, or of the one under which that outer step was
+    certified (`certifiers`): who decides an average also knows the state that follows from it, and
+    of a larger roster too many may be behind.
 
     With at most two voters the own vote counts along with the other's when nobody contradicts it:
     taking a state is agreeing to it. So one of two voters can bring the other back; among more, the
     others alone must be enough.
     """
-    half_votes = half_votes_by_voter(directive.roster)
     key_by_peer = {entry.peer_id: entry.public_key for entry in directive.roster}
     backers: dict[tuple[int, bytes], set[str]] = {}
     for peer_id, info in infos.items():
@@ -89,13 +93,15 @@ def newest_proven_state(
                 key = (attestation.outer_step, attestation.state_digest)
                 backers.setdefault(key, set()).add(peer_id)
     num_digests = Counter(outer_step for outer_step, _ in backers)
-    needed = sum(half_votes.values()) / 2
     may_count_own = sum(entry.has_vote for entry in directive.roster) <= 2
     for (outer_step, digest), peers in sorted(backers.items(), reverse=True):
         voters = set(peers)
         if may_count_own and num_digests[outer_step] == 1:
             voters.add(own_peer_id)
-        if sum(half_votes.get(voter, 0) for voter in voters) > needed:
+        certifier = certifiers.get(outer_step)
+        if _have_most_votes(voters, directive) or (
+            certifier is not None and _have_most_votes(peers, certifier)
+        ):
             return ProvenState(
                 incarnation=incarnation,
                 outer_step=outer_step,
@@ -103,6 +109,11 @@ def newest_proven_state(
                 donors=tuple(sorted(peers)),
             )
     return None
+
+
+def _have_most_votes(voters: set[str], directive: common_pb2.Directive) -> bool:
+    half_votes = half_votes_by_voter(directive.roster)
+    return 2 * sum(half_votes.get(voter, 0) for voter in voters) > sum(half_votes.values())
 
 
 def proves_state(certificate: rounds_pb2.Certificate, meta: StateMeta, digest: bytes) -> bool:

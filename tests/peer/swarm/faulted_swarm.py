@@ -182,6 +182,15 @@ class FaultedSwarm:
             assert outcome["outcome"] == "COMMITTED", outcome
         self.round_seconds.append(time.monotonic() - begin_seconds)
 
+    async def round_with_all(self, *, most_rounds: int = 4) -> None:
+        """Rounds until everybody is asked again: who was late twice is left out for two steps."""
+        for _ in range(most_rounds):
+            self.offer(self.members)
+            brought = await self.committed(self.members)
+            if brought == {daemon.peer_id for daemon in self.members}:
+                return
+        raise AssertionError(f"after {most_rounds} rounds only {brought} are asked")
+
     def lost_attempts(self, daemons: list[Daemon], step: int) -> int:
         """The most attempts of a step that any of these gave up after averaging had begun."""
 

@@ -83,6 +83,7 @@ class Daemon:
     p2p_peer_id: str
     vectors: SharedVectors
     host: str = "127.0.0.1"
+    upload_limit_mbit: float | None = None
     prefix: tuple[str, ...] = ()
     """Before the command of its process, such as `ip netns exec NAME`."""
     process: asyncio.subprocess.Process | None = None

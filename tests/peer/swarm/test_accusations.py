@@ -39,10 +39,3 @@ def test_when_nobody_would_be_left_all_are_forgiven() -> None:
     accusations.add("a", "b", "silent", group=("a", "b"))
     accusations.add("b", "a", "silent", group=("a", "b"))
     assert not accusations.left_out
-
-
-def test_invalid_bytes_count_at_once_and_silence_the_second_time() -> None:
-    accusations = Accusations(num_members=3)
-    assert accusations.is_to_be_accused("a", is_invalid=True)
-    assert not accusations.is_to_be_accused("b", is_invalid=False)
-    assert accusations.is_to_be_accused("b", is_invalid=False)

@@ -70,25 +70,26 @@ def test_member_that_breaks_the_rules_is_out_of_the_attempt(running: Running, ki
         bad, honest = swarm.members[-1], swarm.members[:-1]
         swarm.plan(bad, send=kind)
         swarm.offer(swarm.members)
-        refused = swarm.hub.wait(lambda: _refusal(bad, REASONS[kind]), "the refusal's reason")
-        brought, outcome = await asyncio.gather(swarm.committed(honest), refused)
+        refused = swarm.hub.wait(lambda: _told(bad, REASONS[kind]), "the refusal's reason")
+        brought, _ = await asyncio.gather(swarm.committed(honest), refused)
         assert brought == {daemon.peer_id for daemon in honest}
-        assert outcome["outcome"] == "RESYNC"
+        outcome = await swarm.outcome(bad, swarm.step - 1)
+        assert outcome["outcome"] == "RESYNC", outcome
         for daemon in honest:
             assert (await swarm.outcome(daemon, swarm.step))["outcome"] == "COMMITTED"
         assert swarm.lost_attempts(honest, swarm.step) <= 2
         swarm.heal(bad)
         await swarm.hub.wait_state(swarm.members, (1, swarm.step))
         swarm.check_state(bad)
-        await swarm.round()
+        await swarm.round_with_all()
 
     running.runner.run(story())
 
 
-def _refusal(daemon: Daemon, reason: str) -> dict[str, object] | None:
-    """The newest outcome that was told with this reason."""
-    outcomes = [m for m in daemon.messages if m["kind"] == "round_outcome"]
-    return next((m for m in reversed(outcomes) if reason in m["reason"]), None)
+def _told(daemon: Daemon, reason: str) -> bool:
+    """The member's daemon was told of a refusal or a lost attempt with this reason."""
+    kinds = ("round_outcome", "attempt_discarded")
+    return any(m["kind"] in kinds and reason in m["reason"] for m in daemon.messages)
 
 
 def test_stranger_gets_no_byte_and_changes_nothing(running: Running, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ Handler = Callable[[str, Stream], Awaitable[None]]
 class Wire:
     """Transport between members of one process: real streams over socket pairs, opened by name."""
 
+    slice_bytes = None
+
     def __init__(self) -> None:
         self.handler_by_peer: dict[str, Handler] = {}
         self.received_bytes = 0
