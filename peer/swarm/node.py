@@ -14,7 +14,6 @@ from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel, ChannelClosed, Message
 from peer.shared_vectors import SharedVectors
 from peer.swarm import round_types as rt
-from peer.swarm.allreduce import ReductionDesk
 from peer.swarm.catch_up import CatchUp
 from peer.swarm.config_message import SwarmConfig
 from peer.swarm.coordinator_questions import Place
@@ -22,6 +21,7 @@ from peer.swarm.dht import Dht
 from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
 from peer.swarm.record_file import load_record, run_folder_name, save_record
+from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
 from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, RoundShell

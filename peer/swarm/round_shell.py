@@ -15,13 +15,14 @@ from dataclasses import replace
 from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel
 from peer.swarm import round_types as rt
-from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
+from peer.swarm.allreduce import ReduceError, Reduction
 from peer.swarm.buffer_pool import BufferPool
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.coordinator_questions import CoordinatorQuestions, Place, Post
 from peer.swarm.latecomers import Latecomers, late_in_failed
 from peer.swarm.pace import Pace
+from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
 from peer.swarm.state_transfer import fetch_averaged

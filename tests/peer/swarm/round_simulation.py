@@ -411,7 +411,7 @@ class Simulation:
         for peer in killed:
             self.members[peer].machine, self.members[peer].is_dead = None, True
             self.members[peer].life += 1
-        for peer in set(group) - set(killed):
+        for peer in sorted(set(group) - set(killed)):
             event = rt.ReduceFailed(attempt, "stream ended early")
             self._at(self._delay_seconds(), self._finishing(peer, event, b""))
 

@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer.swarm.allreduce import (
-    PART_STREAM,
-    AveragedVector,
-    ReduceError,
-    Reduction,
-    ReductionDesk,
-    Streams,
-)
+from peer.swarm.allreduce import PART_STREAM, AveragedVector, ReduceError, Reduction, Streams
 from peer.swarm.codecs import EncodedVector
+from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.slice_sum import SliceSum
 from peer.swarm.transport import Stream, StreamHandler, Transport
 from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
