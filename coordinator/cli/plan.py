@@ -276,12 +276,14 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text", remedy="pass a TOML file") from error
+        raise UsageError(
+            f"{path} is not UTF-8 text", allowed="a text file", remedy="pass a TOML or CSV file"
+        ) from error
     except OSError as error:
-        raise MachineError(
+        raise UsageError(
             f"cannot read {path}: {error.strerror}",
+            allowed="a file that this user may read",
             remedy="check the path",
-            code=ErrorCode.PERMISSION_DENIED,
         ) from error
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coordinator.cli import end_at_once
 from coordinator.cli.options import AsJson, print_json, say
 
 if TYPE_CHECKING:
@@ -96,34 +97,31 @@ async def _serve(config: "CoordinatorConfig", *, is_json: bool) -> None:
 
     coordinator = Coordinator(config)
     stop_asked, loop = asyncio.Event(), asyncio.get_running_loop()
-    this_task = asyncio.current_task()
 
     def on_signal() -> None:
-        if stop_asked.is_set() and this_task is not None:
-            this_task.cancel()
+        if stop_asked.is_set():
+            say("interrupted")
+            end_at_once()
         stop_asked.set()
 
     for caught in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(caught, on_signal)
-    try:
-        await coordinator.start()
-        if is_json:
-            print_json(
-                {
-                    "address": coordinator.address,
-                    "local_address": coordinator.local_address,
-                    "http_address": coordinator.http_address,
-                    "ca_fingerprint": coordinator.ca_fingerprint,
-                    "data_dir": str(config.data_dir),
-                }
-            )
-            sys.stdout.flush()
-        say(f"peers:           {coordinator.address}")
-        say(f"page:            {coordinator.http_address}")
-        say(f"CA fingerprint:  {coordinator.ca_fingerprint}")
-        say(f"data directory:  {config.data_dir}")
-        await stop_asked.wait()
-        say("stopping (again: at once)")
-        await coordinator.stop()
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    await coordinator.start()
+    if is_json:
+        print_json(
+            {
+                "address": coordinator.address,
+                "local_address": coordinator.local_address,
+                "http_address": coordinator.http_address,
+                "ca_fingerprint": coordinator.ca_fingerprint,
+                "data_dir": str(config.data_dir),
+            }
+        )
+        sys.stdout.flush()
+    say(f"peers:           {coordinator.address}")
+    say(f"page:            {coordinator.http_address}")
+    say(f"CA fingerprint:  {coordinator.ca_fingerprint}")
+    say(f"data directory:  {config.data_dir}")
+    await stop_asked.wait()
+    say("stopping (again: at once)")
+    await coordinator.stop()

@@ -12,12 +12,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from coordinator.app import Coordinator
+from coordinator.cli import end_at_once
 from coordinator.cli.up_children import (
     PeerChild,
     check_peer_is_installed,
@@ -110,6 +112,7 @@ class _Up:
         self._view = UpView()
         self._peers: list[PeerChild] = []
         self._stop = asyncio.Event()
+        self._is_preparing = True
         self._num_restarts = 0
         self._join_string = ""
         self._run_id = ""
@@ -117,6 +120,7 @@ class _Up:
     async def run(self) -> int:
         """Everything, from the data directory to the exit code."""
         options = self._options
+        self._install_signals()
         if options.is_fresh:
             clear_data_dir(options.data_dir)
         choice = choose_run(options.data_dir, _given_flags(options))
@@ -137,7 +141,7 @@ class _Up:
             coordinator = Coordinator(_config(options))
             await coordinator.start()
             try:
-                self._install_signals()
+                self._is_preparing = False
                 if not choice.run_id:
                     save_flags(options.data_dir, _given_flags(options))
                 self._run_id = choice.run_id or await prepared.create(coordinator)
@@ -161,17 +165,23 @@ class _Up:
             loop.add_signal_handler(caught, self._on_signal)
 
     def _on_signal(self) -> None:
-        if self._stop.is_set():
-            for peer in self._peers:
-                if not peer.has_ended:
-                    peer.process.kill()
-            sys.stderr.flush()
-            raise KeyboardInterrupt
         self._view.stop_live()
+        if self._is_preparing:
+            self._view.say("interrupted while preparing; the same command prepares anew")
+            self._end_now()
+        if self._stop.is_set():
+            self._end_now()
         self._view.say(
             "stopping; `up` with the same --data-dir resumes this run (again: stop at once)"
         )
         self._stop.set()
+
+    def _end_now(self) -> NoReturn:
+        """At once: a thread may be building the corpus for minutes."""
+        for peer in self._peers:
+            if not peer.has_ended:
+                peer.process.kill()
+        end_at_once()
 
     async def _train(self, coordinator: Coordinator) -> None:
         """Peers, until the run is over and they have left, or somebody interrupts."""
@@ -358,15 +368,26 @@ class _Up:
             bigram_bits_per_byte=baselines.bigram_bits_per_byte,
             train_seconds=status.train_seconds,
             goodput_tokens_per_second=status.mean_goodput_tokens_per_second,
-            credited_tokens_by_peer={
-                status.name_by_peer.get(peer_id, peer_id): tokens
-                for peer_id, tokens in status.credited_tokens_by_peer.items()
-            },
+            credited_tokens_by_peer=named_tokens(
+                status.credited_tokens_by_peer, status.name_by_peer
+            ),
             state_digests_equal=status.state_digests_equal,
             ledger_violations=list(verdict.violations),
             checkpoint_path=str(export_dir),
             sample_text=sample.decode(errors="replace"),
         )
+
+
+def named_tokens(
+    tokens_by_peer: Mapping[str, int], name_by_peer: Mapping[str, str]
+) -> dict[str, int]:
+    """Tokens by name; peers that share a name have their id behind it."""
+    num_by_name = Counter(name_by_peer.get(peer_id, peer_id) for peer_id in tokens_by_peer)
+    named = {}
+    for peer_id, tokens in tokens_by_peer.items():
+        name = name_by_peer.get(peer_id, peer_id)
+        named[name if num_by_name[name] == 1 else f"{name} ({peer_id})"] = tokens
+    return named
 
 
 def _given_flags(options: UpOptions) -> dict[str, object]:

@@ -56,6 +56,8 @@ class RunChoice:
     run_id: str
     dataset_dir: str
     reason: str
+    spec: bytes = b""
+    """Of the run that is resumed."""
     is_trained: bool = False
     """True if only the results are missing: the budget is credited, the summary was not written."""
 
@@ -143,6 +145,7 @@ def choose_run(data_dir: Path, given_by_flag: Mapping[str, Any]) -> RunChoice:
     return RunChoice(
         run_id=run.run_id,
         dataset_dir=run.dataset_dir,
+        spec=run.spec,
         reason="only its summary is missing" if is_trained else f"it is {run.state}",
         is_trained=is_trained,
     )
@@ -178,6 +181,7 @@ def prepare_run(
     if choice.run_id:
         dataset_dir = (data_dir / choice.dataset_dir).absolute()
         verify_dataset(dataset_dir)
+        (data_dir / SPEC_FILE).write_bytes(choice.spec)
         return PreparedRun(
             dataset_dir=dataset_dir,
             relative_dataset_dir=choice.dataset_dir,

@@ -94,8 +94,8 @@ def require_free_bytes(folder: Path, *, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise MachineError(
-            f"{free_bytes / 2**20:.1f} MiB are free for {folder}",
-            allowed=f"at least {needed_bytes / 2**20:.1f} MiB",
+            f"{free_bytes:,} bytes are free for {folder}",
+            allowed=f"at least {needed_bytes:,} bytes",
             remedy="free some space or name a folder on another disk",
             code=ErrorCode.DISK_FULL,
         )

@@ -174,5 +174,5 @@ def _corrupt(path: Path, found: str) -> CorruptDataError:
     return CorruptDataError(
         f"checkpoint {path.name}: {found}",
         allowed="a state whose digest is the one in its metadata",
-        remedy="an older checkpoint or another member's state is used",
+        remedy="fetch or write it again; a running peer takes an older one or a member's state",
     )

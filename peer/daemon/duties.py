@@ -18,7 +18,7 @@ from peer.ipc import Message
 from peer.metrics import PeerMetrics
 from peer.session_events import ChildName
 from protos.contract.channel import MAX_STREAM_PART_BYTES
-from protos.contract.errors import CorruptDataError, MusterError
+from protos.contract.errors import CorruptDataError, MusterError, UnavailableError
 from protos.contract.telemetry import PEER_DUTIES, LogField
 from protos.muster.v1 import common_pb2, duties_pb2
 
@@ -55,7 +55,7 @@ class Duties:
         self._send = send
         self._metrics = metrics
         self._feed = feed
-        self._answer_by_id: dict[str, asyncio.Future[Message]] = {}
+        self._answer_by_id: dict[str, tuple[ChildName, asyncio.Future[Message]]] = {}
         self._digest_by_state: dict[tuple[int, int], bytes] = {}
 
     def note_state(self, *, incarnation: int, outer_step: int, state_digest: bytes) -> None:
@@ -66,9 +66,21 @@ class Duties:
 
     def take_answer(self, request_id: str, message: Message) -> None:
         """A child answered."""
-        waiting = self._answer_by_id.pop(request_id, None)
+        _, waiting = self._answer_by_id.pop(request_id, (None, None))
         if waiting is not None and not waiting.done():
             waiting.set_result(message)
+
+    def child_ended(self, child: ChildName) -> None:
+        """No answer comes from it: an evaluation is begun anew with the next trainer (session.py),
+        so its first try ends without a word; what the swarm process was asked has failed.
+        """
+        for asked, waiting in self._answer_by_id.values():
+            if asked is not child or waiting.done():
+                continue
+            if child is ChildName.TRAINER:
+                waiting.cancel()
+            else:
+                waiting.set_exception(UnavailableError("the swarm process ended"))
 
     async def perform(self, duty: duties_pb2.Duty, *, heldout_paths: tuple[Path, ...]) -> None:
         """Do a duty and report it."""
@@ -169,7 +181,7 @@ class Duties:
         self, child: ChildName, kind: str, *, request_id: str, wait_seconds: float, **fields: Any
     ) -> Message:
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._answer_by_id[request_id] = answer
+        self._answer_by_id[request_id] = child, answer
         if kind == "write_checkpoint":
             fields["request_id"] = request_id
         self._send(child, kind, **fields)
@@ -177,7 +189,8 @@ class Duties:
             async with asyncio.timeout(wait_seconds):
                 return await answer
         finally:
-            self._answer_by_id.pop(request_id, None)
+            if self._answer_by_id.get(request_id) == (child, answer):
+                del self._answer_by_id[request_id]
 
     async def fetch_checkpoint(self, *, max_outer_step: int) -> None:
         """Bring the coordinator's newest checkpoint here and tell the swarm process; it asks again

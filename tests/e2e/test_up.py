@@ -3,8 +3,10 @@ refusals.
 """
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,23 +39,53 @@ SUMMARY_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
+def up_command(directory: Path, *arguments: str) -> list[str]:
+    """`up` with the small model on Muster's own sources."""
+    return [
+        sys.executable, "-m", "coordinator.cli.main", "up", "--data-dir", str(directory / "data"),
+        "--port", "0", "--peers", "2", "--model", TINY_MODEL,
+        "--corpus", str(ROOT / "protos"), str(ROOT / "coordinator"), *arguments,
+    ]  # fmt: skip
+
+
 def up(
     directory: Path, *arguments: str, timeout_seconds: float = 200
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `up` with the small model on Muster's own sources."""
+    """Run it to its end."""
     return subprocess.run(
-        [
-            sys.executable, "-m", "coordinator.cli.main", "up", "--data-dir",
-            str(directory / "data"), "--port", "0",
-            "--peers", "2", "--model", TINY_MODEL, "--corpus", str(ROOT / "protos"),
-            str(ROOT / "coordinator"),
-            *arguments,
-        ],
+        up_command(directory, *arguments),
         env=environment(),
         cwd=directory,
         capture_output=True,
         timeout=timeout_seconds,
-    )  # fmt: skip
+    )
+
+
+def interrupted_up(directory: Path, *, at: str, num_interrupts: int) -> tuple[float, str]:
+    """Start it, interrupt it when it has said `at`; returns how long that took, and its words."""
+    with subprocess.Popen(
+        up_command(directory, "--budget-tokens", "20000"),
+        env=environment(),
+        cwd=directory,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        said = ""
+        while at not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        for _ in range(1, num_interrupts):
+            said += process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+        process.wait(60)
+        assert process.returncode == 130, said
+        assert "Traceback" not in said and "never awaited" not in said, said
+        return time.monotonic() - begin, said
 
 
 def test_small_up_trains_and_reports_then_refuses(tmp_path: Path) -> None:
@@ -81,3 +113,18 @@ def test_small_up_trains_and_reports_then_refuses(tmp_path: Path) -> None:
     message = again.stderr.decode()
     assert again.returncode == 2
     assert "--fresh" in message and "--data-dir" in message
+
+
+def test_interrupted_it_ends_at_once_and_resumes_from_the_store(tmp_path: Path) -> None:
+    """Ctrl+C while the corpus is built, twice during the run; then it ends with what the store
+    holds, though the spec's file is gone.
+    """
+    seconds, said = interrupted_up(tmp_path, at="corpus:", num_interrupts=1)
+    assert seconds < 3 and "interrupted while preparing" in said
+    seconds, said = interrupted_up(tmp_path, at="page:", num_interrupts=2)
+    assert seconds < 3 and "stopping" in said
+    (tmp_path / "data" / "run_spec.json").unlink()
+    done = up(tmp_path, "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    summary = json.loads(done.stdout.decode().strip().splitlines()[-1])
+    assert summary["credited_tokens"] == summary["budget_tokens"] > 19_000

@@ -74,7 +74,7 @@ def test_explanation() -> None:
         (("--flop", "1e20", "--strategy", "gossip"), 2, "--strategy gossip"),
         (("--flop", "1e20", "--strategy", "diloco"), 2, "without peers whose links"),
         (("--flop", "1e20", "--lr-from", "fast"), 2, "--lr-from 'fast'"),
-        (("--pool", "nowhere.toml"), 4, "cannot read"),
+        (("--pool", "nowhere.toml"), 2, "cannot read"),
         (("--flop", "1e20", "--dataset", "nowhere"), 2, "nowhere"),
     ],
 )

@@ -287,7 +287,7 @@ def test_disk_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(MachineError) as caught, machine_errors(tmp_path):
         raise OSError(errno.EROFS, "Read-only file system")
     assert caught.value.code == ErrorCode.PERMISSION_DENIED
-    with pytest.raises(MachineError, match="MiB are free"):
+    with pytest.raises(MachineError, match="bytes are free"):
         require_free_bytes(tmp_path, needed_bytes=2**60)
 
 

@@ -1,0 +1,61 @@
+"""A duty whose child ends: begun anew by the next trainer, or reported as failed at once."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from peer import session_events as ev
+from peer.daemon.duties import Duties
+from peer.metrics import PeerMetrics
+from peer.session_events import ChildName
+from protos.muster.v1 import duties_pb2
+
+
+class Reports:
+    """The one call of a coordinator's client that is made here."""
+
+    def __init__(self) -> None:
+        self.requests: list[duties_pb2.ReportDutyRequest] = []
+
+    async def report_duty(
+        self, request: duties_pb2.ReportDutyRequest
+    ) -> duties_pb2.ReportDutyResponse:
+        self.requests.append(request)
+        return duties_pb2.ReportDutyResponse(is_accepted=True)
+
+
+async def perform_until_the_end_of(
+    child: ChildName, kind: Any, tmp: Path
+) -> tuple[bool, list[duties_pb2.ReportDutyRequest], list[ev.Event]]:
+    """Begin a duty, end the child that was asked; was the task cancelled, what was said?"""
+    reports, fed, asked = Reports(), [], asyncio.Event()
+    duties = Duties(
+        reports,  # type: ignore[arg-type]
+        tmp=tmp,
+        send=lambda *_, **__: asked.set(),
+        metrics=PeerMetrics(),
+        feed=fed.append,
+    )
+    duty = duties_pb2.Duty(duty_id="d", fence=3, kind=kind)
+    task = asyncio.ensure_future(duties.perform(duty, heldout_paths=()))
+    await asyncio.wait_for(asked.wait(), 5)
+    duties.child_ended(child)
+    await asyncio.wait({task}, timeout=5)
+    assert task.done()
+    return task.cancelled(), reports.requests, fed
+
+
+def test_an_evaluation_ends_without_a_word_with_its_trainer(tmp_path: Path) -> None:
+    found = asyncio.run(
+        perform_until_the_end_of(ChildName.TRAINER, duties_pb2.DUTY_KIND_EVALUATE, tmp_path)
+    )
+    assert found == (True, [], [])
+
+
+def test_a_checkpoint_fails_with_the_swarm_process(tmp_path: Path) -> None:
+    is_cancelled, requests, fed = asyncio.run(
+        perform_until_the_end_of(ChildName.SWARM, duties_pb2.DUTY_KIND_CHECKPOINT, tmp_path)
+    )
+    assert not is_cancelled and [r.fence for r in requests] == [3]
+    assert "swarm process ended" in requests[0].failure_reason
+    assert fed == [ev.DutyEnded(duty_id="d", fence=3)]
