@@ -53,6 +53,12 @@ class OpenedCheckpoint:
                 remedy="`muster-peer eval` works with every objective",
             )
 
+    def load_tokenizer(self) -> Any:
+        """tokenizers.Tokenizer of the run."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.tokenizer_path))
+
     def build_model(self) -> "Decoder":
         """The model with these parameters, for inference."""
         import torch
@@ -63,6 +69,20 @@ class OpenedCheckpoint:
         flat = FlatParameters(model, has_grads=False)
         flat.values.copy_(torch.tensor(self.params))
         return model.eval()
+
+
+def set_up_torch(threads: int) -> None:
+    """Before anything else that imports torch."""
+    from peer.config import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from peer.parallel.devices import keep_freed_memory
+
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def load_spec(path: Path) -> RunSpec:

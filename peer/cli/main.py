@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from peer.cli import begin_normal_interrupts, doctor, join, model, reference, rendezvous, status
+from peer.cli import (
+    begin_normal_interrupts,
+    doctor,
+    generate,
+    join,
+    model,
+    reference,
+    rendezvous,
+    status,
+)
 from peer.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
@@ -67,7 +76,7 @@ app.command("join")(join.join)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("rendezvous")(rendezvous.rendezvous)
-app.command("generate")(model.generate)
+app.command("generate")(generate.generate)
 app.command("eval")(model.evaluate)
 app.command("export")(model.export)
 app.command("reference", hidden=True)(reference.reference)

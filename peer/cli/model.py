@@ -1,70 +1,23 @@
-"""`muster-peer generate`, `eval` and `export`: what a checkpoint can do, without any swarm."""
+"""`muster-peer eval` and `export`: what a checkpoint can do, without any swarm."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peer.cli.options import AsJson, print_json, print_line, say
+from peer.cli.options import (
+    AsJson,
+    Checkpoint,
+    DatasetDir,
+    SpecPath,
+    Threads,
+    print_json,
+    print_line,
+    say,
+)
 
 if TYPE_CHECKING:
     from peer.cli.checkpoints import OpenedCheckpoint
-
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(help="State file (*.safetensors), or a folder that `export` wrote."),
-]
-SpecPath = Annotated[
-    Path | None, typer.Option("--spec", help="Run spec, if it does not lie above the checkpoint.")
-]
-DatasetDir = Annotated[Path | None, typer.Option("--dataset", help="Dataset directory of the run.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0: all.", min=0)]
-
-
-def generate(
-    checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.", min=1)] = 64,
-    temperature: Annotated[
-        float, typer.Option(help="0: the likeliest token always.", min=0.0)
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0: all.", min=0)] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest share.", min=0.0, max=1.0)
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0)] = 0,
-    spec: SpecPath = None,
-    dataset: DatasetDir = None,
-    threads: Threads = 0,
-    is_json: AsJson = False,
-) -> None:
-    """Go on from a prompt."""
-    _set_up_torch(threads)
-    from peer.cli.checkpoints import open_checkpoint
-    from peer.eval.generate import Sampling, generate_tokens
-
-    opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
-    opened.require_objective(
-        "causal", "prefix", purpose="generating goes on from a prompt, token by token"
-    )
-    tokenizer = _load_tokenizer(opened)
-    prompt_tokens = [opened.eos_token_id, *tokenizer.encode(prompt).ids]
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    tokens = list(
-        generate_tokens(
-            opened.build_model(),
-            prompt_tokens,
-            max_new_tokens=max_tokens,
-            sampling=sampling,
-            eos_token_id=opened.eos_token_id,
-            is_prompt_prefix=opened.objective_name == "prefix",
-        )
-    )
-    text = prompt + tokenizer.decode(tokens)
-    if is_json:
-        print_json({"text": text, "num_new_tokens": len(tokens)} | opened.provenance)
-    else:
-        print_line(text)
 
 
 def evaluate(
@@ -81,8 +34,9 @@ def evaluate(
     """Loss and bits per byte on a text file, or on the held-out chunks of --dataset."""
     import tempfile
 
-    _set_up_torch(threads)
-    from peer.cli.checkpoints import open_checkpoint
+    from peer.cli.checkpoints import open_checkpoint, set_up_torch
+
+    set_up_torch(threads)
     from peer.eval.evaluate import evaluate as run_evaluation
     from peer.eval.evaluate import token_byte_lengths
     from peer.model.objectives import ExampleBuilder
@@ -153,26 +107,6 @@ def export(
     say(f"exported step {opened.provenance['outer_step']} to {out}")
 
 
-def _set_up_torch(threads: int) -> None:
-    """Before anything else that imports torch."""
-    from peer.config import quiet_libraries
-
-    quiet_libraries()
-    import torch
-
-    from peer.parallel.devices import keep_freed_memory
-
-    keep_freed_memory()
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def _load_tokenizer(opened: "OpenedCheckpoint"):  # type: ignore[no-untyped-def]
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(opened.tokenizer_path))
-
-
 def _heldout_paths(opened: "OpenedCheckpoint", dataset: Path | None) -> list[Path]:
     """Held-out chunks, each checked against the manifest."""
     from peer.data.reader import load_verified
@@ -209,7 +143,7 @@ def _chunk_from_text(opened: "OpenedCheckpoint", text_path: Path, target: Path) 
             remedy="check the path",
         ) from error
     vocab_size = token_byte_lengths(opened.tokenizer_path).size
-    ids = [opened.eos_token_id, *_load_tokenizer(opened).encode(text).ids, opened.eos_token_id]
+    ids = [opened.eos_token_id, *opened.load_tokenizer().encode(text).ids, opened.eos_token_id]
     if len(ids) <= opened.model_spec.seq_len:
         raise UsageError(
             f"{text_path} has {len(ids)} tokens",
