@@ -14,12 +14,14 @@ import typer
 from peer.cli import (
     begin_normal_interrupts,
     doctor,
+    evaluate,
+    finetune,
     generate,
     join,
-    model,
     reference,
     rendezvous,
     status,
+    transfer,
 )
 from peer.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
@@ -77,8 +79,10 @@ app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("rendezvous")(rendezvous.rendezvous)
 app.command("generate")(generate.generate)
-app.command("eval")(model.evaluate)
-app.command("export")(model.export)
+app.command("eval")(evaluate.evaluate)
+app.command("export")(transfer.export)
+app.command("finetune")(finetune.finetune)
+app.command("import")(transfer.import_model)
 app.command("reference", hidden=True)(reference.reference)
 
 
