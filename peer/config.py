@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from protos.contract.addresses import ALLOWED_ADDRESS, problem_of_address
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 from protos.contract.ids import is_valid_name
 
@@ -111,6 +112,10 @@ class PeerConfig:
     """Loopback port of /metrics; 0 lets the system choose; None: no server."""
     device: str = "auto"
     """Where to train: auto, cpu or cuda."""
+    devices: str = ""
+    """Several devices: cpu:N, N shares of the CPU, or cuda:0,1; empty: what `device` says."""
+    layout: str = "auto"
+    """How a model lies on them: auto, or such as tp=2,pp=2 (peer/parallel/layout.py)."""
     log_level: str = "INFO"
     """Least severe log line that is written."""
 
@@ -128,10 +133,30 @@ class PeerConfig:
         if self.metrics_port is not None:
             _check_range("metrics_port", self.metrics_port, 0, 65535)
         _check_range("upload_limit_mbit", self.upload_limit_mbit, 0, 1_000_000)
+        for address in self.announce:
+            check_announced(address)
         if self.log_level not in LOG_LEVELS:
             raise _not_one_of("log_level", self.log_level, LOG_LEVELS)
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise _not_one_of("device", self.device, ("auto", "cpu", "cuda", "cuda:N"))
+        if not re.fullmatch(r"|auto|cpu(:[1-9][0-9]{0,2})?|cuda(:[0-9]+(,[0-9]+)*)?", self.devices):
+            raise _not_one_of("devices", self.devices, ("auto", "cpu:N", "cuda:0,1"))
+        if self.devices and self.device != "auto":
+            raise UsageError(
+                f"device {self.device} and devices {self.devices}",
+                allowed="one of them",
+                remedy="leave --device out",
+            )
+
+
+def check_announced(address: str) -> None:
+    """Raise UsageError unless others can dial this address."""
+    if problem := problem_of_address(address):
+        raise UsageError(
+            f"announce is {address!r}: {problem}",
+            allowed=ALLOWED_ADDRESS,
+            remedy="correct announce in the flag, variable or file that sets it",
+        )
 
 
 def _check_range(key: str, value: float, low: float, high: float) -> None:
@@ -169,6 +194,8 @@ _KEYS: dict[str, _Key] = {
     "announce": _Key("announce", _parse_list),
     "metrics_port": _Key("metrics_port", _parse_whole),
     "device": _Key("device", str),
+    "devices": _Key("devices", str),
+    "layout": _Key("layout", str),
     "log_level": _Key("log_level", lambda text: str(text).upper()),
 }
 
@@ -282,8 +309,14 @@ def child_environment(*, threads: int, log_level: str) -> dict[str, str]:
         environment[variable] = str(threads)
     environment["HIVEMIND_LOGLEVEL"] = "INFO" if log_level == "DEBUG" else "WARNING"
     environment["PYTHONUNBUFFERED"] = "1"
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks talk on this machine only
     environment.setdefault(*_PASSIVE_WAIT)
     return environment
+
+
+def mark_descendants(mark: Mapping[str, str]) -> None:
+    """Put a mark (home.py) into the environment of whatever this process starts."""
+    os.environ.update(mark)
 
 
 def quiet_libraries() -> None:

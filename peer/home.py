@@ -23,6 +23,8 @@ from typing import Any, Self
 
 from protos.contract.errors import ErrorCode, MachineError
 
+_OWNER_VARIABLE = "MUSTER_OWNER_HOME"
+"""In the environment of every descendant of a daemon: its home, resolved."""
 _DIRECTORIES = ("run", "state", "cache", "logs", "tmp")
 
 
@@ -152,6 +154,13 @@ class Home:
         """Files under way; emptied at start."""
         return self.path / "tmp"
 
+    @property
+    def owner_mark(self) -> dict[str, str]:
+        """For the environment of every descendant: by it the next daemon of this home finds what
+        has outlived this one.
+        """
+        return {_OWNER_VARIABLE: str(self.path.resolve())}
+
     def record_children(self, records: list[ChildRecord]) -> None:
         """Remember the children, so that a later daemon can end those that outlived this one."""
         plain = [
@@ -170,10 +179,28 @@ class Home:
                 _kill_group(record)
                 _wait_until_gone(record, wait_seconds=wait_seconds)
                 done.append(f"ended orphaned {record.name} process {record.pid}")
+        for pid in find_owned_processes(self.path):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+                done.append(f"ended orphaned process {pid}")
         for leftover in find_leftover_files(self.path):
             leftover.unlink(missing_ok=True)
             done.append(f"removed {leftover.relative_to(self.path)}")
         return done
+
+
+def find_owned_processes(home: Path) -> list[int]:
+    """Living processes that descend from a daemon of this home, this one left out: they carry its
+    mark in their environment, whatever became of their parents and groups.
+    """
+    mark = f"{_OWNER_VARIABLE}={home.resolve()}".encode()
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
 
 
 def load_child_records(home: Path) -> list[ChildRecord]:

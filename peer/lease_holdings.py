@@ -157,6 +157,16 @@ class LeaseHoldings:
         self._spent_step_by_number.clear()
         return numbers
 
+    def take_back(self) -> None:
+        """The trainer died of something that its windows had no part in: all leases are to be sent
+        again, but those of the contribution under way, whose round decides about them.
+        """
+        for number in sorted(self._held):
+            if number in self._contributed:
+                del self._held[number]
+            else:
+                self._held[number].is_sent = False
+
     def take_begun(self, progress_tokens: int) -> tuple[int, ...]:
         """The trainer died `progress_tokens` after its last contribution: forget and return the
         leases it may have begun.

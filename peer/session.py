@@ -147,6 +147,7 @@ class SessionMachine:
         else:
             self._facts.is_trainer_ready = True
             self._facts.micro_batch_sequences = event.micro_batch_sequences
+            self._facts.can_save_memory = event.can_save_memory
             self._set_trainer_pause()
             self._send_leases()
 
@@ -165,7 +166,10 @@ class SessionMachine:
             facts.is_trainer_ready = facts.is_trainer_paused = facts.is_trainer_idle = False
             facts.trainer_position = None
             facts.outcome = None
-            self._release(self.leases.take_begun(facts.contribution_tokens), event.reason)
+            if event.has_lost_device or event.is_out_of_memory:
+                self.leases.take_back()
+            else:
+                self._release(self.leases.take_begun(facts.contribution_tokens), event.reason)
             facts.contribution_tokens = 0
             self._has_told_no_more = False
             if not facts.is_contributing:
@@ -191,6 +195,8 @@ class SessionMachine:
             )
             self._begin_drain(reason, exit_code=7)
         else:
+            if event.child is ev.ChildName.TRAINER:
+                facts.proven_children.discard(event.child)  # it is planned for what is left
             self._do(ev.Respawn(child=event.child, reason=event.reason))
 
     def _on_out_of_memory(self, event: ev.ChildDied, *, sequences: int) -> None:
@@ -202,6 +208,11 @@ class SessionMachine:
             reason = f"{event.reason}; micro-batches of {half} windows from now on, not {sequences}"
             action = ev.Respawn(child=event.child, reason=reason, max_micro_batch_sequences=half)
             self._do(action)
+            return
+        if self._facts.can_save_memory:
+            self._facts.can_save_memory = False
+            reason = f"{event.reason}; activations are recomputed from now on"
+            self._do(ev.Respawn(child=event.child, reason=reason, saves_memory=True))
             return
         error = MachineError(
             f"the trainer is out of memory with one window at a time: {event.reason}",

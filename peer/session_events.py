@@ -65,6 +65,8 @@ class ChildReady:
     child: ChildName
     micro_batch_sequences: int = 0
     """Windows in one micro-batch of the trainer."""
+    can_save_memory: bool = False
+    """True if the trainer could still recompute activations instead of keeping them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class ChildDied:
     """Of the error that it named, if it named one (protos/contract/errors.py)."""
     is_out_of_memory: bool = False
     """True if it said so, or if the kernel ended it for that."""
+    has_lost_device: bool = False
+    """True if the trainer named devices that it lost; the next one is planned without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,6 +372,8 @@ class Respawn:
     reason: str
     max_micro_batch_sequences: int | None = None
     """Bound on the trainer's micro-batch from now on; None leaves it as it is."""
+    saves_memory: bool = False
+    """True if the trainer has to recompute activations from now on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

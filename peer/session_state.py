@@ -43,6 +43,8 @@ class SessionFacts:
     is_trainer_ready: bool = False
     micro_batch_sequences: int = 0
     """Windows in one micro-batch of the trainer that was ready last."""
+    can_save_memory: bool = False
+    """True if that trainer could still recompute activations."""
     position: Position | None = None
     """The swarm process's state; None while it has none."""
     is_run_paused: bool = False

@@ -101,6 +101,11 @@ class SharedVectors:
         values = (int(value) for value in self._header[1 : 1 + len(_POSITION_FIELDS)])
         return StatePosition(**dict(zip(_POSITION_FIELDS, values, strict=True)))
 
+    @property
+    def sequence(self) -> int:
+        """Rises by one at the begin and at the end of every change of the state; odd during one."""
+        return int(self._header[0])
+
     @contextmanager
     def writing_state(self, position: StatePosition) -> Iterator[None]:
         """Write the state inside; afterwards the vectors hold `position`. Swarm process only.

@@ -31,6 +31,8 @@ MAX_LOG_BYTES = 4 * 2**20
 KEPT_LOGS = 2
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TERM_GRACE_SECONDS = 1.0
+_ORPHAN_SECONDS = 2.0
+_ORPHAN_POLL_SECONDS = 0.01
 
 
 class Child:
@@ -178,8 +180,9 @@ class Supervisor:
         )
 
     async def wait(self, child: Child) -> str:
-        """Wait for the end of a child; returns how it ended."""
+        """Wait for the end of a child, then end what it has started; returns how it ended."""
         await child.process.wait()
+        await self._end_orphans()
         self._record()
         return child.describe_end()
 
@@ -207,7 +210,24 @@ class Supervisor:
             except TimeoutError:
                 continue
         await child.channel.close()
+        await self._end_orphans()
         self._record()
+
+    async def _end_orphans(self) -> None:
+        """Kill processes of our groups whose parent is gone, and wait for their end: a new child
+        may need their port.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_seconds = loop.time() + _ORPHAN_SECONDS
+        known = {os.getpid(), *(child.process.pid for child in self._children)}
+        while orphans := _orphans_in_groups(self._group_ids, known=known):
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if loop.time() > deadline_seconds:
+                _LOGGER.warning("processes %s do not end", orphans)
+                return
+            await asyncio.sleep(_ORPHAN_POLL_SECONDS)
 
     async def close(self) -> None:
         """End whatever is left of all children and their descendants, at once."""
@@ -260,6 +280,22 @@ def _pids_in_groups(group_ids: set[int]) -> list[int]:
             if os.getpgid(int(entry.name)) in group_ids:
                 found.append(int(entry.name))
     return found
+
+
+def _orphans_in_groups(group_ids: set[int], *, known: set[int]) -> list[int]:
+    """Processes of the groups whose parent is neither `known` nor in a group any more."""
+    pids = set(_pids_in_groups(group_ids)) - known
+    return [pid for pid in pids if (p := _parent_of(pid)) is not None and p not in pids | known]
+
+
+def _parent_of(pid: int) -> int | None:
+    """Parent of a process; None if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    state, parent = stat[stat.rindex(b")") + 2 :].split()[:2]
+    return None if state in (b"Z", b"X") else int(parent)
 
 
 def _memory_of(pid: int) -> int:

@@ -23,7 +23,8 @@ from tests.source_tree import (
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "protos": (("muster",), ("contract",)),
     "peer": (
-        ("ipc", "parent_death", "shared_vectors", "home", "identity", "config", "metrics"),
+        ("background", "ipc", "parent_death", "shared_vectors", "home", "identity", "config")
+        + ("metrics",),
         ("model",),
         ("coordinator_client", "session", "parallel"),
         ("checkpoint", "data"),

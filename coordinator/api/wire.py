@@ -116,7 +116,8 @@ def claims_from_wire(message: membership_pb2.PeerClaims) -> Claims:
     """A peer's numbers about itself, field for field; texts bounded."""
     values = {field.name: getattr(message, field.name) for field in dataclasses.fields(Claims)}
     values["state"] = checked_text(message.state, name="state", max_characters=32)
-    values["state_reason"] = checked_text(message.state_reason, name="state_reason")
+    for name in ("state_reason", "discard_reason"):
+        values[name] = checked_text(values[name], name=name)
     return Claims(**values)
 
 

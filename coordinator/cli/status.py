@@ -115,7 +115,8 @@ def peers(
     if is_json:
         print_json(plain_from_response(found))
         return
-    titles = ["peer", "name", "member", "claims", "step", "claimed tokens/s", "credited", "why"]
+    titles = ["peer", "name", "member", "claims", "step", "claimed tokens/s"]
+    titles += ["round s", "MB/s", "discarded", "credited", "why"]
     rows = [
         [
             peer.peer_id[:12],
@@ -124,6 +125,9 @@ def peers(
             peer.claims.state or "-",
             str(peer.claims.outer_step),
             f"{peer.claims.tokens_per_second:,.0f}",
+            f"{peer.claims.round_seconds:.2f}",
+            f"{peer.claims.averaging_bytes_per_second / 1e6:.1f}",
+            str(peer.claims.num_attempts_discarded),
             f"{peer.credited_tokens:,}",
             peer.claims.state_reason if peer.is_live and peer.claims.state else peer.state_reason,
         ]

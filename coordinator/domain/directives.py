@@ -3,8 +3,9 @@
 A directive is due when membership, votes, addresses, round budgets (off by more than a fifth), the
 token budget, the cooldown or the pause change. It takes effect through the certificate that names
 it, so issuing one never breaks a round. Not more often than the policy says, unless somebody is
-gone for sure or the operator asked. A roster always has a voter: without one no certificate could
-ever name the next directive; then an incarnation is due.
+gone for sure or the operator asked. A roster always has a voter and a contributor: without them no
+certificate could ever name the next directive. While all have lost their states, the last one
+stands until somebody has one again; if nobody comes, an incarnation is due.
 """
 
 from collections.abc import Mapping, Sequence
@@ -151,6 +152,10 @@ def plan_directive(
     if not wanted.voters:
         return DirectivePlan(
             content=None, reason="no live member could vote; no roster without a voter"
+        )
+    if not wanted.round_tokens_by_peer:
+        return DirectivePlan(
+            content=None, reason="no live member holds the state; no roster without a contributor"
         )
     age_seconds = now_unix_seconds - issue_unix_seconds
     changes = _changes(newest, wanted)

@@ -30,6 +30,7 @@ from coordinator.operations.tokens import use_token
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from coordinator.store.rows_membership import PeerRow
+from protos.contract.addresses import ALLOWED_ADDRESS, problem_of_address
 from protos.contract.certificate import Tag, join_payload, p2p_join_payload
 from protos.contract.errors import ErrorCode, RefusedError, UnavailableError, UsageError
 from protos.contract.ids import (
@@ -221,16 +222,14 @@ def _check_capabilities(request: JoinRequest, spec: RunSpec) -> None:
 
 
 def check_addresses(addresses: tuple[str, ...]) -> None:
-    """Raises UsageError unless they look like libp2p multiaddresses, few and short."""
+    """Raises UsageError unless they are libp2p multiaddresses, few and short."""
     for address in addresses:
-        if (
-            not address.startswith("/")
-            or not address.isascii()
-            or len(address) > MAX_ADDRESS_CHARACTERS
-        ):
+        is_long = len(address) > MAX_ADDRESS_CHARACTERS
+        problem = "it is too long" if is_long else problem_of_address(address)
+        if problem:
             raise UsageError(
-                f"address {address[:80]!r}",
-                allowed=f"libp2p multiaddresses of at most {MAX_ADDRESS_CHARACTERS} characters",
+                f"address {address[:80]!r}: {problem}",
+                allowed=f"{ALLOWED_ADDRESS}; at most {MAX_ADDRESS_CHARACTERS} characters",
                 remedy="correct --announce",
             )
     if len(addresses) > MAX_ADDRESSES:

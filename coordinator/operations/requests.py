@@ -49,6 +49,13 @@ class Claims:
     trained_tokens: int = 0
     upload_bytes_per_second: float = 0.0
     download_bytes_per_second: float = 0.0
+    form_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    reduce_seconds: float = 0.0
+    agree_seconds: float = 0.0
+    apply_seconds: float = 0.0
+    averaging_bytes_per_second: float = 0.0
+    discard_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

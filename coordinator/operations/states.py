@@ -2,8 +2,10 @@
 
 State k is proved by certificate k+1 (its votes name it as previous state), by the record of an
 incarnation that begins from it, or by attestations of more than half of the votes of the roster in
-force. One difference between two members, or between a member and a proof, is remembered for ever:
-`state_digests_equal` is then false, with the place.
+force then, or of the roster that certified step k: who decides an average also knows the state that
+follows from it, and of a larger roster too many may be behind to attest anything. One difference
+between two members, or between a member and a proof, is remembered for ever: `state_digests_equal`
+is then false, with the place.
 """
 
 from collections.abc import Sequence
@@ -117,14 +119,19 @@ def proved_digest(
     certified = certified_digest(tx, run_id, incarnation=incarnation, outer_step=outer_step)
     if certified is not None:
         return certified
-    number = directive_number_after(tx, run_id, incarnation=incarnation, outer_step=outer_step)
-    voters = voters_of_directive(tx, context, run_id, number)
     attesters: dict[bytes, set[str]] = {}
     for row in tx.attestations(run_id, incarnation, outer_step):
         attesters.setdefault(row.state_digest, set()).add(row.peer_id)
-    for digest, peers in attesters.items():
-        if is_attested_by_quorum(voters, frozenset(peers)):
-            return digest
+    numbers = [directive_number_after(tx, run_id, incarnation=incarnation, outer_step=outer_step)]
+    certificate = tx.certificate(run_id, incarnation, outer_step) if attesters else None
+    if certificate is not None:
+        value = rounds_pb2.RoundValue.FromString(certificate.value)
+        numbers.append(value.roster_directive_number)
+    for number in dict.fromkeys(numbers):
+        voters = voters_of_directive(tx, context, run_id, number)
+        for digest, peers in attesters.items():
+            if is_attested_by_quorum(voters, frozenset(peers)):
+                return digest
     return None
 
 

@@ -14,12 +14,11 @@ from protos.contract.run_spec import (
     ScheduleSpec,
     StrategySpec,
 )
+from protos.contract.strategy_spec import OVERLAP_MIX_RATIO
 
 _NO_DATASET = "0" * 64
 _DILOCO_BETA2 = 0.99
 """Charles et al. 2025, section 3."""
-_OVERLAP_MIX_RATIO = 0.5
-"""Of the own parameters when a late average arrives (Streaming DiLoCo, 2501.18512, alpha)."""
 
 
 def run_spec(plan: Plan, *, dataset_id: str = "", seed: int = 0) -> RunSpec:
@@ -76,7 +75,7 @@ def _diloco_values(plan: Plan, chosen: StrategyChoice) -> dict[str, object]:
         "inner_batch_tokens": windows * seq_len,
         "num_fragments": chosen.num_fragments,
         "overlap_inner_steps": chosen.overlap_inner_steps,
-        "mix_ratio": _OVERLAP_MIX_RATIO if chosen.overlap_inner_steps else 0.0,
+        "mix_ratio": OVERLAP_MIX_RATIO if chosen.overlap_inner_steps else 0.0,
         "outer_lr": plan.recipe.outer_lr,
     }
 

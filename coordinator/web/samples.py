@@ -158,6 +158,15 @@ def _peer_samples(peers: list[PeerStatus]) -> Iterator[Sample]:
         )
         yield Sample(telemetry.COORDINATOR_PEER_CREDITED_TOKENS, labels, peer.credited_tokens)
         yield Sample(telemetry.COORDINATOR_PEER_LOSS_NATS, labels, peer.claims.loss_nats)
+        yield Sample(
+            telemetry.COORDINATOR_PEER_AVERAGING_BYTES_PER_SECOND,
+            labels,
+            peer.claims.averaging_bytes_per_second,
+        )
+    for phase in telemetry.ATTEMPT_PHASES:
+        name = phase.value.lower()
+        longest_seconds = max((getattr(p.claims, f"{name}_seconds") for p in live), default=0.0)
+        yield Sample(telemetry.COORDINATOR_PEER_ROUND_SECONDS, (name,), longest_seconds)
 
 
 def _one_hot(metric: Metric, states: type[StrEnum], current: str) -> Iterator[Sample]:

@@ -61,6 +61,13 @@ def join(
         int | None, typer.Option(help="Serve /metrics on this loopback port; 0: any.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Several devices: cpu:N (shares of the CPU) or cuda:0,1.")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="How a model lies on them: auto, or such as tp=2,pp=2. [default: auto]"),
+    ] = None,
     config_path: ConfigPath = None,
     log_level: Annotated[
         str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR. [default: INFO]")
@@ -88,12 +95,13 @@ def join(
         "announce": tuple(announce) if announce else None,
         "metrics_port": metrics_port,
         "device": device,
+        "devices": devices,
+        "layout": layout,
         "log_level": log_level,
     }
     config = load_config(flags=flags, config_path=config_path)
     set_up_logging(config.log_level)
-    exit_code = _run(config, read_join_text(join_string, join_file), is_json=is_json)
-    raise typer.Exit(exit_code)
+    raise typer.Exit(_run(config, read_join_text(join_string, join_file), is_json=is_json))
 
 
 def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
@@ -157,6 +165,8 @@ def make_reporter(*, is_json: bool) -> "Reporter":
                 }
             )
             return
+        if entry.kind == "attempt" and entry.fields["outcome"] == "committed":
+            return  # the round's own line follows
         prefix = "warning: " if entry.kind == "warning" else ""
         print_line(f"{time.strftime('%H:%M:%S')}  {prefix}{entry.text}")
 

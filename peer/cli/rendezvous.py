@@ -26,14 +26,17 @@ def rendezvous(
     """
     import asyncio
 
-    from peer.config import load_config
+    from peer.config import check_announced, load_config, mark_descendants
     from peer.home import Home
 
     config = load_config(flags={"home": home, "log_level": log_level})
+    for address in announce or ():
+        check_announced(address)
     set_up_logging(config.log_level)
     locked = Home.open(config.home)
     try:
         locked.clean_leftovers()
+        mark_descendants(locked.owner_mark)
         asyncio.run(
             _serve(
                 host=host,

@@ -1,5 +1,7 @@
 """`muster-peer status`: what the peer on this home is doing, from its status file."""
 
+from typing import Any
+
 import typer
 
 from peer.cli.options import AsJson, HomeDir, print_json, print_line
@@ -41,6 +43,7 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
                 f"{found['trained_tokens']:,} trained, {found['committed_tokens']:,} committed",
             ),
             ("leases", f"{found['held_leases']} with {found['held_tokens']:,} tokens left"),
+            *_round_rows(found),
             ("coordinator", "reachable" if found["is_coordinator_reachable"] else "away"),
             ("memory", format_bytes(found["memory_bytes"])),
             ("clock", f"{found['clock_offset_seconds']:+.3f} s against the coordinator"),
@@ -50,3 +53,28 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
             print_line(f"{title:<12} {text}")
     if pid is None:
         raise typer.Exit(6)
+
+
+def _round_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows about rounds: the newest committed attempt, attempts, bytes in all and by member."""
+    from peer.daemon.timelines import describe_attempt
+    from peer.swarm.timeline import AttemptTimeline
+    from protos.contract.telemetry import AttemptOutcome
+
+    attempts = [AttemptTimeline.from_plain(plain) for plain in found["attempts"]]
+    committed = [a for a in attempts if a.outcome is AttemptOutcome.COMMITTED]
+    discarded = f"{found['num_attempts_discarded']} discarded"
+    if found["discard_reason"]:
+        discarded += f", the last: {found['discard_reason']}"
+    rows = [
+        ("round", describe_attempt(committed[-1]) if committed else "none yet"),
+        ("attempts", f"{found['num_rounds_committed']} committed, {discarded}"),
+        (
+            "traffic",
+            f"{found['sent_bytes'] / 1e6:,.1f} MB sent, "
+            f"{found['received_bytes'] / 1e6:,.1f} MB received",
+        ),
+    ]
+    for peer_id, (sent, received) in sorted(found["bytes_by_peer"].items()):
+        rows.append(("", f"{peer_id}: {sent / 1e6:,.1f} MB sent, {received / 1e6:,.1f} received"))
+    return rows

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peer.background import BackgroundTasks
 from peer.config import PeerConfig
-from peer.daemon.background import BackgroundTasks
 from peer.daemon.membership import Membership
+from peer.daemon.trainer_limits import TrainerLimits
 from peer.identity import Identity
 from peer.ipc import ChannelClosed, Message
 from peer.session_events import ChildName
@@ -41,6 +42,8 @@ class ChildFailure:
     exit_code: int | None = None
     """Of an error that has one."""
     is_out_of_memory: bool = False
+    lost_devices: tuple[int, ...] = ()
+    """Positions of devices whose local ranks ended or do not answer."""
 
 
 def num_kernel_oom_kills() -> int:
@@ -195,15 +198,20 @@ def trainer_settings(
     membership: Membership,
     heldout_paths: tuple[Path, ...],
     tokenizer_path: Path,
-    max_micro_batch_sequences: int | None,
+    limits: TrainerLimits,
 ) -> dict[str, Any]:
-    """Fields of the trainer's `configure`; the last one bounds its own choice."""
+    """Fields of the trainer's `configure`; `limits` bound its own choice."""
     return {
         "run_spec": membership.response.run_spec,
         "num_threads": config.threads,
         "device": config.device,
+        "devices": config.devices,
+        "layout": config.layout,
+        "memory_limit_bytes": config.memory_limit_bytes,
         "heldout_paths": [str(path) for path in heldout_paths],
         "tokenizer_path": str(tokenizer_path),
         "seed": membership.spec.seed,
-        "max_micro_batch_sequences": max_micro_batch_sequences,
+        "max_micro_batch_sequences": limits.max_micro_batch_sequences,
+        "saves_memory": limits.saves_memory,
+        "lost_devices": list(limits.lost_devices),
     }

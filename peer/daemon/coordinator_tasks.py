@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from peer import session_events as ev
 from peer.coordinator_client import (
+    CLOCK_REFUSE_SECONDS,
     CLOCK_WARN_SECONDS,
     CallResult,
     ClockOffset,
     CoordinatorClient,
+    check_clock,
 )
 from peer.daemon.membership import Membership
 from peer.daemon.outbox import CertificateKey, Outbox
@@ -39,6 +41,8 @@ _LEASE_RETRY_SECONDS = 5.0
 _RELEASE_RETRY_SECONDS = 60.0
 _REPORT_PAUSE_SECONDS = 1.0
 _MAX_DEADLINES_MISSED = 2
+_MAX_CLOCKS_REFUSED = 3
+"""Heartbeats in a row with a clock that is too far off, after which the session ends."""
 _ENDING_CODES = frozenset(
     {ErrorCode.PEER_EVICTED, ErrorCode.CLOCK_SKEW, ErrorCode.PROTOCOL_MISMATCH}
 )
@@ -87,6 +91,7 @@ class CoordinatorTasks:
         self._outbox = outbox
         self._hooks = hooks
         self._has_warned_of_clock = False
+        self._num_clocks_refused = 0
         self._has_certificates = asyncio.Event()
         self.lease_by_number: dict[int, LeaseBytes] = {}
         """Leases of the current incarnation, for the trainer."""
@@ -286,16 +291,25 @@ class CoordinatorTasks:
             self._hooks.feed(ev.StopRequested(reason=str(error), exit_code=error.exit_code))
 
     def note_clock(self, clock: ClockOffset) -> None:
-        """Keep the measured offset; warn once while it is too large."""
+        """Keep the measured offset; warn once while it is large, end the session if it stays too
+        large: one heartbeat may meet a clock that is just being corrected.
+        """
         self._numbers.clock_offset_seconds = clock.offset_seconds
         is_far_off = clock.certain_seconds > CLOCK_WARN_SECONDS
         if is_far_off and not self._has_warned_of_clock:
             self._hooks.note(
                 f"this clock differs from the coordinator's by {clock.offset_seconds:+.2f} s; "
-                "synchronise it (timedatectl set-ntp true): other peers ignore a clock that is 2 "
-                "s off"
+                f"at {CLOCK_REFUSE_SECONDS} s this peer must leave: synchronise it "
+                "(timedatectl set-ntp true, or chronyc makestep)"
             )
         self._has_warned_of_clock = is_far_off
+        try:
+            check_clock(clock)
+            self._num_clocks_refused = 0
+        except RefusedError as error:
+            self._num_clocks_refused += 1
+            if self._num_clocks_refused >= _MAX_CLOCKS_REFUSED:
+                self._hooks.feed(ev.StopRequested(reason=str(error), exit_code=error.exit_code))
 
 
 class CallObserver:

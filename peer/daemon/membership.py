@@ -19,6 +19,7 @@ from peer.config import PeerConfig, format_bytes
 from peer.coordinator_client import ClockOffset, CoordinatorClient, check_clock
 from peer.home import write_atomically
 from peer.identity import Identity
+from peer.parallel.layout import device_names, parse_layout, require_possible
 from protos.contract.certificate import Tag
 from protos.contract.channel import JoinString
 from protos.contract.codecs_wire import CODEC_NAMES
@@ -238,7 +239,16 @@ def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
             remedy="raise --memory-limit, or join a run with a smaller model",
             code=ErrorCode.CAPABILITY_MISSING,
         )
+    _check_layout(shape, config)
     return shape
+
+
+def _check_layout(shape: ModelShape, config: PeerConfig) -> None:
+    """Refuse a layout that this model or these devices cannot have. Raises UsageError."""
+    wish = parse_layout(config.layout)
+    names = device_names(config.devices or config.device)
+    wish.require_devices(len(names))
+    require_possible(wish.layout(), shape)
 
 
 def needed_memory_bytes(shape: ModelShape, strategy_name: str) -> int:

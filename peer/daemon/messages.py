@@ -17,12 +17,13 @@ from peer.daemon.core import Core
 from peer.daemon.duties import Duties
 from peer.daemon.outbox import Outbox
 from peer.daemon.reports import Report
+from peer.daemon.timelines import note_discarded, take_attempt
 from peer.ipc import Message
 from peer.lease_holdings import UsedRange
 from peer.session_events import ChildName
 from peer.swarm.timeline import AttemptTimeline
 from protos.contract import telemetry
-from protos.contract.telemetry import AttemptOutcome, LogField, RoundOutcome, RoundPhase
+from protos.contract.telemetry import LogField, RoundOutcome, RoundPhase
 from protos.muster.v1 import common_pb2
 
 _LOGGER = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class MessageDesk:
                 reason=message["reason"],
                 exit_code=message.get("exit_code"),
                 is_out_of_memory=message.get("is_out_of_memory", False),
+                lost_devices=tuple(message.get("lost_devices", ())),
             )
             self._note_failure(child, failure)
         elif message["kind"] == "turn":
@@ -101,18 +103,16 @@ class MessageDesk:
             case "checkpoint_written":
                 self._duties.take_answer(message["request_id"], message)
             case "attempt_discarded":
-                core.numbers.num_attempts_discarded += 1
-                outcome = {"outcome": AttemptOutcome.DISCARDED.value}
-                core.metrics.add(telemetry.PEER_ATTEMPTS, 1, outcome)
-                _LOGGER.info(
-                    "attempt %d of step %d discarded: %s",
-                    message["attempt"],
-                    message["outer_step"],
-                    message["reason"],
+                note_discarded(
+                    core,
+                    outer_step=message["outer_step"],
+                    attempt=message["attempt"],
+                    reason=message["reason"],
                 )
             case "attempt_timeline":
-                core.numbers.last_timeline = AttemptTimeline.from_plain(message)
-                core.numbers.note_links(core.numbers.last_timeline)
+                timeline = AttemptTimeline.from_plain(message)
+                core.numbers.note_links(timeline)
+                take_attempt(core, timeline)
             case kind if kind in _FOR_TASKS:
                 self._start_task(message)
             case kind:
@@ -168,10 +168,7 @@ class MessageDesk:
                 numbers.committed_tokens += tokens
                 self._note_trained(numbers.committed_tokens)  # progress is limited in rate
                 metrics.add(telemetry.PEER_COMMITTED_TOKENS, tokens)
-            metrics.add(telemetry.PEER_ATTEMPTS, 1, {"outcome": AttemptOutcome.COMMITTED.value})
             metrics.set(telemetry.PEER_ROUND_PEERS, message["num_peers"])
-            for phase, seconds in seconds_by_phase.items():
-                metrics.observe(telemetry.PEER_ROUND_PHASE_SECONDS, seconds, {"phase": phase})
         self._contribution = {}
         core.report(
             Report(
@@ -197,7 +194,15 @@ class MessageDesk:
             case "ready":
                 core.numbers.device = message["device"]
                 core.numbers.micro_batch_sequences = sequences = message["micro_batch_sequences"]
-                core.feed(ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=sequences))
+                if message["num_ranks"] > 1:
+                    core.note(f"layout: {message['reason']}")
+                core.feed(
+                    ev.ChildReady(
+                        child=ChildName.TRAINER,
+                        micro_batch_sequences=sequences,
+                        can_save_memory=message["can_save_memory"],
+                    )
+                )
             case "progress":
                 self._take_progress(message)
             case "need_leases":

@@ -14,7 +14,12 @@ from typing import Any
 
 from peer.home import write_atomically
 from peer.swarm.timeline import AttemptTimeline
-from protos.contract.telemetry import RoundPhase, SessionState
+from protos.contract.telemetry import (
+    ATTEMPT_PHASES,
+    AttemptOutcome,
+    RoundPhase,
+    SessionState,
+)
 from protos.muster.v1 import membership_pb2
 
 _LINK_FADING = 0.9
@@ -59,10 +64,15 @@ class SessionNumbers:
     num_rounds_committed: int = 0
     num_attempts_discarded: int = 0
     round_seconds: float = 0.0
-    last_timeline: AttemptTimeline | None = None
     upload_bytes_per_second: float = 0.0
     download_bytes_per_second: float = 0.0
     """Best of recent rounds while averaging: the link is at least as fast."""
+    attempts: list[AttemptTimeline] = field(default_factory=list)
+    """The newest few, oldest first."""
+    bytes_by_peer: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """peer_id -> (sent, received) bytes in all attempts."""
+    discard_reason: str = ""
+    """Of the last attempt that was discarded."""
     held_leases: int = 0
     held_tokens: int = 0
     unreported_certificates: int = 0
@@ -74,9 +84,21 @@ class SessionNumbers:
     micro_batch_sequences: int = 0
     addresses: list[str] = field(default_factory=list)
 
+    @property
+    def last_committed(self) -> AttemptTimeline | None:
+        """Newest attempt that was committed, if it is among the newest few."""
+        found = [a for a in self.attempts if a.outcome is AttemptOutcome.COMMITTED]
+        return found[-1] if found else None
+
     def claims(self) -> membership_pb2.PeerClaims:
         """What a heartbeat says of this peer."""
+        committed = self.last_committed
+        seconds = {} if committed is None else committed.seconds_by_phase()
+        speed = 0.0 if committed is None else committed.averaging_bytes_per_second
         return membership_pb2.PeerClaims(
+            **{f"{p.value.lower()}_seconds": seconds.get(p.value.lower()) for p in ATTEMPT_PHASES},
+            averaging_bytes_per_second=speed,
+            discard_reason=self.discard_reason[:500],
             state=self.state,
             state_reason=self.state_reason[:500],
             outer_step=self.outer_step,

@@ -11,19 +11,19 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from peer import session_events as ev
+from peer.background import BackgroundTasks
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CoordinatorClient
-from peer.daemon.background import BackgroundTasks
 from peer.daemon.child_watch import ChildWatch
 from peer.daemon.children import ChildFailure, Children, swarm_settings, trainer_settings
 from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks
 from peer.daemon.core import Core
 from peer.daemon.dataset import Dataset
 from peer.daemon.duties import Duties
+from peer.daemon.lease_chunks import LeaseChunks
 from peer.daemon.membership import (
     Membership,
     check_can_honour,
@@ -34,6 +34,7 @@ from peer.daemon.membership import (
 from peer.daemon.messages import MessageDesk
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
+from peer.daemon.trainer_limits import TrainerLimits
 from peer.home import Home
 from peer.identity import Identity
 from peer.ipc import Message
@@ -81,7 +82,8 @@ class RunningSession:
         self._tasks = BackgroundTasks(on_failure)
         self._supervisor = Supervisor(
             logs=home.logs,
-            environment=child_environment(threads=config.threads, log_level=config.log_level),
+            environment=child_environment(threads=config.threads, log_level=config.log_level)
+            | home.owner_mark,
             record_children=home.record_children,
         )
         shape = check_can_honour(membership.spec, config)
@@ -96,7 +98,7 @@ class RunningSession:
             on_death=self._on_death,
         )
         self._watches = {child: ChildWatch() for child in ChildName}
-        self._max_micro_batch_sequences: int | None = None
+        self._limits = TrainerLimits()
         self._outbox = Outbox()
         self._calls = CoordinatorTasks(
             client,
@@ -133,10 +135,13 @@ class RunningSession:
             note_failure=self._children.note_failure,
             watches=self._watches,
         )
-        self._held_digest_by_lease: dict[tuple[int, int], bytes] = {}
-        self._path_by_lease: dict[tuple[int, int], Path] = {}
-        self._noted_reasons: set[str] = set()  # why chunks could not be had, as the owner was told
         self._is_dataset_ready = asyncio.Event()
+        self._chunks = LeaseChunks(
+            core,
+            dataset=self._dataset,
+            lease_by_number=self._calls.lease_by_number,
+            is_dataset_ready=self._is_dataset_ready,
+        )
         self._next_by_chore = dict.fromkeys(("status", "progress", "memory"), 0.0)
 
     async def start(self) -> None:
@@ -158,7 +163,7 @@ class RunningSession:
                 watch.forget()
                 self._children.kill(child, stalled)
         if self._is_due("status", STATUS_SECONDS):
-            self._forget_ended_leases()
+            self._chunks.forget_ended()
             core.numbers.save(self._home.run / "status.json")
         if core.numbers.state in _PROGRESS_STATES and self._is_due("progress", PROGRESS_SECONDS):
             core.report(Report(kind="progress", text=core.numbers.progress_text()))
@@ -208,7 +213,7 @@ class RunningSession:
     def _perform_on_trainer(self, action: ev.Action) -> bool:
         match action:
             case ev.SendLeases():
-                self._send_leases(action)
+                self._tell_trainer("leases", leases=self._chunks.entries(action.parts))
             case ev.TellLostLeases():
                 self._tell_trainer("lost_leases", lease_numbers=list(action.lease_numbers))
             case ev.TellNoMoreLeases():
@@ -258,7 +263,7 @@ class RunningSession:
             case ev.ReleaseLeases():
                 start(self._calls.release_leases(action), name="release")
             case ev.FetchChunks():
-                start(self._fetch_chunks(action), name="chunks")
+                start(self._chunks.fetch(action.lease_numbers), name="chunks")
             case ev.Respawn():
                 start(self._respawn(action), name=f"respawn {action.child}")
             case ev.Rejoin():
@@ -269,23 +274,6 @@ class RunningSession:
                 start(self._duties.perform(duty, heldout_paths=paths), name="duty")
             case _:
                 raise AssertionError(f"action without a way to do it: {action}")
-
-    def _send_leases(self, action: ev.SendLeases) -> None:
-        entries = []
-        for part in action.parts:
-            known = self._calls.lease_by_number[part.lease_number]
-            entries.append(
-                {
-                    "lease": known.signed,
-                    "lease_number": part.lease_number,
-                    "data_pass": known.lease.range.data_pass,
-                    "chunk_index": known.lease.range.chunk_index,
-                    "begin_window": part.begin_window,
-                    "end_window": part.end_window,
-                    "path": str(self._path_by_lease[self._lease_key(part.lease_number)]),
-                }
-            )
-        self._children.send(ChildName.TRAINER, "leases", leases=entries)
 
     # Tasks.
 
@@ -304,43 +292,9 @@ class RunningSession:
         self._configure_trainer()
         self._core.feed(ev.DatasetReady())
 
-    async def _fetch_chunks(self, action: ev.FetchChunks) -> None:
-        await self._is_dataset_ready.wait()
-        await asyncio.gather(*(self._fetch_chunk(number) for number in action.lease_numbers))
-
-    async def _fetch_chunk(self, lease_number: int) -> None:
-        key = self._lease_key(lease_number)
-        known = self._calls.lease_by_number.get(lease_number)
-        if known is None:
-            return
-        digest = known.lease.chunk_digest
-        if key not in self._held_digest_by_lease:
-            self._held_digest_by_lease[key] = digest
-            self._dataset.hold(digest)
-        event: ev.Event
-        while True:
-            try:
-                path = await self._dataset.fetch_chunk(known.lease.range.chunk_index, digest=digest)
-                self._path_by_lease[key] = path
-                event = ev.LeaseFetched(lease_number=lease_number)
-                break
-            except UnavailableError as error:
-                _LOGGER.info("chunk of lease %d: %s; trying again", lease_number, error.found)
-                await asyncio.sleep(_RETRY_SECONDS)
-            except MusterError as error:
-                if error.found not in self._noted_reasons:  # the same lease may come back for hours
-                    self._noted_reasons.add(error.found)
-                    self._core.note(f"lease {lease_number} is released: {error}")
-                event = ev.LeaseUnusable(lease_number=lease_number, reason=error.found)
-                break
-        is_known = self._calls.lease_by_number.get(lease_number) is known
-        if is_known and key == self._lease_key(lease_number):
-            self._core.feed(event)
-
     async def _respawn(self, action: ev.Respawn) -> None:
         child = action.child
-        if action.max_micro_batch_sequences is not None:
-            self._max_micro_batch_sequences = action.max_micro_batch_sequences
+        self._limits.learn_from(action)
         self._core.note(f"{action.reason}; starting it again")
         self._core.metrics.add(telemetry.PEER_CHILD_RESTARTS, 1, {"process": child.value})
         try:
@@ -396,11 +350,13 @@ class RunningSession:
             self._outbox.lose_state()
         else:
             self._core.numbers.earlier_trained_tokens = self._core.numbers.trained_tokens
+            self._limits.lose(failure.lost_devices)
         event = ev.ChildDied(
             child=child,
             reason=failure.reason,
             exit_code=failure.exit_code,
             is_out_of_memory=failure.is_out_of_memory,
+            has_lost_device=bool(failure.lost_devices),
         )
         self._core.feed(event)
 
@@ -447,7 +403,7 @@ class RunningSession:
             membership=self._membership,
             heldout_paths=self._dataset.heldout_paths,
             tokenizer_path=self._dataset.tokenizer_path,
-            max_micro_batch_sequences=self._max_micro_batch_sequences,
+            limits=self._limits,
         )
         self._children.configure(ChildName.TRAINER, **settings)
 
@@ -468,21 +424,6 @@ class RunningSession:
             return False
         self._next_by_chore[chore] = now_seconds + interval_seconds
         return True
-
-    def _lease_key(self, lease_number: int) -> tuple[int, int]:
-        return self._core.numbers.incarnation, lease_number
-
-    def _forget_ended_leases(self) -> None:
-        """Let the cache have the chunks of leases that are no longer held."""
-        incarnation = self._core.numbers.incarnation
-        renewed = set(self._core.machine.leases.renewed_numbers)
-        for key, digest in list(self._held_digest_by_lease.items()):
-            if key[0] != incarnation or key[1] not in renewed:
-                self._dataset.release(digest)
-                del self._held_digest_by_lease[key]
-                self._path_by_lease.pop(key, None)
-        for number in set(self._calls.lease_by_number) - renewed:
-            del self._calls.lease_by_number[number]
 
     def _check_memory(self) -> None:
         numbers, limit_bytes = self._core.numbers, self._config.memory_limit_bytes

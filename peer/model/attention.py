@@ -25,6 +25,20 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, device="meta"))
 
 
+class Linear(Weight):
+    """A matrix (out, in) that its input is multiplied with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Embedding(Weight):
+    """A matrix (V, D) of which rows are looked up."""
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+
 def rope_tables(
     spec: ModelSpec, *, num_positions: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -67,13 +81,12 @@ class Attention(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
         self.head_dim = spec.head_dim
         d_attention, d_kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.wq = Weight(d_attention, spec.d_model)
-        self.wk = Weight(d_kv, spec.d_model)
-        self.wv = Weight(d_kv, spec.d_model)
-        self.wo = Weight(spec.d_model, d_attention)
+        self.wq = Linear(d_attention, spec.d_model)
+        self.wk = Linear(d_kv, spec.d_model)
+        self.wv = Linear(d_kv, spec.d_model)
+        self.wo = Linear(spec.d_model, d_attention)
 
     def forward(
         self,
@@ -86,22 +99,24 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend from T new positions to all S so far; `cache` holds earlier keys and values and is
         extended. `is_causal` says that the mask is the plain causal one over T = S positions.
+
+        How many heads there are is read off what the projections give: in tensor parallel they give
+        this local rank's.
         """
         B, T, _ = x_BTD.shape
 
-        def heads(weight: Weight, num_heads: int) -> Tensor:
-            flat = F.linear(x_BTD, weight.weight)
-            return flat.view(B, T, num_heads, self.head_dim).transpose(1, 2)
+        def heads(flat: Tensor) -> Tensor:
+            return flat.view(B, T, -1, self.head_dim).transpose(1, 2)
 
-        q_BHTK = apply_rope(heads(self.wq, self.num_heads), *rope)
-        k_BGSK = apply_rope(heads(self.wk, self.num_kv_heads), *rope)
-        v_BGSK = heads(self.wv, self.num_kv_heads)
+        q_BHTK = apply_rope(heads(self.wq(x_BTD)), *rope)
+        k_BGSK = apply_rope(heads(self.wk(x_BTD)), *rope)
+        v_BGSK = heads(self.wv(x_BTD))
         if cache is not None:
             if cache:
                 k_BGSK = torch.cat((cache[0], k_BGSK), dim=2)
                 v_BGSK = torch.cat((cache[1], v_BGSK), dim=2)
             cache[:] = [k_BGSK, v_BGSK]
-        if x_BTD.device.type == "cpu":
+        if q_BHTK.device.type == "cpu":
             out_BHTK = explicit_attention(q_BHTK, k_BGSK, v_BGSK, mask_TS)
         else:
             out_BHTK = F.scaled_dot_product_attention(
@@ -110,6 +125,7 @@ class Attention(nn.Module):
                 v_BGSK.to(q_BHTK.dtype),
                 attn_mask=None if is_causal else per_head(mask_TS, 1).to(q_BHTK.dtype),
                 is_causal=is_causal,
-                enable_gqa=self.num_heads != self.num_kv_heads,
+                enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
             )
-        return F.linear(out_BHTK.transpose(1, 2).reshape(B, T, -1), self.wo.weight)
+        out_BTD: Tensor = self.wo(out_BHTK.transpose(1, 2).reshape(B, T, -1))
+        return out_BTD

@@ -17,9 +17,12 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, weights_B: Tensor | None 
     times its weight.
     """
     logits = logits_BTV.float().flatten(0, 1)
+    reduction = "sum" if weights_B is None else "none"
+    nats = F.cross_entropy(logits, labels_BT.flatten(), reduction=reduction, ignore_index=IGNORED)
+    if hasattr(nats, "to_local"):  # DTensor of a sharded vocabulary: the same on every rank
+        nats = nats.to_local()
     if weights_B is None:
-        return F.cross_entropy(logits, labels_BT.flatten(), reduction="sum", ignore_index=IGNORED)
-    nats = F.cross_entropy(logits, labels_BT.flatten(), reduction="none", ignore_index=IGNORED)
+        return nats
     return (nats.view(labels_BT.shape).sum(dim=1) * weights_B).sum()
 
 

@@ -75,6 +75,26 @@ class Examples:
         }
         return cls(**joined)
 
+    def select(self, windows: slice) -> "Examples":
+        """Some of the windows."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return Examples(
+            **{name: None if value is None else value[windows] for name, value in values.items()}
+        )
+
+    def padded_to(self, num_windows: int) -> "Examples":
+        """With windows behind that predict nothing, so that there are so many."""
+        missing = num_windows - self.inputs_BT.shape[0]
+        fill = {"labels_BT": IGNORED}
+        padded = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None:
+                widths = [(0, missing)] + [(0, 0)] * (value.ndim - 1)
+                value = np.pad(value, widths, constant_values=fill.get(name, 0))
+            padded[name] = value
+        return Examples(**padded)
+
 
 class ExampleBuilder:
     """Turns windows of text into examples of one objective."""

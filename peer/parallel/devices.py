@@ -9,7 +9,9 @@ sequences of 256).
 
 import ctypes
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,14 @@ from protos.contract.errors import MachineError
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 2**30
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,4 +89,53 @@ def available_memory_bytes(device: torch.device) -> int:
     """Memory that can still be taken."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return host_memory_bytes()
+
+
+def host_memory_bytes() -> int:
+    """Main memory that can still be taken: what the kernel could free counts, and the limit of a
+    container.
+    """
+    left_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                left_bytes = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    for limit, used in _CGROUP_FILES:
+        try:
+            limit_text = limit.read_text().strip()
+            if limit_text.isdecimal():
+                left_bytes = min(left_bytes, int(limit_text) - int(used.read_text()))
+        except OSError:
+            continue
+    return max(0, left_bytes)
+
+
+def measure_flop_per_second(device: torch.device, *, num_rows: int = 768) -> float:
+    """Speed of a matrix product in fp32 on CPU, bf16 elsewhere; takes some hundredths of a
+    second.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    matrix = torch.ones((num_rows, num_rows), device=device, dtype=dtype)
+    seconds = float("inf")
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        seconds = min(seconds, time.perf_counter() - begin)
+    return 2 * num_rows**3 / max(seconds, 1e-9)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for torch's and Python's ways to say so, also as the cause of another error."""
+    if error is None:
+        return False
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("not enough memory", "can't allocate memory")  # torch on CPU: Windows, Linux
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        return True
+    return is_out_of_memory(error.__cause__)

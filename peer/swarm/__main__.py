@@ -21,6 +21,7 @@ from protos.contract.errors import MusterError
 logger = logging.getLogger("peer.swarm")
 
 _CLOSE_SECONDS = 3.0
+_FAILED_EXIT_CODE = 1
 
 
 def main() -> int:
@@ -33,7 +34,6 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGTERM)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     return asyncio.run(_run(arguments))
 
 
@@ -47,14 +47,22 @@ async def _run(arguments: argparse.Namespace) -> int:
     except (asyncio.CancelledError, ChannelClosed):
         pass
     except MusterError as error:
-        try:
-            channel.send("failed", reason=str(error), exit_code=error.exit_code)
-        except ChannelClosed:
-            logger.warning("%s", error)
+        _tell_failed(channel, str(error), error.exit_code)
         return error.exit_code
+    except Exception as error:  # the daemon learns why, and starts the process again
+        logger.exception("the swarm process failed")
+        _tell_failed(channel, f"{type(error).__name__}: {error}", _FAILED_EXIT_CODE)
+        return _FAILED_EXIT_CODE
     finally:
         await channel.close()
     return 0
+
+
+def _tell_failed(channel: AsyncChannel, reason: str, exit_code: int) -> None:
+    try:
+        channel.send("failed", reason=reason, exit_code=exit_code)
+    except ChannelClosed:
+        logger.warning("%s", reason)
 
 
 async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
@@ -96,7 +104,7 @@ async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
             "ready", p2p_peer_id=transport.p2p_peer_id, addresses=await transport.addresses()
         )
         try:
-            await _run_while_alive(node.run(), transport.wait_died())
+            await _run_while_alive(node.run(), node.wait_failed(), transport.wait_died())
         finally:
             await asyncio.shield(node.close())
             with contextlib.suppress(
@@ -108,26 +116,30 @@ async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
 
 
 async def _run_while_alive(
-    work: Coroutine[Any, Any, None], death: Coroutine[Any, Any, str]
+    work: Coroutine[Any, Any, None],
+    failure: Coroutine[Any, Any, None],
+    death: Coroutine[Any, Any, str],
 ) -> None:
-    """Run until the work ends; raises MusterError as soon as p2pd has ended, for the daemon to
-    start both anew.
+    """Run until the work ends; raises what a task beside it did not foresee, and MusterError as
+    soon as p2pd has ended, for the daemon to start both anew.
     """
-    working, dying = asyncio.ensure_future(work), asyncio.ensure_future(death)
+    working, failing = asyncio.ensure_future(work), asyncio.ensure_future(failure)
+    dying = asyncio.ensure_future(death)
     try:
-        await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            await working
-            return
+        await asyncio.wait({working, failing, dying}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (working, failing):
+            if task.done():
+                await task
+                return
         raise MusterError(
             f"p2pd has ended ({dying.result()})",
             allowed="p2pd lives as long as the swarm process",
             remedy="the swarm process is started again, with a new p2pd",
         )
     finally:
-        for task in (working, dying):
+        for task in (working, failing, dying):
             task.cancel()
-        await asyncio.gather(working, dying, return_exceptions=True)
+        await asyncio.gather(working, failing, dying, return_exceptions=True)
 
 
 if __name__ == "__main__":

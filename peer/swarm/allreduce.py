@@ -18,6 +18,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,7 @@ from peer.swarm.bulk_stream import BulkStream, StreamError
 from peer.swarm.codecs import EncodedVector, piece_bounds
 from peer.swarm.part_frames import (
     Refused,
+    next_summed,
     read_digests,
     read_mark,
     read_part,
@@ -147,6 +149,12 @@ class Reduction:
         self._incoming: list[BulkStream] = []
         self._awaited: dict[tuple[str, bool], tuple[BulkStream | None, float]] = {}
         """(peer_id, whether reduced pieces) -> stream, if open, and since when bytes are due."""
+        self._sent_to: set[str] = set()
+        self._waiting: set[str] = set()
+        """Reducers that said last that they wait for somebody."""
+        self.late_seconds_by_peer: defaultdict[str, float] = defaultdict(float)
+        self.tokens_by_peer = tokens_by_peer
+        self.begin_seconds = time.monotonic()
         self._lock = threading.Lock()
         self._exchange_left = len(reducers) + 1
         self._failure: ReduceError | None = None
@@ -176,6 +184,9 @@ class Reduction:
                     {*waiting, failing}, return_when=asyncio.FIRST_COMPLETED
                 )
                 waiting -= done
+                for task in done & set(tasks):
+                    if not task.cancelled() and (error := task.exception()) is not None:
+                        self.fail(_unexpected(error))
         except asyncio.CancelledError:
             self.fail(ReduceError("averaging was given up"))
             raise
@@ -183,6 +194,9 @@ class Reduction:
             for task in (*tasks, failing):
                 task.cancel()
             await asyncio.gather(*tasks, failing, return_exceptions=True)
+        if self._failure is None and not all(self._result.digests):
+            num_missing = self._result.digests.count(b"")
+            self.fail(ReduceError(f"{num_missing} averaged pieces are missing"))
         if self._failure is not None:
             raise self._failure
         return AveragedVector(
@@ -226,6 +240,25 @@ class Reduction:
                 return (peer_id, seconds) if seconds >= patience_seconds else ("", 0.0)
         return "", 0.0
 
+    def note_late(self, seconds: float) -> None:
+        """Book the last so many seconds on whoever is awaited while at least as many others have
+        delivered: others' pieces first, then reduced ones, unless their reducer waits itself.
+        """
+        awaited = list(self._awaited)
+        late = {peer for peer, is_reduced in awaited if not is_reduced}
+        num_done = len(self._sum.slots.keys() - late)
+        if not late:
+            open_reducers = {peer for peer, is_reduced in awaited if is_reduced}
+            late = open_reducers - self._waiting
+            num_done = len(set(self._reducers) - open_reducers)
+        num_done += len(self._sent_to) == len(self._reducers)
+        if num_done >= len(late):
+            for peer_id in late:
+                self.late_seconds_by_peer[peer_id] += seconds
+
+    def _note_waiting(self, reducer: str, is_waiting: bool) -> None:
+        (self._waiting.add if is_waiting else self._waiting.discard)(reducer)
+
     @property
     def longest_wait_seconds(self) -> float:
         """For the next bytes of any member."""
@@ -250,6 +283,8 @@ class Reduction:
                 pass
             except ReduceError as found:
                 error = found
+            except Exception as found:  # whatever it is, the attempt must not count as averaged
+                error = _unexpected(found)
             with contextlib.suppress(RuntimeError):  # the loop may be gone as the process ends
                 self._loop.call_soon_threadsafe(finish, error)
 
@@ -315,7 +350,7 @@ class Reduction:
         try:
             stream.send_message(state_pb2.ReducedHeader())
             for _ in self._sum.batches:
-                batch = summed.get()
+                batch = next_summed(summed, stream)
                 if batch is None:
                     send_refusal(stream, str(self._failure or "averaging was given up"))
                     return
@@ -371,6 +406,7 @@ class Reduction:
             # The reducer says why on the other direction, if it still can.
             logger.debug("own part to %s: %s", reducer, error)
             return
+        self._sent_to.add(reducer)
         self._one_exchanged()
 
     def _receive_reduced(self, reducer: str, stream: BulkStream) -> None:
@@ -382,7 +418,7 @@ class Reduction:
                 raise Refused(refusal)
             for batch in batches_of(*self._run_by_peer[reducer]):
                 pieces = range(batch.begin_piece, batch.end_piece)
-                read_mark(stream)
+                read_mark(stream, lambda is_waiting: self._note_waiting(reducer, is_waiting))
                 digests = read_digests(stream, batch)
                 views = [result.encoded.run(piece, piece + 1) for piece in pieces]
                 read_pieces(stream, batch, digests, views)
@@ -397,6 +433,12 @@ class Reduction:
             raise ReduceError(reason, peer_id=reducer) from error
         finally:
             self._awaited.pop((reducer, True), None)
+
+
+def _unexpected(error: BaseException) -> ReduceError:
+    """A failure that nobody foresaw: said in full where it happened, in short to the others."""
+    logger.error("averaging failed", exc_info=error)
+    return ReduceError(f"averaging failed: {type(error).__name__}: {error}")
 
 
 async def refuse_stream(stream: Stream, reason: str) -> None:

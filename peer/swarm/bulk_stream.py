@@ -8,6 +8,7 @@ a blocking read with MSG_WAITALL costs one call per piece and fills the caller's
 import contextlib
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,7 +18,8 @@ from google.protobuf.message import DecodeError, Message
 MAX_HEADER_BYTES = 16 * 2**20
 _WRITE_BYTES = 2**20
 _READ_BYTES = 2**18
-"""Read at a time, so that progress is seen on a slow link."""
+_LOOK_SECONDS = 0.2
+"""A read returns at least so often what has come, so that progress is seen on a slow link."""
 _SOCKET_BYTES = 2**20
 _LINGER_SECONDS = 5.0
 
@@ -38,16 +40,21 @@ class BulkStream:
         head: bytes,
         reserve: Callable[[int], float],
         count: Callable[[int, int], None],
+        slice_bytes: int | None = None,
     ) -> None:
         """Takes over a copy of `fd`; `head` are bytes that were read from it already.
 
-        `reserve(num_bytes)` gives the seconds to wait before sending (the owner's upload limit);
-        `count(sent_bytes, received_bytes)` books traffic.
+        `reserve(num_bytes)` gives the seconds to wait before sending (the owner's upload limit), at
+        most `slice_bytes` at a time, so that a pause is short; `count(sent_bytes, received_bytes)`
+        books traffic.
         """
         self._socket = socket.socket(fileno=os.dup(fd))
         self._socket.setblocking(True)
+        self._slice_bytes = slice_bytes or _WRITE_BYTES
+        look = struct.pack("ll", 0, int(1e6 * _LOOK_SECONDS))
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, look)
         self._head = memoryview(head)
         self._reserve, self._count = reserve, count
         self._is_closed = False
@@ -60,8 +67,8 @@ class BulkStream:
         """Send raw bytes at the pace that the owner allows. Raises StreamError."""
         view = memoryview(data).cast("B")
         try:
-            for begin in range(0, len(view), _WRITE_BYTES):
-                part = view[begin : begin + _WRITE_BYTES]
+            for begin in range(0, len(view), self._slice_bytes):
+                part = view[begin : begin + self._slice_bytes]
                 wait_seconds = self._reserve(len(part))
                 if wait_seconds > 0:
                     time.sleep(wait_seconds)
@@ -74,15 +81,20 @@ class BulkStream:
         """Fill `target` exactly. Raises StreamError."""
         begin, end = self._take_head(target), len(target)
         try:
+            asked_seconds = time.monotonic()
             while begin < end:
-                part, asked_seconds = target[begin : begin + _READ_BYTES], time.monotonic()
-                received = self._socket.recv_into(part, len(part), socket.MSG_WAITALL)
+                part = target[begin : begin + _READ_BYTES]
+                try:
+                    received = self._socket.recv_into(part, len(part), socket.MSG_WAITALL)
+                except BlockingIOError:  # nothing has come meanwhile
+                    continue
                 if received == 0:
                     raise StreamError(f"stream ended early: {begin} of {end} bytes arrived")
                 begin += received
                 self._count(0, received)
                 self.progress_seconds = now = time.monotonic()
                 self.longest_wait_seconds = max(self.longest_wait_seconds, now - asked_seconds)
+                asked_seconds = now
         except OSError as error:
             raise StreamError(f"stream broke while receiving: {error}") from error
 

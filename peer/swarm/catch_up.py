@@ -8,27 +8,34 @@ fetched from the coordinator.
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 from peer.swarm.contribution_check import open_directive
+from peer.swarm.incoming_state import IncomingState
+from peer.swarm.piece_plan import PieceLayout
 from peer.swarm.replica import Replica
+from peer.swarm.state_download import Progress, StateDownload
 from peer.swarm.state_transfer import (
     ProvenState,
-    StateDownload,
     ask_state_info,
     fetch_averaged,
+    is_resuming_cheaper,
     newest_proven_state,
+    proves_state,
 )
 from peer.swarm.transport import Transport
-from protos.contract.digest import StateMeta
+from protos.contract.digest import StateMeta, num_pieces, state_digest_of_pieces
 from protos.contract.errors import CorruptDataError
 from protos.contract.signing import check_certificate
 from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 
 logger = logging.getLogger(__name__)
+
+_MAX_PASSES = 16
+"""Of asking members in a row; the swarm moves on while a state travels, but slower than this."""
 
 
 class CatchUp:
@@ -36,6 +43,12 @@ class CatchUp:
 
     def __init__(self, replica: Replica, transport: Transport, *, own_peer_id: str) -> None:
         self._replica, self._transport, self._own_peer_id = replica, transport, own_peer_id
+        layout = PieceLayout(tuple(vector.size for vector in replica.vectors.state_vectors()))
+        self._incoming = IncomingState(replica.store.folder, layout)
+        self.on_progress: Callable[[str], None] = lambda _: None
+        """Told how far a download is, for people."""
+        self.stop = asyncio.Event()
+        """Set it to end a download early."""
         self.newer_record: common_pb2.Signed | None = None
         """A record of a later incarnation that a member has shown."""
         self.problem = ""
@@ -45,13 +58,31 @@ class CatchUp:
         newest = common_pb2.Directive.FromString(self._replica.newest_directive().payload)
         return [e.peer_id for e in newest.roster if e.peer_id != self._own_peer_id]
 
-    async def infos(self) -> dict[str, state_pb2.StateInfoResponse]:
-        """What the members hold; notes records of later incarnations."""
+    def _interrupted(self) -> tuple[state_pb2.SnapshotHeader, StateMeta] | None:
+        """What an interrupted download was for, if that is ahead of the state held."""
+        replica, header = self._replica, self._incoming.remembered()
+        if header is None:
+            return None
+        try:
+            meta = StateMeta.from_json(header.state_meta)
+        except ValueError:
+            return None
+        is_ahead = not replica.is_current or meta.outer_step > replica.position[1]
+        return (header, meta) if is_ahead and meta.incarnation == replica.incarnation else None
+
+    async def infos(
+        self, from_outer_step: int | None = None
+    ) -> dict[str, state_pb2.StateInfoResponse]:
+        """What the members hold, with certificates from a step on, else from the one after ours;
+        notes records of later incarnations.
+        """
         replica = self._replica
+        if from_outer_step is None:
+            from_outer_step = replica.position[1] + 1 if replica.is_current else 0
         request = state_pb2.StateInfoRequest(
             run_id=replica.run_id,
             incarnation=replica.incarnation,
-            from_outer_step=replica.position[1] + 1 if replica.is_current else 0,
+            from_outer_step=from_outer_step,
         )
         infos = await ask_state_info(self._transport, self._others(), request)
         for info in infos.values():
@@ -61,7 +92,20 @@ class CatchUp:
         return infos
 
     async def forward(self) -> bool:
-        """One pass towards the newest state of the incarnation; True if the state has changed."""
+        """Towards the newest state of the incarnation, until members have nothing newer; True if
+        the state has changed.
+        """
+        changed = False
+        for _ in range(_MAX_PASSES):
+            if self.stop.is_set() or not await self._pass():
+                break
+            changed = True
+        if self._replica.is_current and self._interrupted() is None:
+            self._incoming.discard()  # of a state that is not wanted any more
+        return changed
+
+    async def _pass(self) -> bool:
+        """Ask members once and use what they have; True if the state has changed."""
         replica = self._replica
         infos = await self.infos()
         if self.newer_record is not None:
@@ -77,6 +121,9 @@ class CatchUp:
                         changed = True
             except DecodeError as error:
                 logger.warning("%s sent a malformed certificate: %s", peer_id, error)
+        interrupted = None if changed else self._interrupted()
+        if interrupted is not None and await self._resume(*interrupted):
+            return True
         return await self._load_proven(infos) or changed
 
     async def apply_next(self, certificate: rounds_pb2.Certificate, holders: Iterable[str]) -> bool:
@@ -136,6 +183,31 @@ class CatchUp:
         self.problem = ""
         return True
 
+    def _certifiers(
+        self, infos: dict[str, state_pb2.StateInfoResponse]
+    ) -> dict[int, common_pb2.Directive]:
+        """Under which directive the members' newest outer steps were certified, where that can be
+        checked.
+        """
+        found: dict[int, common_pb2.Directive] = {}
+        for peer_id, info in infos.items():
+            try:
+                value = rounds_pb2.RoundValue.FromString(info.newest_certificate.value)
+            except DecodeError as error:
+                logger.warning("%s sent a malformed certificate: %s", peer_id, error)
+                continue
+            signed = self._replica.directive_by_number.get(value.roster_directive_number)
+            if signed is None:
+                continue
+            directive = common_pb2.Directive.FromString(signed.payload)
+            if not check_certificate(
+                info.newest_certificate,
+                directive=directive,
+                coordinator_public_key=self._replica.coordinator_public_key,
+            ):
+                found[value.outer_step] = directive
+        return found
+
     async def _load_proven(self, infos: dict[str, state_pb2.StateInfoResponse]) -> bool:
         """Download the newest proven state if it is newer than ours, or contradicts it."""
         replica = self._replica
@@ -146,6 +218,7 @@ class CatchUp:
             incarnation=replica.incarnation,
             directive=newest,
             own_peer_id=self._own_peer_id,
+            certifiers=self._certifiers(infos),
         )
         if proven is None:
             return False
@@ -157,33 +230,93 @@ class CatchUp:
         return await self._download(proven)
 
     async def _download(self, proven: ProvenState) -> bool:
-        vectors = self._replica.vectors
+        def tell(progress: Progress) -> None:
+            share = f"{progress.num_held} of {progress.num_pieces} pieces"
+            speed = f"{progress.bytes_per_second / 1e6:.1f} MB/s"
+            self.on_progress(
+                f"state {proven.incarnation}/{proven.outer_step}: {share} "
+                f"from {progress.num_donors} members at {speed}"
+            )
+
         download = StateDownload(
             self._transport,
             proven,
-            num_values=vectors.num_values,
-            num_vectors=len(vectors.state_vectors()),
+            incoming=self._incoming,
+            check=self._problem_of_directive,
+            stop=self.stop,
+            on_progress=tell,
         )
         fetched = await download.run()
         if fetched is None:
             return False
-        meta, directive = fetched.meta, fetched.directive
-        content = open_directive(
-            directive,
-            run_id=self._replica.run_id,
-            incarnation=meta.incarnation,
-            coordinator_public_key=self._replica.coordinator_public_key,
-        )
-        if content is None and meta.incarnation == self._replica.incarnation:
-            logger.info("snapshot %d/%d: directive not valid", meta.incarnation, meta.outer_step)
-            return False
-        if content is not None and content.directive_number != meta.directive_number:
-            logger.info("snapshot %d/%d names another directive", meta.incarnation, meta.outer_step)
-            return False
         await asyncio.to_thread(
-            self._replica.load, meta, fetched.vectors, directive, fetched.unreported
+            self._replica.load, fetched.meta, fetched.vectors, fetched.directive, fetched.unreported
         )
+        self._incoming.discard()
         return True
+
+    def _problem_of_directive(self, meta: StateMeta, signed: common_pb2.Signed) -> str:
+        """What is wrong with the directive that a donor shows with a state; "" if nothing."""
+        replica = self._replica
+        content = open_directive(
+            signed,
+            run_id=replica.run_id,
+            incarnation=meta.incarnation,
+            coordinator_public_key=replica.coordinator_public_key,
+        )
+        if content is None and meta.incarnation == replica.incarnation:
+            return f"its directive for state {meta.incarnation}/{meta.outer_step} is not valid"
+        if content is not None and content.directive_number != meta.directive_number:
+            return f"state {meta.incarnation}/{meta.outer_step} names another directive"
+        return ""
+
+    async def _resume(self, header: state_pb2.SnapshotHeader, meta: StateMeta) -> bool:
+        """Finish an interrupted download if the certificate after it proves it and that is the
+        cheaper way.
+        """
+        replica, layout = self._replica, self._incoming.layout
+        digest = state_digest_of_pieces(meta, layout.by_vector(header.piece_digests))
+        problem = self._problem_of_directive(meta, header.directive)
+        directive = common_pb2.Directive.FromString(header.directive.payload)
+        infos = await self.infos(from_outer_step=meta.outer_step + 1)
+        ways = [list(info.certificates) for info in infos.values() if info.certificates]
+        proofs = [
+            way
+            for way in ways
+            if not problem
+            and proves_state(way[0], meta, digest)
+            and not check_certificate(
+                way[0],
+                directive=directive,
+                coordinator_public_key=replica.coordinator_public_key,
+            )
+        ]
+        if not proofs:
+            return False
+        num_missing = layout.num_pieces - await asyncio.to_thread(self._incoming.held, header)
+        num_steps = max(len(way) for way in proofs)
+        if not is_resuming_cheaper(
+            num_missing=num_missing,
+            num_pieces=layout.num_pieces,
+            num_steps=num_steps,
+            pieces_per_step=num_pieces(replica.contribution_values(meta.outer_step + 1)),
+        ):
+            return False
+        logger.info(
+            "going on with state %d/%d: %d pieces and %d steps are missing",
+            meta.incarnation,
+            meta.outer_step,
+            num_missing,
+            num_steps,
+        )
+        return await self._download(
+            ProvenState(
+                incarnation=meta.incarnation,
+                outer_step=meta.outer_step,
+                state_digest=digest,
+                donors=tuple(self._others()),
+            )
+        )
 
     # Base of an incarnation -------------------------------------------------------------------
 

@@ -19,15 +19,21 @@ the anchors at every restart; inner moments stay over a resync of a living train
 a committed round. A joiner's are zero, and its first inner steps are warmed up.
 """
 
+from functools import partial
+
 import numpy as np
-import torch
 
 from peer.data.feed import TrainedRange
-from peer.model.decoder import Decoder, FlatParameters
 from peer.model.schedule import lr_ratio
+from peer.parallel.inner_steps import InnerSteps
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.fragments import FragmentPlan
-from peer.swarm.strategy import OfferedContribution, PlainState, RoundPort
+from peer.swarm.strategy import (
+    OfferedContribution,
+    PlainState,
+    RoundPort,
+    TrainedParameters,
+)
 from protos.contract.digest import Float32Vector
 from protos.contract.run_spec import RunSpec
 
@@ -39,14 +45,19 @@ class DilocoStrategy:
     """Strategy of this name; see peer/swarm/strategy.py for what each method promises."""
 
     def __init__(
-        self, spec: RunSpec, model: Decoder, parameters: FlatParameters, vectors: SharedVectors
+        self,
+        spec: RunSpec,
+        inner: InnerSteps,
+        parameters: TrainedParameters,
+        vectors: SharedVectors,
     ) -> None:
-        """`parameters` become the local ones; `vectors` hold the anchors."""
+        """`parameters` become the local ones, `inner` makes steps on them; `vectors` hold the
+        anchors.
+        """
         self._spec, self._parameters, self._vectors = spec, parameters, vectors
         self._plan = FragmentPlan(spec)
         self._anchors: Float32Vector = np.zeros(vectors.num_values, dtype=np.float32)
-        self._optimizer = _inner_optimizer(spec, model)
-        self._summed_grads: torch.Tensor | None = None
+        self._inner = inner
         self._base: StatePosition | None = None
         self._warmup_steps_left = 0
         self._round_tokens = 0
@@ -70,7 +81,13 @@ class DilocoStrategy:
         return self._base
 
     def settle(self, *, round_tokens: int) -> StatePosition:
-        """Mix the fragment that has arrived into the local parameters."""
+        """Mix the fragment that has arrived into the local parameters.
+
+        What was trained on it while it travelled stays with the share `mix_ratio`; the rest of it
+        is lost, though its tokens count towards the next round. The other fragments keep all of it.
+        So with P fragments a step of the overlap has the effect of 1 - (1 - mix_ratio) / P of a
+        step, by the count of parameters; the spec refuses settings for which that is 0.
+        """
         before = self._base
         assert before is not None
         if not self._is_travelling:
@@ -78,7 +95,7 @@ class DilocoStrategy:
         after = self._vectors.read_params(self._anchors)
         if not after.follows(before):
             return self.restart(round_tokens=round_tokens)
-        local = self._host_local()
+        local = self._parameters.host_values()
         keep = np.float32(self._spec.strategy.mix_ratio)
         take = np.float32(1.0) - keep
         for begin, end in self._plan.of_outer_step(after.outer_step).runs:
@@ -95,6 +112,7 @@ class DilocoStrategy:
     def drop(self) -> None:
         """Back to the anchors; a travelling contribution has its own copy."""
         self._put_local(self._anchors)
+        self._parameters.forget_grads()
         self._batch_tokens = 0
         self.num_tokens = 0
         self._total_nats = 0.0
@@ -126,7 +144,7 @@ class DilocoStrategy:
         if self._batch_tokens:
             self._inner_step()
         fragment = self._plan.of_outer_step(self._base.outer_step + 1)
-        delta = np.subtract(self._anchors, self._host_local())
+        delta = np.subtract(self._anchors, self._parameters.host_values())
         fragment.pack(delta, self._vectors.contribution[: fragment.num_values])
         offered = OfferedContribution(
             base=self._base,
@@ -142,44 +160,16 @@ class DilocoStrategy:
 
     def after_micro_batch(self, *, num_tokens: int, total_nats: float) -> None:
         """Add to the inner step's gradient, and make the step when its batch is whole."""
-        grads = self._parameters.grads
         is_whole = self._batch_tokens + num_tokens >= self._spec.strategy.inner_batch_tokens
-        if self._batch_tokens == 0 and not is_whole and self._summed_grads is None:
-            self._summed_grads = torch.zeros_like(grads)
-        if self._batch_tokens:
-            assert self._summed_grads is not None
-            self._summed_grads.add_(grads)
-        elif not is_whole:
-            assert self._summed_grads is not None
-            self._summed_grads.copy_(grads)
-        is_summed = self._batch_tokens > 0
+        self._inner.add_grads(is_first=self._batch_tokens == 0, is_whole=is_whole)
         self._batch_tokens += num_tokens
         self.num_tokens += num_tokens
         self._total_nats += total_nats
-        if is_whole:
-            if is_summed:
-                grads.copy_(self._summed_grads)
-            self._step_on_grads()
-        elif self._round_tokens - self.num_tokens < self._spec.model.seq_len:
+        if is_whole or self._round_tokens - self.num_tokens < self._spec.model.seq_len:
             self._inner_step()
 
     def _inner_step(self) -> None:
-        """A step on less than a whole batch."""
-        assert self._summed_grads is not None and self._batch_tokens > 0
-        self._parameters.grads.copy_(self._summed_grads)
-        self._step_on_grads()
-
-    def _step_on_grads(self) -> None:
-        grads = self._parameters.grads
-        grads.div_(self._batch_tokens)
-        norm = float(torch.linalg.vector_norm(grads))
-        clip = self._spec.optimizer.clip_norm / (norm + 1e-6)
-        if clip < 1.0:
-            grads.mul_(clip)
-        lr = self._learning_rate()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        self._inner.step(num_tokens=self._batch_tokens, learning_rate=self._learning_rate())
         self._batch_tokens = 0
         if self._is_travelling:
             self._steps_while_travelling += 1
@@ -208,13 +198,8 @@ class DilocoStrategy:
 
     # Local parameters --------------------------------------------------------------------------
 
-    def _host_local(self) -> Float32Vector:
-        """Local parameters in canonical order; on CPU the very memory of the model."""
-        local: Float32Vector = self._parameters.values.detach().cpu().numpy()
-        return local
-
     def _put_local(self, local: Float32Vector) -> None:
-        self._parameters.values.copy_(torch.from_numpy(local))
+        self._parameters.load(partial(_copy, local))
 
     def state_dict(self) -> PlainState:
         """Progress towards the round; local work is not kept over a restart, its data is leased
@@ -228,18 +213,5 @@ class DilocoStrategy:
         }
 
 
-def _inner_optimizer(spec: RunSpec, model: Decoder) -> torch.optim.AdamW:
-    """AdamW with decoupled decay of matrices only; fused where torch has it."""
-    optimizer = spec.optimizer
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": optimizer.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=optimizer.peak_lr,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.epsilon,
-        fused=matrices[0].device.type in ("cpu", "cuda"),
-    )
+def _copy(source: Float32Vector, target: Float32Vector) -> None:
+    np.copyto(target, source)

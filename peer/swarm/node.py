@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable
 
+from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel, ChannelClosed, Message
 from peer.shared_vectors import SharedVectors
 from peer.swarm import round_types as rt
@@ -24,7 +24,7 @@ from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
 from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, Place, RoundShell
-from peer.swarm.state_transfer import StateServer
+from peer.swarm.state_server import StateServer
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.turns import tell_turns
 from peer.swarm.vote_file import VoteFile
@@ -69,10 +69,12 @@ class SwarmNode:
         )
         self._queue: asyncio.Queue[_Item] = asyncio.Queue(_MAX_QUEUED)
         self._early: deque[tuple[Place, rt.Event]] = deque(maxlen=_MAX_EARLY)
-        self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
-        self._server = StateServer(self._replica, transport)
-        self._desk = ReductionDesk(transport)
         self._reporter = Reporter(channel, self._replica, transport, own_peer_id=self._own_peer_id)
+        self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
+        self._catch_up.on_progress = self._reporter.sync_progress
+        limit_mbit = config.upload_limit_mbit
+        self._server = StateServer(self._replica, transport, upload_limit_mbit=limit_mbit)
+        self._desk = ReductionDesk(transport)
         self._shell: RoundShell
         self._offers: Offers
         self._done_ratio = 0.0
@@ -84,7 +86,8 @@ class SwarmNode:
         self._next_ask_checkpoint_seconds = 0.0
         self._saved_position = (-1, -1)
         self._next_save_seconds = time.monotonic() + config.checkpoint_interval_seconds
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks(self._on_failure)
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # Life -------------------------------------------------------------------------------------
 
@@ -107,20 +110,23 @@ class SwarmNode:
             votes=self._enter_record(newest),
             desk=self._desk,
             post=self._post,
+            tasks=self._tasks,
         )
         self._offers = Offers(self._shell, replica, self._reporter, own_peer_id=self._own_peer_id)
         replica.learn_directive(config.directive)
         await asyncio.to_thread(self._load_local)
         self._update_members()
         await self._server.start()
+        self._tasks.start(self._server.sweep(), name="sweep")
         await self._desk.start()
         await self._transport.serve_messages(ROUND_CALL, self._on_message, rounds_pb2.RoundMessage)
-        self._spawn(tell_turns(self._channel))
-        self._spawn(keep_presence(self._dht, self._transport, self._replica, self._own_peer_id))
+        self._tasks.start(tell_turns(self._channel), name="turns")
+        presence = (self._dht, self._transport, self._replica, self._own_peer_id)
+        self._tasks.start(keep_presence(*presence), name="presence")
 
     def _load_local(self) -> None:
         replica = self._replica
-        replica.load_held_averaged()
+        replica.averages.load()
         for path in replica.store.paths():
             incarnation, _, _ = path.name.partition("-")
             if int(incarnation) > replica.incarnation:
@@ -140,6 +146,7 @@ class SwarmNode:
     async def run(self) -> None:
         """Work until cancelled or the daemon is gone."""
         reader = asyncio.ensure_future(self._read_channel())
+        reader.add_done_callback(lambda _: self._catch_up.stop.set())
         try:
             while not reader.done():
                 await self._settle()
@@ -154,18 +161,20 @@ class SwarmNode:
 
     async def close(self) -> None:
         """Leave in good order: save the state, stop what runs."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._shell.close()
+        self._shell.end()
+        await self._tasks.cancel_all()
         if self._replica.is_current and self._replica.position != self._saved_position:
             await self._save()
         self._shell.votes.close()
+        self._server.close()
 
-    def _spawn(self, job: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(job)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def wait_failed(self) -> None:
+        """Wait for ever, or raise what a task beside `run` did not foresee."""
+        await self._failed
+
+    def _on_failure(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
 
     # What comes in ----------------------------------------------------------------------------
 
@@ -185,12 +194,9 @@ class SwarmNode:
             elif kind == "coordinator_answer":
                 self._shell.coordinator_answered(message)
             elif kind == "initial_peers":
-                self._spawn(self._introduce(message["addresses"]))
+                self._tasks.start(self._dht.add_peers(message["addresses"]))
             else:
                 await self._queue.put(message)
-
-    async def _introduce(self, addresses: list[str]) -> None:
-        await self._dht.add_peers(addresses)
 
     async def _on_message(
         self, peer_id: str, message: rounds_pb2.RoundMessage
@@ -216,7 +222,7 @@ class SwarmNode:
         message = rounds_pb2.RoundMessage(
             incarnation=place[0], outer_step=place[1], certificate=certificate
         )
-        self._spawn(self._send_once(peer_id, message))
+        self._tasks.start(self._send_once(peer_id, message))
 
     async def _send_once(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
         try:

@@ -16,6 +16,7 @@ _LEAST_ROUNDS = 3
 _FIRST = RoundTiming(form_wait_seconds=30.0, reduce_wait_seconds=60.0)
 _FIRST_CALL_SECONDS = 4.0
 _FIRST_STALL_SECONDS = 15.0
+_MOST_REDUCE_SECONDS = 3600.0
 
 
 class Pace:
@@ -26,6 +27,7 @@ class Pace:
         self._reduce_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._agree_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._wait_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
+        self._round_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._call_seconds: deque[float] = deque(maxlen=_NUM_CALLS)
 
     def add(self, *, form_seconds: float, reduce_seconds: float, agree_seconds: float) -> None:
@@ -35,6 +37,10 @@ class Pace:
         self._form_seconds.append(form_seconds)
         self._reduce_seconds.append(reduce_seconds)
         self._agree_seconds.append(agree_seconds)
+
+    def add_round(self, seconds: float) -> None:
+        """Remember the time from one certified step to the next."""
+        self._round_seconds.append(seconds)
 
     def add_wait(self, seconds: float) -> None:
         """Remember the longest wait for the next bytes of a reduction that succeeded."""
@@ -51,12 +57,20 @@ class Pace:
             return _FIRST_CALL_SECONDS
         return _patience(self._call_seconds, factor=4.0, least=1.0, most=_FIRST_CALL_SECONDS)
 
+    def stall_seconds(self, num_failed: int = 0) -> float:
+        """How long a member may send nothing that we wait for, until it counts as stopped; twice as
+        long after each reduction of the step that failed.
+        """
+        seconds = _FIRST_STALL_SECONDS
+        if len(self._wait_seconds) >= _LEAST_ROUNDS:
+            seconds = _patience(self._wait_seconds, factor=2.0, least=1.2, most=60.0)
+        return min(60.0, seconds * 2.0**num_failed)
+
     @property
-    def stall_seconds(self) -> float:
-        """How long a member may send nothing that we wait for, until it counts as stopped."""
-        if len(self._wait_seconds) < _LEAST_ROUNDS:
-            return _FIRST_STALL_SECONDS
-        return _patience(self._wait_seconds, factor=2.0, least=1.2, most=60.0)
+    def _least_reduce_seconds(self) -> float:
+        """Where steps are far apart, so may the bytes take long: a third of the time between."""
+        between = statistics.median(self._round_seconds) if self._round_seconds else 0.0
+        return max(4.0, between / 3)
 
     def timing(self) -> RoundTiming:
         """Deadlines for the next round; generous until three rounds were measured."""
@@ -65,13 +79,25 @@ class Pace:
         call = self.call_seconds
         return RoundTiming(
             form_wait_seconds=_patience(self._form_seconds, factor=2.0, least=4.0, most=60.0),
-            reduce_wait_seconds=_patience(self._reduce_seconds, factor=2.0, least=4.0, most=300.0),
+            reduce_wait_seconds=_patience(
+                self._reduce_seconds, factor=2.0, least=self._least_reduce_seconds, most=300.0
+            ),
             agree_wait_seconds=_patience(self._agree_seconds, factor=4.0, least=2.0, most=30.0),
             exchange_wait_seconds=max(1.0, 0.75 * call),
             rejoin_wait_seconds=max(0.5, 0.5 * call),
             resend_seconds=min(1.0, max(0.5, 0.5 * call)),
             grace_seconds=1.0 + call,
         )
+
+
+def reduce_deadline_seconds(
+    timing: RoundTiming, *, expected_seconds: float, num_failed: int
+) -> float:
+    """How long the bytes of an attempt may take: what past rounds or the links' rates let expect,
+    and twice as long after each reduction of the step that failed.
+    """
+    patience = max(timing.reduce_wait_seconds, 2.0 * expected_seconds + 2.0)
+    return min(_MOST_REDUCE_SECONDS, patience * 2.0**num_failed)
 
 
 def _patience(values: deque[float], *, factor: float, least: float, most: float) -> float:

@@ -1,11 +1,13 @@
 """Batches of encoded pieces on a part stream, or the reason why there will be no more.
 
 Sizes follow from the codec, so a batch is: one byte 1, for reduced pieces the SHA-256 of each, then
-the pieces' bytes. A refusal is: one byte 0, u32 length, UTF-8 text. A member's own pieces travel
-without digests: it committed to them when it joined.
+the pieces' bytes. A refusal is: one byte 0, u32 length, UTF-8 text. While a reducer waits for
+somebody else it says so, by one byte 2 at a time, so that it is not taken for stopped. A member's
+own pieces travel without digests: it committed to them when it joined.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 
 from peer.swarm.bulk_stream import BulkStream, StreamError
 from peer.swarm.codecs import EncodedVector, piece_bounds
@@ -15,7 +17,9 @@ from protos.contract.digest import Float32Vector, piece_digest
 
 _DIGEST_BYTES = 32
 _MAX_REASON_BYTES = 2000
-_REFUSAL, _PIECES = b"\0", b"\1"
+_REFUSAL, _PIECES, _WAITING = b"\0", b"\1", b"\2"
+_WAITING_SECONDS = 0.5
+"""Between two bytes that say that a reducer waits."""
 
 
 class Refused(Exception):
@@ -36,9 +40,23 @@ def send_refusal(stream: BulkStream, reason: str) -> None:
     stream.send(_REFUSAL + len(text).to_bytes(4, "big") + text)
 
 
-def read_mark(stream: BulkStream) -> None:
-    """Read what a batch begins with. Raises Refused with the other side's reason, StreamError."""
-    mark = bytes(stream.read_bytes(1))
+def next_summed(summed: "SimpleQueue[Batch | None]", stream: BulkStream) -> Batch | None:
+    """Wait for the next batch to send, and let the receiver know that we do. Raises StreamError."""
+    while True:
+        try:
+            return summed.get(timeout=_WAITING_SECONDS)
+        except Empty:
+            stream.send(_WAITING)
+
+
+def read_mark(stream: BulkStream, on_waiting: Callable[[bool], None] = lambda _: None) -> None:
+    """Read what a batch begins with; tells `on_waiting` whether the other side waits itself.
+
+    Raises Refused with the other side's reason, StreamError.
+    """
+    while (mark := bytes(stream.read_bytes(1))) == _WAITING:
+        on_waiting(True)
+    on_waiting(False)
     if mark == _REFUSAL:
         length = int.from_bytes(stream.read_bytes(4), "big")
         text = stream.read_bytes(min(length, _MAX_REASON_BYTES))

@@ -7,6 +7,7 @@ holds the run's secret prefix.
 
 from dataclasses import dataclass
 
+from protos.contract.addresses import problem_of_address
 from protos.contract.ids import PeerId
 
 PRESENCE_EXPIRE_SECONDS = 90.0
@@ -51,7 +52,13 @@ def presence_from_plain(peer_id: object, plain: object) -> PresenceRecord | None
         return None
     if not isinstance(incarnation, int) or not isinstance(outer_step, int):
         return None
-    usable = [a for a in addresses if isinstance(a, str) and len(a) <= _MAX_ADDRESS_CHARS]
+    usable = [
+        address
+        for address in addresses
+        if isinstance(address, str)
+        and len(address) <= _MAX_ADDRESS_CHARS
+        and not problem_of_address(address)
+    ]
     return PresenceRecord(
         peer_id=PeerId(peer_id),
         p2p_peer_id=p2p_peer_id,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 _MAX_ADVANTAGE = 4.0
 """A rate is only a claim: none counts for more than so many times the median."""
 _NUM_HALVINGS = 60
+_UNKNOWN = float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,19 @@ def slice_ends(links: Sequence[Link], *, num_pieces: int) -> list[int]:
         ends.append(round(num_pieces * total))
     last = max(rank for rank, is_able in enumerate(able) if is_able)
     return [num_pieces if rank >= last else min(end, num_pieces) for rank, end in enumerate(ends)]
+
+
+def expected_seconds(links: Sequence[Link], ends: Sequence[int], *, vector_bytes: int) -> float:
+    """What averaging a vector takes a member in the middle, by what the links have shown; members
+    without a figure count as quick, so that one slow link does not make everybody patient.
+    """
+    num_pieces, begin, seconds = max(1, ends[-1]), 0, []
+    for link, end in zip(links, ends, strict=True):
+        share, begin = (end - begin) / num_pieces, end
+        rates = (link.upload_bytes_per_second, link.download_bytes_per_second)
+        costs = _costs(link, rates[0] or _UNKNOWN, rates[1] or _UNKNOWN, links)
+        seconds.append(vector_bytes * max(fixed + slope * share for fixed, slope in costs))
+    return statistics.median_low(seconds)
 
 
 def _ratios(links: Sequence[Link], able: Sequence[bool]) -> list[float]:

@@ -19,6 +19,7 @@ from peer.checkpoint.initial import imported_model_path, initial_params
 from peer.checkpoint.store import CheckpointHeader, CheckpointStore, open_checkpoint
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.allreduce import AveragedVector
+from peer.swarm.averaged_store import AveragedStore
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import next_meta, open_directive
 from peer.swarm.error_feedback import ErrorFeedback
@@ -26,7 +27,7 @@ from peer.swarm.fragments import FragmentPlan
 from peer.swarm.outer_update import exact_update_for
 from peer.swarm.record_file import run_folder_name
 from protos.contract.certificate import Tag
-from protos.contract.codecs_wire import codec_named, result_codec_of_bytes
+from protos.contract.codecs_wire import codec_named
 from protos.contract.digest import (
     Float32Vector,
     StateMeta,
@@ -40,19 +41,24 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 
 logger = logging.getLogger(__name__)
 
-NUM_KEPT_AVERAGED = 4
 _NUM_KEPT_CERTIFICATES = 64
+_NUM_ATTESTED = 2
+"""States that a member says it reached, newest first: members are seldom at the same step at the
+same moment.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """An immutable copy of a state, for members that download it."""
+    """A state as members download it; state_image.py makes an immutable copy of it."""
 
     meta: StateMeta
     state_digest: bytes
     vectors: tuple[Float32Vector, ...]
     piece_digests: tuple[tuple[bytes, ...], ...]
     directive: common_pb2.Signed
+    is_live: bool
+    """The vectors are those of this member and change with its next step."""
 
 
 class Replica:
@@ -78,8 +84,8 @@ class Replica:
         self._imported_path = imported_model_path(folder, spec)
         run_folder = run_folder_name(run_id, coordinator_public_key)
         self.store = CheckpointStore(folder / "state" / run_folder)
-        self._averaged_folder = folder / "averaged" / run_folder
-        self._averaged_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        averaged_folder = folder / "averaged" / run_folder
+        self.averages = AveragedStore(averaged_folder, codec_name=spec.strategy.codec)
         self._key = key
         self._update = exact_update_for(spec)
         self._plan = FragmentPlan(spec)
@@ -93,7 +99,6 @@ class Replica:
         self.unreported: list[rounds_pb2.Certificate] = []
         self.directive_by_number: dict[int, common_pb2.Signed] = {}
         self.certificate_by_step: OrderedDict[int, rounds_pb2.Certificate] = OrderedDict()
-        self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
         self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
         self.recent_directives: list[common_pb2.Signed] = []
         """In force now, and for the last step made here: its members may still fetch that step's
@@ -251,6 +256,7 @@ class Replica:
         unreported: Iterable[rounds_pb2.Certificate] = (),
     ) -> None:
         """Become a state whose digest the caller has proven."""
+        self._attestations = []  # of another way to this state or an earlier one
         with self.vectors.writing_state(_position_of(meta, directive)):
             for target, source in zip(self.vectors.state_vectors(), vectors, strict=True):
                 np.copyto(target, source)
@@ -280,7 +286,7 @@ class Replica:
             peer_id=self._key.peer_id,
         )
         signed = self._key.signed(Tag.ATTESTATION, attestation.SerializeToString())
-        self._attestations = [signed, *self._attestations[:2]]
+        self._attestations = [signed, *self._attestations[: _NUM_ATTESTED - 1]]
         oldest = meta.outer_step - _NUM_KEPT_CERTIFICATES
         for step in [s for s in self.certificate_by_step if s <= oldest]:
             del self.certificate_by_step[step]
@@ -332,54 +338,15 @@ class Replica:
 
     def hold_averaged(self, averaged: AveragedVector) -> None:
         """Keep averaged bytes of the last steps, also across a restart of this process."""
-        self._averaged[averaged.averaged_digest] = averaged
-        path = self._averaged_path(averaged)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(averaged.encoded.data)
-        temporary.replace(path)
-        while len(self._averaged) > NUM_KEPT_AVERAGED:
-            _, oldest = self._averaged.popitem(last=False)
-            self._averaged_path(oldest).unlink(missing_ok=True)
-
-    def load_held_averaged(self) -> list[bytes]:
-        """Averaged bytes that an earlier life has left on disk, checked; returns their digests."""
-        files = sorted(self._averaged_folder.glob("*.bin"), key=lambda p: p.stat().st_mtime)
-        for path in files:
-            averaged = self._open_averaged(path)
-            if averaged is None:
-                path.unlink(missing_ok=True)
-            else:
-                self._averaged[averaged.averaged_digest] = averaged
-        for leftover in self._averaged_folder.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-        return list(self._averaged)
-
-    def _open_averaged(self, path: Path) -> AveragedVector | None:
-        """Averaged bytes of a file, None if they are not what its name says."""
-        data = memoryview(path.read_bytes())
-        try:
-            num_values = int(path.stem.partition("-")[2])
-            codec = result_codec_of_bytes(
-                self.spec.strategy.codec, num_values=num_values, num_bytes=len(data)
-            )
-            encoded = EncodedVector(codec=codec, num_values=num_values, data=data)
-            encoded.decoded()
-        except (CorruptDataError, ValueError):
-            return None
-        averaged = AveragedVector.from_encoded(encoded)
-        return averaged if self._averaged_path(averaged).name == path.name else None
+        self.averages.hold(averaged)
 
     def held_digests(self) -> tuple[bytes, ...]:
         """Digests of the averaged bytes held."""
-        return tuple(self._averaged)
+        return self.averages.digests
 
     def averaged(self, averaged_digest: bytes) -> AveragedVector | None:
         """Averaged bytes, if they are held."""
-        return self._averaged.get(averaged_digest)
-
-    def _averaged_path(self, averaged: AveragedVector) -> Path:
-        digest_hex = averaged.averaged_digest.hex()[:32]
-        return self._averaged_folder / f"{digest_hex}-{averaged.encoded.num_values}.bin"
+        return self.averages.find(averaged_digest)
 
     def state_info(
         self, *, from_outer_step: int
@@ -393,18 +360,16 @@ class Replica:
         while (certificate := self.certificate_by_step.get(step)) is not None:
             value = rounds_pb2.RoundValue.FromString(certificate.value)
             signed = self.directive_by_number.get(value.next_directive_number)
-            if value.averaged_digest not in self._averaged or signed is None:
+            if value.averaged_digest not in self.averages.digests or signed is None:
                 break
             certificates.append(certificate)
             directives.append(signed)
             step += 1
-        attestations = self._attestations[:1] if self.is_current else []
+        attestations = self._attestations[:_NUM_ATTESTED] if self.is_current else []
         return attestations, certificates, directives
 
     def snapshot(self, *, incarnation: int, outer_step: int) -> Snapshot | None:
-        """Copy of the state at a position: the current one, the base it was made from, or a
-        checkpoint of it.
-        """
+        """State at a position: the current one, the base that it was made from, or a checkpoint."""
         meta, directive = self.meta, self.directive
         if meta is not None and directive is not None and meta.outer_step == outer_step:
             base = self._base_meta
@@ -418,9 +383,10 @@ class Replica:
                 return Snapshot(
                     meta=base if is_base and base is not None else meta,
                     state_digest=self._base_digest if is_base else self.state_digest,
-                    vectors=tuple(vector.copy() for vector in self.vectors.state_vectors()),
+                    vectors=self.vectors.state_vectors(),
                     piece_digests=self._piece_digests,
                     directive=directive,
+                    is_live=True,
                 )
         return self._snapshot_on_disk(incarnation=incarnation, outer_step=outer_step)
 
@@ -440,7 +406,14 @@ class Replica:
             vectors=vectors,
             piece_digests=tuple(tuple(vector_piece_digests(v)) for v in vectors),
             directive=common_pb2.Signed.FromString(header.directive),
+            is_live=False,
         )
+
+    def steady_sequence(self) -> int | None:
+        """Changes when the state does; None while vectors and bookkeeping are not of one state."""
+        sequence, meta, held = self.vectors.sequence, self.meta, self.vectors.position()
+        is_one = meta is not None and self.position == (held.incarnation, held.outer_step)
+        return sequence if is_one and sequence % 2 == 0 else None
 
     # Checkpoints ------------------------------------------------------------------------------
 

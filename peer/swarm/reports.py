@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,20 @@ class Reporter:
         self._wire_bytes = (0, 0)
         self._phase = ("", "")
         self.has_state = False
+        self._next_progress_seconds = 0.0
 
     def phase(self, phase: str, reason: str) -> None:
         """Tell the phase when it or its reason changes."""
         if (phase, reason) != self._phase:
             self._phase = (phase, reason)
             self._channel.send("phase", phase=phase, reason=reason)
+
+    def sync_progress(self, text: str) -> None:
+        """Tell how far the download of a state is, at most once a second."""
+        now = time.monotonic()
+        if now >= self._next_progress_seconds:
+            self._next_progress_seconds = now + 1.0
+            self.phase("SYNC", text)
 
     def state(self, *, may_train: bool) -> None:
         """Tell which state is held now, then which certificates the coordinator lacks."""

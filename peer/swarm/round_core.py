@@ -11,6 +11,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from peer.swarm.latecomers import MAX_LATE_ATTEMPTS
 from peer.swarm.round_types import (
     Behind,
     Effect,
@@ -61,6 +62,8 @@ class RoundCore:
         self.attempt = 0
         self.phase = RoundPhase.FORM
         self.unreachable: set[str] = set()
+        self.num_failed_reductions = 0
+        self._late_attempts_by_peer: dict[str, set[int]] = {}
         self.at_step: set[str] = set()
         """Members whose last answer shows that they hold the previous state of this step."""
         self.contributions_by_digest: dict[bytes, bytes] = {}
@@ -137,6 +140,25 @@ class RoundCore:
         return directive
 
     # Attempts ---------------------------------------------------------------------------------
+
+    def note_late(self, attempt: int, peer_ids: frozenset[str]) -> None:
+        """A reduction failed because of these members."""
+        for peer_id in peer_ids:
+            self._late_attempts_by_peer.setdefault(peer_id, set()).add(attempt)
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Members that were late in so many attempts of this step that they are left out of it."""
+        return frozenset(
+            peer_id
+            for peer_id, attempts in self._late_attempts_by_peer.items()
+            if len(attempts) >= (1 if peer_id in self.setup.on_trial else MAX_LATE_ATTEMPTS)
+        )
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Members that this one does not ask when it leads, as long as others have work."""
+        return self.setup.left_out | self.late
 
     @property
     def max_attempt(self) -> int:

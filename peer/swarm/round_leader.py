@@ -15,6 +15,7 @@ from peer.swarm.round_proposer import (
     choose_from_answers,
     decide_form,
     leader_of,
+    possible_leaders,
 )
 from peer.swarm.round_types import AskCoordinatorExchange, Proposal, RoundPhase
 from protos.contract.certificate import contributions_digest
@@ -64,6 +65,16 @@ class LeaderSide:
     def is_own(self, attempt: int) -> bool:
         """True if this member leads the attempt and has not done so before a crash."""
         return self.leader(attempt) == self._core.setup.own_peer_id
+
+    def is_passed_over(self, peer_id: str) -> bool:
+        """True for a leader that nobody should wait for: unreachable, or left out while another
+        may lead.
+        """
+        core = self._core
+        if peer_id not in core.left_out:
+            return peer_id in core.unreachable
+        leaders = {entry.peer_id for entry in possible_leaders(core.roster)}
+        return bool(leaders - core.left_out - core.unreachable)
 
     def enter(self, now_seconds: float) -> None:
         """The member's attempt has changed: begin to lead it if it is ours."""
@@ -162,9 +173,11 @@ class LeaderSide:
             return ()
         for peer_id in core.unreachable & set(proposer.joins):
             del proposer.joins[peer_id]
+        left_out = self._left_out(proposer)
+        parked = {p: proposer.joins.pop(p) for p in left_out & set(proposer.joins)}
         decision = decide_form(
             proposer,
-            roster=core.roster,
+            roster=[entry for entry in core.roster if entry.peer_id not in left_out],
             own_peer_id=core.setup.own_peer_id,
             unreachable=core.unreachable,
             at_step=core.at_step,
@@ -172,6 +185,7 @@ class LeaderSide:
             deadline_seconds=deadline_seconds,
         )
         if not decision.is_formed:
+            proposer.joins.update(parked)
             core.show(RoundPhase.FORM, decision.reason.partition(" another ")[0])
             return tuple(p for p in core.others if p not in proposer.joins)
         if core.setup.own_peer_id not in proposer.joins:
@@ -190,6 +204,12 @@ class LeaderSide:
         core.send(invited, attempt=proposer.attempt, form_group=group)
         self._outcomes.accept_group(proposer.attempt, group)
         return ()
+
+    def _left_out(self, proposer: Proposer) -> frozenset[str]:
+        """Whom not to wait for; nobody, if only the slow have brought work."""
+        left_out = self._core.left_out - {self._core.setup.own_peer_id}
+        bringing = {peer for peer in proposer.joins if proposer.tokens_by_peer.get(peer, 0)}
+        return left_out if bringing - left_out else frozenset()
 
     # Exchange ---------------------------------------------------------------------------------
 
@@ -302,6 +322,31 @@ def own_join(core: RoundCore) -> rounds_pb2.JoinGroup:
         upload_bytes_per_second=int(own.upload_bytes_per_second) if own is not None else 0,
         download_bytes_per_second=int(own.download_bytes_per_second) if own is not None else 0,
     )
+
+
+def problem_with_group(core: RoundCore, group: rounds_pb2.FormGroup) -> str:
+    """Why this member would not average with a group; "" if it would."""
+    ends = list(group.reducer_piece_ends)
+    if len(ends) != len(group.members) or ends != sorted(ends):
+        return "piece ranges do not follow one another"
+    if not ends or ends[-1] != core.setup.num_pieces:
+        return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}"
+    if core.learn_directive(group.next_directive) is None:
+        return "next directive is older than the one in force or not signed"
+    for member in group.members:
+        if member.previous_state_digest != core.setup.previous_state_digest:
+            return f"{member.contribution.peer_id} continues another state"
+        wanted = core.setup.num_pieces if member.contribution.ranges else 0
+        if len(member.piece_digests) != wanted:
+            return f"{member.contribution.peer_id} committed {len(member.piece_digests)} pieces"
+        if member.contribution.peer_id == core.setup.own_peer_id and member.contribution.ranges:
+            own = own_join(core)
+            if (member.contribution, list(member.piece_digests)) != (
+                own.contribution,
+                list(own.piece_digests),
+            ):
+                return "our own contribution is not what we bring"
+    return core.check_contributions([member.contribution for member in group.members])
 
 
 def proposal_from(repropose: rounds_pb2.Repropose, attempt: int) -> Proposal:

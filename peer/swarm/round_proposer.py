@@ -64,12 +64,17 @@ class ExchangeChoice:
     """Set if two values were voted for in the same highest attempt."""
 
 
+def possible_leaders(roster: Iterable[common_pb2.RosterEntry]) -> list[common_pb2.RosterEntry]:
+    """Voters that accept connections; all voters if none does."""
+    voters = [entry for entry in roster if entry.has_vote]
+    return [entry for entry in voters if entry.can_accept_connections] or voters
+
+
 def leader_of(
     roster: Iterable[common_pb2.RosterEntry], *, incarnation: int, outer_step: int, attempt: int
 ) -> str:
     """Voter with the lowest hash(peer, step, attempt); voters that accept connections go first."""
-    voters = [entry for entry in roster if entry.has_vote]
-    able = [entry for entry in voters if entry.can_accept_connections] or voters
+    able = possible_leaders(roster)
 
     def rank(entry: common_pb2.RosterEntry) -> bytes:
         text = f"muster leader 1\n{entry.peer_id}\n{incarnation}\n{outer_step}\n{attempt}"
@@ -125,7 +130,19 @@ def build_group(
 ) -> rounds_pb2.FormGroup:
     """Group of everybody that joined, ordered by peer_id, with slices that suit their links."""
     members = [proposer.joins[peer] for peer in sorted(proposer.joins)]
-    links = [
+    links = links_of(members, entry_by_peer)
+    return rounds_pb2.FormGroup(
+        members=members,
+        reducer_piece_ends=slice_ends(links, num_pieces=num_pieces),
+        next_directive=next_directive,
+    )
+
+
+def links_of(
+    members: Iterable[rounds_pb2.JoinGroup], entry_by_peer: Mapping[str, common_pb2.RosterEntry]
+) -> list[Link]:
+    """What members of a group say of their links."""
+    return [
         Link(
             is_reducer=entry_by_peer[join.contribution.peer_id].can_accept_connections,
             has_values=len(join.contribution.ranges) > 0,
@@ -134,11 +151,6 @@ def build_group(
         )
         for join in members
     ]
-    return rounds_pb2.FormGroup(
-        members=members,
-        reducer_piece_ends=slice_ends(links, num_pieces=num_pieces),
-        next_directive=next_directive,
-    )
 
 
 def choose_from_answers(answers: Mapping[str, rounds_pb2.ExchangeAnswer]) -> ExchangeChoice:

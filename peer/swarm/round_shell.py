@@ -10,16 +10,18 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel
 from peer.swarm import round_types as rt
 from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
 from peer.swarm.buffer_pool import BufferPool
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
+from peer.swarm.latecomers import Latecomers, late_in_failed
 from peer.swarm.pace import Pace
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
@@ -28,6 +30,7 @@ from peer.swarm.timeline import TimelineRecorder
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.vote_file import VoteFile
 from protos.contract.digest import num_pieces
+from protos.contract.errors import MachineError
 from protos.contract.signing import SigningKey
 from protos.contract.telemetry import AttemptOutcome, RoundPhase
 from protos.muster.v1 import common_pb2, rounds_pb2
@@ -55,12 +58,15 @@ class RoundShell:
         votes: VoteFile,
         desk: ReductionDesk,
         post: Post,
+        tasks: BackgroundTasks,
     ) -> None:
         self._replica, self._transport, self._channel = replica, transport, channel
         self._key, self._desk, self._post = key, desk, post
         self.votes = votes
         self.machine: RoundMachine | None = None
         self.pace = Pace()
+        self._latecomers = Latecomers()
+        self._committed_seconds = time.monotonic()
         self.on_phase: Callable[[RoundPhase, int], None] | None = None
         """Called with (phase, attempt) when a phase of the round begins, before its work."""
         self.seconds_by_phase: dict[str, float] = {}
@@ -74,9 +80,10 @@ class RoundShell:
         self._own_encoded: EncodedVector | None = None
         self._reduction: asyncio.Task[None] | None = None
         self._current: Reduction | None = None
+        self._stall_seconds = self.pace.stall_seconds()
         self._buffers = BufferPool()
         self._fetching: set[bytes] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = tasks
         self._failures_by_peer: dict[str, int] = {}
         self._request_numbers = itertools.count(1)
         self._place_by_request: dict[str, tuple[Place, int | None]] = {}
@@ -132,6 +139,9 @@ class RoundShell:
                 directive=directive,
                 previous_state_digest=replica.state_digest,
                 num_pieces=pieces,
+                vector_bytes=replica.codec.encoded_bytes(replica.contribution.size),
+                left_out=self._latecomers.left_out,
+                on_trial=self._latecomers.on_trial,
             ),
             checks=self._checks,
             timing=self.pace.timing(),
@@ -156,14 +166,6 @@ class RoundShell:
         if self._reduction is not None:
             await asyncio.wait({self._reduction}, timeout=_FINISH_SECONDS)
 
-    async def close(self) -> None:
-        """Cancel everything that runs."""
-        self.end()
-        tasks = [*self._tasks, *([self._reduction] if self._reduction else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
     async def contribute(
         self, own: rt.OwnContribution | None, encoded: EncodedVector | None = None
     ) -> None:
@@ -172,10 +174,11 @@ class RoundShell:
         `encoded` is what it brings, if it has ranges.
         """
         if own is not None:
-            meter = self._transport.link_meter
+            meter, limit = self._transport.link_meter, self._transport.upload_limit_bytes_per_second
+            upload = meter.upload_bytes_per_second
             own = replace(
                 own,
-                upload_bytes_per_second=meter.upload_bytes_per_second,
+                upload_bytes_per_second=min(upload or limit, limit) if limit else upload,
                 download_bytes_per_second=meter.download_bytes_per_second,
             )
         self._own, self._own_encoded = own, encoded
@@ -198,13 +201,13 @@ class RoundShell:
                 await asyncio.to_thread(self.votes.write, effect.record)
             case rt.Send():
                 for peer_id in effect.peer_ids:
-                    self._spawn(self._deliver(peer_id, effect.message))
+                    self._tasks.start(self._deliver(peer_id, effect.message))
             case rt.StartReduce():
                 self._start_reduction(effect)
             case rt.AbortReduce():
                 self._abort_reduction(effect.reason)
             case rt.FetchBytes():
-                self._spawn(self._fetch(effect))
+                self._tasks.start(self._fetch(effect))
             case rt.AskCoordinatorExchange() | rt.SubmitVotes():
                 self._ask_coordinator(effect)
             case rt.Commit():
@@ -248,11 +251,6 @@ class RoundShell:
         assert place is not None
         return place
 
-    def _spawn(self, job: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(job)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     # Timeline ---------------------------------------------------------------------------------
 
     def _is_later_attempt(self) -> bool:
@@ -280,6 +278,8 @@ class RoundShell:
             moved=self._transport.moved_by_peer(),
         )
         self.seconds_by_phase = seconds = timeline.seconds_by_phase()
+        if outcome is AttemptOutcome.COMMITTED:
+            self._learn_who_is_late()
         if outcome is AttemptOutcome.COMMITTED and "exchange" in seconds and "form" in seconds:
             averaging_seconds = seconds["exchange"] + seconds.get("reduce", 0.0)
             self.pace.add(
@@ -343,7 +343,7 @@ class RoundShell:
         self._desk.open(reduction)
         self._transport.link_meter.begin(time.monotonic())
         self._current = reduction
-        self._reduction = asyncio.ensure_future(self._reduce(reduction, effect.attempt))
+        self._reduction = self._tasks.start(self._reduce(reduction, effect.attempt))
 
     async def _reduce(self, reduction: Reduction, attempt: int) -> None:
         place = self._place()
@@ -351,6 +351,7 @@ class RoundShell:
         try:
             averaged = await reduction.run()
         except ReduceError as error:
+            self._note_late(reduction)
             blamed = error.peer_id if error.is_down else ""
             self._post(place, rt.ReduceFailed(attempt, str(error), blamed))
             return
@@ -358,7 +359,14 @@ class RoundShell:
             watching.cancel()
         self._transport.link_meter.end()
         self.pace.add_wait(reduction.longest_wait_seconds)
-        await asyncio.to_thread(self._replica.hold_averaged, averaged)
+        try:
+            await asyncio.to_thread(self._replica.hold_averaged, averaged)
+        except OSError as error:  # without the bytes on disk there must be no vote
+            raise MachineError(
+                f"averaged bytes cannot be written: {error}",
+                allowed="room for them in the peer's home",
+                remedy="free space there, or move the peer with --home",
+            ) from error
         self._post(place, rt.ReduceDone(attempt, averaged.averaged_digest))
 
     def _exchanged(self) -> None:
@@ -369,9 +377,13 @@ class RoundShell:
 
     async def _watch_silence(self, reduction: Reduction) -> None:
         """A member that is connected but stopped is only found by what it does not send."""
+        num_failed = self.machine.num_failed_reductions if self.machine is not None else 0
+        self._stall_seconds = self.pace.stall_seconds(num_failed)
         while True:
+            before_seconds = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
-            peer_id, seconds = reduction.silent_peer(self.pace.stall_seconds)
+            reduction.note_late(time.monotonic() - before_seconds)
+            peer_id, seconds = reduction.silent_peer(self._stall_seconds)
             if peer_id:
                 reason = f"{peer_id} has sent nothing for {seconds:.1f} s"
                 reduction.fail(ReduceError(reason, peer_id=peer_id, is_down=True))
@@ -390,10 +402,33 @@ class RoundShell:
         in the next one.
         """
         if self._current is not None and self.place is not None:
-            peer_id, seconds = self._current.silent_peer(self.pace.stall_seconds / 2)
+            peer_id, seconds = self._current.silent_peer(self._stall_seconds / 2)
             if peer_id:
                 reason = f"has sent nothing for {seconds:.1f} s"
                 self._post(self.place, rt.PeerUnreachable(peer_id, reason))
+            self._note_late(self._current)
+
+    def _note_late(self, reduction: Reduction) -> None:
+        """A reduction has failed, here or elsewhere: for whom was it waiting?"""
+        elapsed_seconds = time.monotonic() - reduction.begin_seconds
+        late = late_in_failed(reduction.late_seconds_by_peer, elapsed_seconds=elapsed_seconds)
+        if late and self.place is not None:
+            self._post(self.place, rt.PeersLate(reduction.place[2], late))
+
+    def _learn_who_is_late(self) -> None:
+        """A step is certified: what that says of slow members."""
+        now, current = time.monotonic(), self._current
+        round_seconds, self._committed_seconds = now - self._committed_seconds, now
+        self.pace.add_round(round_seconds)
+        is_ours = current is not None and current.place[:2] == self.place
+        late = self._latecomers.step_ended(
+            late=self.machine.late if self.machine is not None else (),
+            tokens_by_peer=current.tokens_by_peer if current is not None and is_ours else {},
+            late_seconds_by_peer=current.late_seconds_by_peer if current and is_ours else {},
+            round_seconds=round_seconds,
+        )
+        if late:
+            logger.warning("left out for some steps, the link is too slow: %s", ", ".join(late))
 
     async def _fetch(self, effect: rt.FetchBytes) -> None:
         digest, place = effect.averaged_digest, self._place()

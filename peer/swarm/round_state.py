@@ -9,9 +9,12 @@ shell. `tests/peer/swarm/test_round_safety.py` is the model that checks the rule
 
 from google.protobuf.message import DecodeError
 
+from peer.swarm.pace import reduce_deadline_seconds
+from peer.swarm.reduce_slices import expected_seconds
 from peer.swarm.round_agree import AgreeSide
 from peer.swarm.round_core import RoundCore, backoff_seconds
-from peer.swarm.round_leader import LeaderSide, own_join, proposal_from
+from peer.swarm.round_leader import LeaderSide, own_join, problem_with_group, proposal_from
+from peer.swarm.round_proposer import links_of
 from peer.swarm.round_types import (
     AbortReduce,
     Acked,
@@ -26,6 +29,7 @@ from peer.swarm.round_types import (
     DirectiveKnown,
     Effect,
     Event,
+    PeersLate,
     PeerUnreachable,
     Proposal,
     Received,
@@ -109,6 +113,16 @@ class RoundMachine:
         """Leader of the current attempt."""
         return self._leader.leader(self._core.attempt)
 
+    @property
+    def num_failed_reductions(self) -> int:
+        """Of this step so far."""
+        return self._core.num_failed_reductions
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Members that were left out because they were late in this step."""
+        return self._core.late
+
     def handle(self, event: Event, *, now_seconds: float) -> list[Effect]:
         """Take one event; returns effects to carry out in order. Nothing happens after `Commit`."""
         if self._core.phase is RoundPhase.DONE:
@@ -131,6 +145,8 @@ class RoundMachine:
                 self._agree.on_bytes(event.averaged_digest)
             case PeerUnreachable():
                 self._core.unreachable.add(event.peer_id)
+            case PeersLate():
+                self._core.note_late(event.attempt, event.peer_ids)
             case CoordinatorExchanged():
                 self._on_coordinator_exchanged(event)
             case CoordinatorVoted():
@@ -187,8 +203,8 @@ class RoundMachine:
         if not self._is_pushing():
             return
         leader = self.leader_peer_id
-        if leader in core.unreachable:
-            self.supersede(core.attempt + 1, f"leader {leader} cannot be reached")
+        if self._leader.is_passed_over(leader):
+            self.supersede(core.attempt + 1, f"leader {leader} cannot be reached or is too slow")
         elif now >= self._patience_seconds():
             self.supersede(core.attempt + 1, f"leader {leader} formed no group in time")
         elif is_resend:
@@ -233,11 +249,12 @@ class RoundMachine:
         if attempt <= core.attempt or core.phase is RoundPhase.DONE:
             return
         for _ in core.roster:
-            if self._leader.leader(attempt) not in core.unreachable:
+            if not self._leader.is_passed_over(self._leader.leader(attempt)):
                 break
             attempt += 1
         if self.is_reducing:
             self.is_reducing = False
+            core.num_failed_reductions += 1
             core.emit(AbortReduce(core.attempt, reason))
         core.emit(AttemptDiscarded(core.attempt, reason))
         core.attempt, core.phase, self._group = attempt, RoundPhase.FORM, None
@@ -374,7 +391,7 @@ class RoundMachine:
         self.supersede(attempt, f"group of attempt {attempt} has formed")
         if core.attempt != attempt or core.phase is not RoundPhase.FORM or self._group is not None:
             return
-        problem = self._problem_with(group)
+        problem = problem_with_group(core, group)
         if problem:
             leader = self._leader.leader(attempt)
             tell = (leader,) if leader != core.setup.own_peer_id else ()
@@ -385,33 +402,17 @@ class RoundMachine:
             return
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
         self._is_in_group_before = True
-        self.phase_deadline_seconds = self.now_seconds + core.timing.reduce_wait_seconds
+        links = links_of(group.members, core.entry_by_peer)
+        vector_bytes = core.setup.vector_bytes
+        self.phase_deadline_seconds = self.now_seconds + reduce_deadline_seconds(
+            core.timing,
+            expected_seconds=expected_seconds(
+                links, group.reducer_piece_ends, vector_bytes=vector_bytes
+            ),
+            num_failed=core.num_failed_reductions,
+        )
         core.show(RoundPhase.REDUCE, f"averaging with {len(members)} members, attempt {attempt}")
         core.emit(StartReduce(attempt, group))
-
-    def _problem_with(self, group: rounds_pb2.FormGroup) -> str:
-        core = self._core
-        ends = list(group.reducer_piece_ends)
-        if len(ends) != len(group.members) or ends != sorted(ends):
-            return "piece ranges do not follow one another"
-        if not ends or ends[-1] != core.setup.num_pieces:
-            return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}"
-        if core.learn_directive(group.next_directive) is None:
-            return "next directive is older than the one in force or not signed"
-        for member in group.members:
-            if member.previous_state_digest != core.setup.previous_state_digest:
-                return f"{member.contribution.peer_id} continues another state"
-            wanted = core.setup.num_pieces if member.contribution.ranges else 0
-            if len(member.piece_digests) != wanted:
-                return f"{member.contribution.peer_id} committed {len(member.piece_digests)} pieces"
-            if member.contribution.peer_id == core.setup.own_peer_id and member.contribution.ranges:
-                own = own_join(core)
-                if (member.contribution, list(member.piece_digests)) != (
-                    own.contribution,
-                    list(own.piece_digests),
-                ):
-                    return "our own contribution is not what we bring"
-        return core.check_contributions([member.contribution for member in group.members])
 
     def _on_reduce_done(self, event: ReduceDone) -> None:
         core = self._core
@@ -434,6 +435,7 @@ class RoundMachine:
         if event.attempt == self._core.attempt and self.is_reducing:
             if event.peer_id:
                 self._core.unreachable.add(event.peer_id)
+                self._core.note_late(event.attempt, frozenset((event.peer_id,)))
             group = self._group
             members = {m.contribution.peer_id for m in group.members} if group else set()
             self._fail_attempt(event.reason, tuple(p for p in self._core.others if p in members))

@@ -37,6 +37,12 @@ class RoundSetup:
     previous_state_digest: bytes
     num_pieces: int
     """Pieces of the averaged vector."""
+    vector_bytes: int = 0
+    """Its size as it travels; 0 if nobody needs to know."""
+    left_out: frozenset[str] = frozenset()
+    """Members that were too slow in past steps: not asked, as long as others have work."""
+    on_trial: frozenset[str] = frozenset()
+    """Those that are asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +181,14 @@ class PeerUnreachable:
 
 
 @dataclass(frozen=True, slots=True)
+class PeersLate:
+    """A reduction was given up, and it was mostly these members that it waited for."""
+
+    attempt: int
+    peer_ids: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class CoordinatorExchanged:
     """The coordinator's answer to an exchange; None if it cannot be reached."""
 
@@ -216,6 +230,7 @@ Event = (
     | ReduceFailed
     | BytesFetched
     | PeerUnreachable
+    | PeersLate
     | CoordinatorExchanged
     | CoordinatorVoted
     | DirectiveKnown

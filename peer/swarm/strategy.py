@@ -8,14 +8,13 @@ that frozen contribution until it can name an outcome. Meanwhile the loop goes o
 trained while a contribution travels is the strategy's to say (`wanted_tokens`; of sync nothing).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from peer.data.feed import TrainedRange
-from peer.model.decoder import FlatParameters
 from peer.shared_vectors import SharedVectors, StatePosition
+from protos.contract.digest import Float32Vector
 from protos.contract.telemetry import RoundOutcome
 
 PlainState = dict[str, Any]
@@ -107,11 +106,35 @@ class Strategy(Protocol):
         ...
 
 
-def load_params(vectors: SharedVectors, parameters: FlatParameters) -> StatePosition:
+class TrainedParameters(Protocol):
+    """The parameters that micro-batches are trained on, on one device (FlatParameters) or in parts
+    on several (peer/train/node_step.py). Gradients reach a sum either micro-batch by micro-batch,
+    or all at once when the parts keep them.
+    """
+
+    def load(self, fill: Callable[[Float32Vector], StatePosition | None]) -> StatePosition | None:
+        """Have `fill` write all values, canonical order; returns what it returns."""
+        ...
+
+    def host_values(self) -> Float32Vector:
+        """All values, canonical order; may be changed by the next call."""
+        ...
+
+    def add_grads_to(self, total: Float32Vector) -> None:
+        """A micro-batch was trained: add its gradient, or nothing if the parts keep the sum."""
+        ...
+
+    def collect_grads(self, total: Float32Vector) -> None:
+        """Complete the sum of the gradients since they were last forgotten."""
+        ...
+
+    def forget_grads(self) -> None:
+        """Begin a new sum."""
+        ...
+
+
+def load_params(vectors: SharedVectors, parameters: TrainedParameters) -> StatePosition:
     """Copy the state's parameters into a model, whole, and say which state it is."""
-    if parameters.values.device.type == "cpu":
-        return vectors.read_params(parameters.values.detach().numpy())
-    host = torch.empty(vectors.num_values, dtype=torch.float32)
-    position = vectors.read_params(host.numpy())
-    parameters.values.copy_(host)
+    position = parameters.load(vectors.read_params)
+    assert position is not None
     return position

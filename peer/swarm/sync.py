@@ -10,15 +10,22 @@ per token, and the round weighs it by tokens again.
 import numpy as np
 
 from peer.data.feed import TrainedRange
-from peer.model.decoder import FlatParameters
 from peer.shared_vectors import SharedVectors, StatePosition
-from peer.swarm.strategy import OfferedContribution, PlainState, RoundPort, load_params
+from peer.swarm.strategy import (
+    OfferedContribution,
+    PlainState,
+    RoundPort,
+    TrainedParameters,
+    load_params,
+)
 
 
 class SyncStrategy:
     """Strategy of this name; see peer/swarm/strategy.py for what each method promises."""
 
-    def __init__(self, vectors: SharedVectors, parameters: FlatParameters, *, seq_len: int) -> None:
+    def __init__(
+        self, vectors: SharedVectors, parameters: TrainedParameters, *, seq_len: int
+    ) -> None:
         """Budgets are whole windows of `seq_len` tokens."""
         self._vectors, self._parameters = vectors, parameters
         self._contribution = vectors.contribution
@@ -47,6 +54,7 @@ class SyncStrategy:
             self.num_tokens = 0
             self._total_nats = 0.0
             self._contribution[:] = 0.0
+            self._parameters.forget_grads()
 
     def set_budget(self, round_tokens: int) -> None:
         """Keep the work, change how much is wanted."""
@@ -61,7 +69,7 @@ class SyncStrategy:
 
     def after_micro_batch(self, *, num_tokens: int, total_nats: float) -> None:
         """Add a micro-batch's gradient to the sum."""
-        np.add(self._contribution, self._parameters.grads.cpu().numpy(), out=self._contribution)
+        self._parameters.add_grads_to(self._contribution)
         self.num_tokens += num_tokens
         self._total_nats += total_nats
 
@@ -75,6 +83,7 @@ class SyncStrategy:
         assert self._base is not None and self.num_tokens > 0
         windows = sum(part.end_window - part.begin_window for part in ranges)
         assert windows * self._seq_len == self.num_tokens
+        self._parameters.collect_grads(self._contribution)
         np.divide(self._contribution, np.float32(self.num_tokens), out=self._contribution)
         self._is_travelling = True
         port.offer(

@@ -9,7 +9,6 @@ private folder that is emptied at start, and it ends within seconds of its paren
 """
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -25,7 +24,8 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
 from peer.swarm.link_meter import LinkMeter
-from peer.swarm.sockets import socket_folder
+from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
+from protos.contract.addresses import problem_of_address
 from protos.contract.errors import ErrorCode, MachineError
 
 __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport"]
@@ -34,11 +34,14 @@ logger = logging.getLogger(__name__)
 
 _WRITE_BYTES = 2**18
 _LEAST_WAIT_SECONDS = 0.005
+_LEAST_SLICE, _MOST_SLICE = 2**10, 2**16
 _NUM_LOOKS = 6
 _LOOK_SECONDS = 0.1
 """Between looks for a connection that the other side may be making; longer than half an RTT."""
 _START_SECONDS = 30.0
 _P2PD_IDLE_SECONDS = 20
+_MAX_BAD_ADDRESSES = 256
+"""Remembered, so that each is told once; beyond that they are dropped without a word."""
 
 _M = TypeVar("_M", bound=Message)
 
@@ -74,8 +77,9 @@ class Stream:
         """Send raw bytes at the pace that the owner allows."""
         view = memoryview(data).cast("B")
         try:
-            for begin in range(0, len(view), _WRITE_BYTES):
-                part = view[begin : begin + _WRITE_BYTES]
+            size = min(_WRITE_BYTES, self._transport.slice_bytes or _WRITE_BYTES)
+            for begin in range(0, len(view), size):
+                part = view[begin : begin + size]
                 await asyncio.sleep(self._transport.reserve(len(part)))
                 self._transport.count(self._peer_id, sent_bytes=len(part))
                 self._writer.write(part)
@@ -157,6 +161,7 @@ class Transport:
         self._peer_by_p2p: dict[str, str] = {}
         self._p2p_by_peer: dict[str, PeerID] = {}
         self._addresses_by_peer: dict[str, set[str]] = {}
+        self._bad_addresses: set[str] = set()
         self._connected: set[str] = set()
 
     @classmethod
@@ -176,7 +181,7 @@ class Transport:
         """Start p2pd. Raises MachineError if it does not come up (port taken, no binary)."""
         p2p_daemon.loglevel = "CRITICAL"
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
-        folder = socket_folder(home)
+        folder = claim_socket_folder(home)
         private: Any = type("PrivateP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
         is_public = host != "127.0.0.1"
         relay_addresses = [Multiaddr(address) for address in relays] if is_public else []
@@ -211,8 +216,9 @@ class Transport:
         return str(self.p2p.peer_id.to_base58())
 
     async def addresses(self) -> list[str]:
-        """Own multiaddresses, with the identity at the end."""
-        return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        """Own multiaddresses, with the identity at the end; of kinds that members dial."""
+        found = [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        return [address for address in found if not problem_of_address(address)]
 
     async def wait_died(self) -> str:
         """Wait until p2pd has ended, whoever ended it; returns how."""
@@ -224,8 +230,7 @@ class Transport:
         """Stop p2pd and remove its sockets, with their folder."""
         folder = Path(self.p2p.daemon_listen_maddr["unix"]).parent
         await self.p2p.shutdown()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        release_socket_folder(folder)
 
     # Traffic ----------------------------------------------------------------------------------
 
@@ -266,16 +271,31 @@ class Transport:
         return peer_id in self._p2p_by_peer
 
     def add_addresses(self, peer_id: str, addresses: Iterable[str]) -> None:
-        """Remember where a member may be reached."""
+        """Remember where a member may be reached; what is no address is left out."""
         known = self._addresses_by_peer.setdefault(peer_id, set())
         if len(known) > 16:
             known.clear()
-        known.update(addresses)
+        for address in addresses:
+            if address in known or address in self._bad_addresses:
+                continue
+            try:
+                Multiaddr(address)
+            except ValueError as error:
+                if len(self._bad_addresses) < _MAX_BAD_ADDRESSES:
+                    self._bad_addresses.add(address)
+                    logger.warning("an address of %s is of no use: %s", peer_id, _short(error))
+            else:
+                known.add(address)
 
     async def connect_address(self, address: str, *, timeout_seconds: float = 5.0) -> str:
-        """Connect to a full multiaddress of anybody; returns its libp2p identity."""
-        maddr = Multiaddr(address)
-        identity = PeerID.from_base58(maddr["p2p"])
+        """Connect to a full multiaddress of anybody; returns its libp2p identity. Raises
+        PeerCallError.
+        """
+        try:
+            maddr = Multiaddr(address)
+            identity = PeerID.from_base58(maddr["p2p"])
+        except (ValueError, LookupError) as error:
+            raise PeerCallError(f"{address[:80]!r}: {_short(error)}", is_down=False) from error
         await self._connect(identity, [maddr], timeout_seconds=timeout_seconds)
         return str(identity.to_base58())
 
@@ -436,11 +456,25 @@ class Transport:
         return BulkStream(
             fd,
             head=head,
+            slice_bytes=self.slice_bytes,
             reserve=self.reserve,
             count=lambda sent, received: self.count(
                 peer_id, sent_bytes=sent, received_bytes=received
             ),
         )
+
+    @property
+    def upload_limit_bytes_per_second(self) -> float | None:
+        """What the owner allows; None: no limit."""
+        return self._bytes_per_second
+
+    @property
+    def slice_bytes(self) -> int | None:
+        """Most bytes to send at a time below the owner's limit: about a tenth of a second, so that
+        nobody takes the pauses for the end; None without a limit.
+        """
+        limit = self._bytes_per_second
+        return None if limit is None else int(min(_MOST_SLICE, max(_LEAST_SLICE, limit / 10)))
 
     def reserve(self, num_bytes: int) -> float:
         """Seconds to wait before sending so much, to keep below the owner's upload limit; from any

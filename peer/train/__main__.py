@@ -9,6 +9,7 @@ expire or are released by the daemon.
 import argparse
 import gc
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -19,17 +20,17 @@ from peer.data.feed import Feed
 from peer.data.reader import ChunkReader
 from peer.eval.evaluate import token_byte_lengths
 from peer.ipc import Channel, Message
-from peer.model.decoder import Decoder, FlatParameters
 from peer.model.objectives import ExampleBuilder
-from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
+from peer.parallel.devices import describe_device, is_out_of_memory, keep_freed_memory
+from peer.parallel.faults import LocalRankError
 from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
 from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.loop import TrainLoop
-from peer.train.step import MicroStep, probe_plan
-from peer.train.strategies import build_strategy
+from peer.train.workbench import build_workbench
 from protos.contract.errors import MusterError, UsageError
+from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import RunSpec
 
 _EXIT_UNEXPECTED = 1
@@ -40,46 +41,44 @@ _LOGGER = logging.getLogger(__name__)
 def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) -> TrainLoop:
     """Set everything up from the daemon's `configure` and answer `ready`. Raises MusterError."""
     spec = RunSpec.from_wire(message["run_spec"])
-    torch.set_num_threads(message["num_threads"])
     torch.manual_seed(message["seed"])
-    device = choose_device(message["device"])
-    model = Decoder(spec.model, device=device)
-    parameters = FlatParameters(model, device=device)
-    if parameters.values.numel() != vectors.num_values:
+    num_values = ModelShape.from_spec(spec.model).num_parameters
+    if num_values != vectors.num_values:
         raise UsageError(
-            f"shared vectors of {vectors.num_values} values, "
-            f"a model of {parameters.values.numel()}",
+            f"shared vectors of {vectors.num_values} values, a model of {num_values}",
             allowed="the number of parameters that the run spec gives",
             remedy="run daemon and trainer from the same installation",
         )
-    step = MicroStep(model, parameters)
-    plan = probe_plan(step)
-    _LOGGER.info("step plan: %s", plan.reason)
-    bound = message["max_micro_batch_sequences"] or plan.micro_batch_sequences
-    sequences = min(plan.micro_batch_sequences, bound)
-    seq_len = spec.model.seq_len
+    bench = build_workbench(spec, message, vectors)
+    _LOGGER.info("step plan: %s", bench.reason)
     byte_lengths = token_byte_lengths(Path(message["tokenizer_path"]))
     builder = ExampleBuilder.for_run(spec, byte_lengths)
+    seq_len = spec.model.seq_len
     reader = ChunkReader(builder, seed=spec.seed, seq_len=seq_len, vocab_size=byte_lengths.size)
     loop = TrainLoop(
-        step=step,
-        strategy=build_strategy(spec, model, parameters, vectors),
+        step=bench.step,
+        strategy=bench.strategy,
         feed=Feed(seq_len=seq_len, read_windows=reader.read_windows),
         vectors=vectors,
         link=link,
         desk=EvaluationDesk(
-            step, vectors=vectors, link=link, byte_lengths=byte_lengths, builder=builder
+            bench.step, vectors=vectors, link=link, byte_lengths=byte_lengths, builder=builder
         ),
-        micro_batch_sequences=sequences,
+        micro_batch_sequences=bench.turn_sequences,
     )
-    loop.reports.expect_batches_of(sequences * plan.sequence_seconds)
-    info = describe_device(device, num_threads=torch.get_num_threads())
+    loop.reports.least_turn_seconds = bench.least_turn_seconds
+    loop.reports.expect_batches_of(bench.turn_seconds)
+    info = describe_device(bench.step.device, num_threads=torch.get_num_threads())
     link.send(
         "ready",
         torch_version=torch.__version__,
-        device=f"{info.device} {info.name} {plan.precision.value}",
+        device=f"{bench.devices_text} {info.name} {bench.step.precision.value}",
         num_threads=info.num_threads,
-        micro_batch_sequences=sequences,
+        micro_batch_sequences=bench.turn_sequences,
+        layout=bench.layout.text,
+        num_ranks=bench.layout.num_ranks,
+        reason=bench.reason,
+        can_save_memory=not bench.layout.has_checkpointing,
     )
     return loop
 
@@ -123,6 +122,14 @@ def main(arguments: list[str]) -> int:
     except MusterError as error:
         link.send("failed", reason=str(error), is_out_of_memory=False, exit_code=error.exit_code)
         exit_code = error.exit_code
+    except LocalRankError as error:
+        link.send(
+            "failed",
+            reason=str(error),
+            is_out_of_memory=error.has_no_memory,
+            lost_devices=list(error.lost_devices),
+        )
+        exit_code = _EXIT_UNEXPECTED
     except (RuntimeError, MemoryError, OSError, ValueError, AssertionError) as error:
         _LOGGER.exception("trainer failed")
         link.send(
@@ -136,13 +143,8 @@ def main(arguments: list[str]) -> int:
     return exit_code
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """True for torch's and Python's ways to say so."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = ("not enough memory", "can't allocate memory")  # torch on CPU: Windows, Linux
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(exit_code)  # groups whose other ends are gone would be waited for

@@ -13,6 +13,7 @@ from peer.model.objectives import ExampleBuilder
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.strategy import load_params
 from peer.train.link import DaemonLink
+from peer.train.node_step import NodeStep
 from peer.train.state import EvaluationOrder
 from peer.train.step import MicroStep
 from protos.contract.chunk_format import Int64Array
@@ -26,7 +27,7 @@ class EvaluationDesk:
 
     def __init__(
         self,
-        step: MicroStep,
+        step: MicroStep | NodeStep,
         *,
         vectors: SharedVectors,
         link: DaemonLink,
@@ -71,7 +72,7 @@ class EvaluationDesk:
     def _begin(self, order: EvaluationOrder) -> None:
         if self._copy is None:
             device = self._step.device
-            model = Decoder(self._step.model.spec, device=device)
+            model = Decoder(self._step.spec, device=device)
             self._copy = model, FlatParameters(model, device=device, has_grads=False)
         model, parameters = self._copy
         self._position = load_params(self._vectors, parameters)

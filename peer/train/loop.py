@@ -18,6 +18,7 @@ from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.strategy import OfferedContribution, Outcome, Strategy
 from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
+from peer.train.node_step import NodeStep
 from peer.train.reports import Reports
 from peer.train.state import TrainerState
 from peer.train.step import MicroStep
@@ -41,7 +42,7 @@ class TrainLoop:
     def __init__(
         self,
         *,
-        step: MicroStep,
+        step: MicroStep | NodeStep,
         strategy: Strategy,
         feed: Feed,
         vectors: SharedVectors,
@@ -64,7 +65,7 @@ class TrainLoop:
         self._num_bad = 0
         self._offered: tuple[TrainedRange, ...] = ()
         """Ranges of the contribution that travels; empty if none does."""
-        self._seq_len = step.model.spec.seq_len
+        self._seq_len = step.spec.seq_len
 
     def run(self) -> str:
         """Train until told to stop; returns why it ended.

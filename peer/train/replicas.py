@@ -29,7 +29,7 @@ from peer.swarm.outer_update import exact_update_for
 from peer.swarm.strategy import OfferedContribution, load_params
 from peer.train.reference import evaluate_model, iterate_windows
 from peer.train.step import MicroStep, Precision
-from peer.train.strategies import build_strategy
+from peer.train.strategies import flat_strategy
 from protos.contract.chunk_format import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from protos.contract.codecs_wire import codec_named
 from protos.contract.digest import Float32Vector
@@ -52,7 +52,7 @@ class Replica:
         initial = initial_vector(spec)
         self.vectors = SharedVectors.create(initial.size, spec.strategy.state_vectors)
         self.step = MicroStep(model, parameters, precision=precision)
-        self.strategy = build_strategy(spec, model, parameters, self.vectors)
+        self.strategy = flat_strategy(spec, model, parameters, self.vectors)
         self.round_tokens = round_tokens
         self.offered: OfferedContribution | None = None
         self._update = exact_update_for(spec, num_threads=torch.get_num_threads())

@@ -20,6 +20,8 @@ class Reports:
     def __init__(self, link: DaemonLink, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._link = link
         self._clock = clock
+        self.least_turn_seconds = 0.0
+        """What a turn may take in any case; the daemon waits for ten of them."""
         self._trained_tokens = 0
         self._tokens_per_second = 0.0
         self._next_request_seconds = 0.0
@@ -38,7 +40,9 @@ class Reports:
         self._last_turn_seconds = now_seconds
         if now_seconds >= self._next_turn_seconds:
             self._next_turn_seconds = now_seconds + TURN_INTERVAL_SECONDS
-            longest_seconds = max(*self._turn_seconds, *self._batch_seconds, 0.0)
+            longest_seconds = max(
+                *self._turn_seconds, *self._batch_seconds, self.least_turn_seconds
+            )
             self._link.send("turn", longest_turn_seconds=longest_seconds)
 
     def expect_batches_of(self, seconds: float) -> None:

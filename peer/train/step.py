@@ -73,6 +73,11 @@ class MicroStep:
         self.precision = precision
         self.device = parameters.values.device
 
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the model."""
+        return self.model.spec
+
     def autocast(self) -> torch.autocast:
         """Context for forward passes in the chosen precision."""
         is_bf16 = self.precision is Precision.BF16

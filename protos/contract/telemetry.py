@@ -78,6 +78,16 @@ class RoundPhase(StrEnum):
     NO_QUORUM = "NO_QUORUM"
 
 
+ATTEMPT_PHASES = (
+    RoundPhase.FORM,
+    RoundPhase.EXCHANGE,
+    RoundPhase.REDUCE,
+    RoundPhase.AGREE,
+    RoundPhase.APPLY,
+)
+"""Phases of an attempt, in order."""
+
+
 class RoundOutcome(StrEnum):
     """How a contribution ended."""
 
@@ -162,6 +172,19 @@ PEER_ATTEMPTS = _counter(
 PEER_ROUND_WIRE_BYTES = _counter(
     "muster_peer_round_wire_bytes_total", "Bytes moved for rounds, by direction.", "direction"
 )
+PEER_DISCARDED_SECONDS = _counter(
+    "muster_peer_discarded_attempt_seconds_total", "Time spent in attempts that were discarded."
+)
+PEER_AVERAGING_BYTES_PER_SECOND = _gauge(
+    "muster_peer_averaging_bytes_per_second",
+    "Bytes in and out per second of exchange and reduce in the last committed attempt.",
+)
+PEER_LINK_BYTES = _gauge(
+    "muster_peer_link_bytes",
+    "Bytes of rounds since the start, by the member at the other end.",
+    "peer",
+    "direction",
+)
 PEER_HELD_LEASES = _gauge("muster_peer_held_leases", "Leases held and not yet put into a round.")
 PEER_HELD_TOKENS = _gauge("muster_peer_held_tokens", "Tokens of those leases.")
 PEER_FETCHED_BYTES = _counter(
@@ -200,6 +223,9 @@ PEER_METRICS: tuple[Metric, ...] = (
     PEER_ROUND_PEERS,
     PEER_ATTEMPTS,
     PEER_ROUND_WIRE_BYTES,
+    PEER_DISCARDED_SECONDS,
+    PEER_AVERAGING_BYTES_PER_SECOND,
+    PEER_LINK_BYTES,
     PEER_HELD_LEASES,
     PEER_HELD_TOKENS,
     PEER_FETCHED_BYTES,
@@ -291,6 +317,17 @@ COORDINATOR_ETA_SECONDS = _gauge(
     "muster_coordinator_eta_seconds",
     "Until the budget is credited at the present pool; negative if it cannot be told.",
 )
+COORDINATOR_PEER_AVERAGING_BYTES_PER_SECOND = _gauge(
+    "muster_coordinator_peer_claimed_averaging_bytes_per_second",
+    "Bytes in and out per second of averaging that a live peer claims for its last round.",
+    "peer",
+    "name",
+)
+COORDINATOR_PEER_ROUND_SECONDS = _gauge(
+    "muster_coordinator_peer_claimed_round_phase_seconds",
+    "Longest phase of a last round that any live peer claims, by phase.",
+    "phase",
+)
 COORDINATOR_RUN_STATE = _gauge(
     "muster_coordinator_run_state", "1 for the run's state, 0 for the others.", "state"
 )
@@ -335,6 +372,8 @@ COORDINATOR_METRICS: tuple[Metric, ...] = (
     COORDINATOR_FORECAST_BEST_PARAMETERS,
     COORDINATOR_FORECAST_EFFICIENCY,
     COORDINATOR_ETA_SECONDS,
+    COORDINATOR_PEER_AVERAGING_BYTES_PER_SECOND,
+    COORDINATOR_PEER_ROUND_SECONDS,
     COORDINATOR_RUN_STATE,
     COORDINATOR_STATE,
     COORDINATOR_EVENTS,

@@ -95,6 +95,7 @@ def test_unknown_keys_name_the_nearest(
         {"log_level": "LOUD"},
         {"upload_limit_mbit": -1.0},
         {"memory_limit": "lots"},
+        {"announce": ["/ip4/my-host.example/tcp/4001"]},
     ],
 )
 def test_values_that_cannot_work(tmp_path: Path, flags: dict[str, object]) -> None:
@@ -122,3 +123,19 @@ def test_children_inherit_no_settings_and_their_threads(monkeypatch: pytest.Monk
 def test_defaults_are_valid() -> None:
     config = PeerConfig()
     assert config.threads >= 1 and config.home.is_absolute()
+
+
+@pytest.mark.parametrize("devices", ["", "auto", "cpu", "cpu:2", "cuda", "cuda:0", "cuda:0,1"])
+def test_devices_that_can_be_lent(devices: str) -> None:
+    assert PeerConfig(devices=devices).devices == devices
+
+
+@pytest.mark.parametrize("devices", ["cpu:0", "cpu:two", "cpu:0,1", "cuda:", "gpu:0", "cuda:0,"])
+def test_devices_that_there_are_not(devices: str) -> None:
+    with pytest.raises(UsageError, match="devices"):
+        PeerConfig(devices=devices)
+
+
+def test_device_and_devices_are_one_too_many() -> None:
+    with pytest.raises(UsageError, match="device cuda and devices cpu:2"):
+        PeerConfig(device="cuda", devices="cpu:2")

@@ -93,3 +93,28 @@ def test_damaged_notes_count_as_none(tmp_path: Path) -> None:
     (tmp_path / "run" / "status.json").write_text("{")
     assert load_child_records(tmp_path) == []
     assert load_status(tmp_path) is None
+
+
+def test_whoever_carries_the_homes_mark_is_ended_whatever_became_of_its_parents(
+    tmp_path: Path,
+) -> None:
+    home, other = Home.open(tmp_path / "home"), Home.open(tmp_path / "other")
+    command = [sys.executable, "-c", "print('up', flush=True); import signal; signal.pause()"]
+    mine, theirs = (
+        subprocess.Popen(
+            command, env=mark, start_new_session=True, stdout=subprocess.PIPE, text=True
+        )
+        for mark in (home.owner_mark, other.owner_mark)
+    )
+    for process in (mine, theirs):
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+    assert home.clean_leftovers() == [f"ended orphaned process {mine.pid}"]
+    assert mine.wait(10) == -signal.SIGKILL
+    assert theirs.poll() is None
+    theirs.kill()
+    theirs.wait(10)
+    for process in (mine, theirs):
+        assert process.stdout is not None
+        process.stdout.close()
+    home.close()
+    other.close()

@@ -93,6 +93,18 @@ def test_a_dead_trainer_leaves_the_contribution_in_the_round_alone(
     assert holdings.renewed_numbers == (3,)
 
 
+def test_leases_of_a_trainer_that_lost_a_device_are_sent_again(holdings: LeaseHoldings) -> None:
+    send_all(holdings)
+    holdings.contribute([used(1, 0, 8)])
+    holdings.commit(1)
+    holdings.contribute([used(2, 0, 3)])
+    holdings.take_back()
+    assert [part.lease_number for part in holdings.take_sendable()] == [3]
+    holdings.commit(2)
+    holdings.acknowledge(2)
+    assert holdings.renewed_numbers == (3,)
+
+
 def test_another_incarnation_ends_everything(holdings: LeaseHoldings) -> None:
     holdings.contribute([used(1, 0, 8)])
     holdings.commit(1)

@@ -1,5 +1,6 @@
 """The session machine by tables: each case is a timeline of events and what must come of it."""
 
+import dataclasses
 from collections.abc import Iterable
 
 import pytest
@@ -371,6 +372,41 @@ def test_out_of_memory_halves_the_micro_batch_and_ends_at_one_window(training: T
     assert drain.exit_code == 4 and training.take(ev.Respawn) == []
     for part in ("one window at a time", "fits this machine", "free memory"):
         assert part in drain.reason
+
+
+def test_a_lost_device_costs_no_lease(training: Timeline) -> None:
+    before = training.machine.leases.renewed_numbers
+    assert before
+    training.feed(
+        ev.ChildDied(child=ChildName.TRAINER, reason="local rank 1 hangs", has_lost_device=True)
+    )
+    assert len(training.take(ev.Respawn)) == 1 and training.take(ev.ReleaseLeases) == []
+    training.feed(ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=8))
+    (sent,) = training.take(ev.SendLeases)
+    assert tuple(part.lease_number for part in sent.parts) == before
+    assert training.machine.leases.renewed_numbers == before
+
+
+def test_out_of_memory_with_one_window_recomputes_activations_once(training: Timeline) -> None:
+    death = ev.ChildDied(child=ChildName.TRAINER, reason="no memory", is_out_of_memory=True)
+    ready = ev.ChildReady(child=ChildName.TRAINER, micro_batch_sequences=1, can_save_memory=True)
+    training.feed(ready, death)
+    (respawn,) = training.take(ev.Respawn)
+    assert respawn.saves_memory and "recomputed from now on" in respawn.reason
+    training.feed(dataclasses.replace(ready, can_save_memory=False), death)
+    assert [action.exit_code for action in training.take(ev.BeginDrain)] == [4]
+
+
+def test_a_trainer_that_cannot_be_planned_for_what_is_left_ends_the_session(
+    training: Timeline,
+) -> None:
+    """The first death is answered by another trainer; that one finds that nothing fits."""
+    training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="local rank 1 was killed"))
+    assert len(training.take(ev.Respawn)) == 1
+    reason = "2.00 GiB are missing"
+    training.feed(ev.ChildDied(child=ChildName.TRAINER, reason=reason, exit_code=4))
+    (drain,) = training.take(ev.BeginDrain)
+    assert drain.exit_code == 4 and reason in drain.reason
 
 
 def test_out_of_memory_before_the_first_micro_batch_is_refused(training: Timeline) -> None:

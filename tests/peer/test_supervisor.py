@@ -158,6 +158,29 @@ def test_close_ends_grandchildren(tmp_path: Path) -> None:
     wait_until_gone([asyncio.run(scenario())])
 
 
+def test_what_a_killed_child_has_started_ends_before_its_successor_is_started(
+    tmp_path: Path,
+) -> None:
+    forking = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
+        + STUBBORN
+    )
+
+    async def scenario() -> None:
+        async with opened(tmp_path) as (supervisor, _):
+            living = await supervisor.spawn("a", python(forking), channel_flag="--channel-fd")
+            killed = await supervisor.spawn("b", python(forking), channel_flag="--channel-fd")
+            for child in (living, killed):
+                await child.channel.receive()
+            kept, orphan = int(living.last_lines()), int(killed.last_lines())
+            killed.process.kill()
+            await supervisor.wait(killed)
+            assert start_ticks_of(orphan) is None
+            assert start_ticks_of(kept) is not None and living.is_alive
+
+    asyncio.run(scenario())
+
+
 def test_nothing_survives_a_killed_daemon(tmp_path: Path) -> None:
     daemon = subprocess.Popen(
         python(PARENT, str(tmp_path / "home")), stdout=subprocess.PIPE, text=True

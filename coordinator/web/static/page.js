@@ -85,6 +85,19 @@ function showStatus(status) {
   document.title = `${status.state} - ${status.run_id} - Muster`;
 }
 
+const PHASES = ["form", "exchange", "reduce", "agree", "apply"];
+
+/* The last committed attempt as the peer claims it: its time, split into phases by the tooltip; bandwidth; lost attempts. */
+function showRound(row, claims) {
+  const seconds = PHASES.map((phase) => claims[`${phase}_seconds`]);
+  const total = seconds.reduce((sum, value) => sum + value, 0);
+  cell(row, total > 0 ? total.toFixed(2) : "-", "number").title =
+    PHASES.map((phase, index) => `${phase} ${seconds[index].toFixed(3)} s`).join(", ");
+  cell(row, total > 0 ? (claims.averaging_bytes_per_second / 1e6).toFixed(1) : "-", "number").title =
+    `${shortNumber(claims.sent_bytes)}B sent, ${shortNumber(claims.received_bytes)}B received since its start`;
+  cell(row, String(claims.num_attempts_discarded), "number").title = claims.discard_reason;
+}
+
 function showPeers(peers, nowSeconds) {
   const rows = peers.map((peer) => {
     const row = document.createElement("tr");
@@ -95,6 +108,7 @@ function showPeers(peers, nowSeconds) {
     stateCell(row, peer.state);
     cell(row, String(peer.claims.outer_step), "number");
     cell(row, shortNumber(peer.claims.tokens_per_second), "number");
+    showRound(row, peer.claims);
     cell(row, peer.credited_tokens.toLocaleString("en"), "number");
     cell(row, String(peer.active_leases), "number");
     cell(row, `${Math.max(0, Math.round(nowSeconds - peer.last_heartbeat_unix_seconds))} s ago`, "number");

@@ -106,7 +106,7 @@ class JoinResponse(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., session_key: _Optional[bytes] = ..., session_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., run_spec: _Optional[bytes] = ..., coordinator_public_key: _Optional[bytes] = ..., dht_prefix: _Optional[str] = ..., initial_peers: _Optional[_Iterable[str]] = ..., incarnation_record: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., outer_step: _Optional[int] = ..., dataset_id: _Optional[bytes] = ..., heartbeat_interval_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., now_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_lease_number: _Optional[int] = ...) -> None: ...
 
 class PeerClaims(_message.Message):
-    __slots__ = ("state", "state_reason", "outer_step", "loss_nats", "tokens_per_second", "sent_bytes", "received_bytes", "num_rounds_committed", "num_attempts_discarded", "round_seconds", "clock_offset_seconds", "memory_bytes", "trained_tokens", "upload_bytes_per_second", "download_bytes_per_second")
+    __slots__ = ("state", "state_reason", "outer_step", "loss_nats", "tokens_per_second", "sent_bytes", "received_bytes", "num_rounds_committed", "num_attempts_discarded", "round_seconds", "clock_offset_seconds", "memory_bytes", "trained_tokens", "upload_bytes_per_second", "download_bytes_per_second", "form_seconds", "exchange_seconds", "reduce_seconds", "agree_seconds", "apply_seconds", "averaging_bytes_per_second", "discard_reason")
     STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_REASON_FIELD_NUMBER: _ClassVar[int]
     OUTER_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,13 @@ class PeerClaims(_message.Message):
     TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     DOWNLOAD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    FORM_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    AGREE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    APPLY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    AVERAGING_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    DISCARD_REASON_FIELD_NUMBER: _ClassVar[int]
     state: str
     state_reason: str
     outer_step: int
@@ -137,7 +144,14 @@ class PeerClaims(_message.Message):
     trained_tokens: int
     upload_bytes_per_second: float
     download_bytes_per_second: float
-    def __init__(self, state: _Optional[str] = ..., state_reason: _Optional[str] = ..., outer_step: _Optional[int] = ..., loss_nats: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_rounds_committed: _Optional[int] = ..., num_attempts_discarded: _Optional[int] = ..., round_seconds: _Optional[float] = ..., clock_offset_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., upload_bytes_per_second: _Optional[float] = ..., download_bytes_per_second: _Optional[float] = ...) -> None: ...
+    form_seconds: float
+    exchange_seconds: float
+    reduce_seconds: float
+    agree_seconds: float
+    apply_seconds: float
+    averaging_bytes_per_second: float
+    discard_reason: str
+    def __init__(self, state: _Optional[str] = ..., state_reason: _Optional[str] = ..., outer_step: _Optional[int] = ..., loss_nats: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_rounds_committed: _Optional[int] = ..., num_attempts_discarded: _Optional[int] = ..., round_seconds: _Optional[float] = ..., clock_offset_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., upload_bytes_per_second: _Optional[float] = ..., download_bytes_per_second: _Optional[float] = ..., form_seconds: _Optional[float] = ..., exchange_seconds: _Optional[float] = ..., reduce_seconds: _Optional[float] = ..., agree_seconds: _Optional[float] = ..., apply_seconds: _Optional[float] = ..., averaging_bytes_per_second: _Optional[float] = ..., discard_reason: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("request_id", "claims", "attestations", "lease_numbers", "directive_number", "incarnation", "addresses", "has_lost_state")

@@ -26,7 +26,7 @@ from protos.muster.v1 import common_pb2 as protos_dot_muster_dot_v1_dot_common__
 from protos.muster.v1 import rounds_pb2 as protos_dot_muster_dot_v1_dot_rounds__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/muster/v1/state.proto\x12\tmuster.v1\x1a\x1dprotos/muster/v1/common.proto\x1a\x1dprotos/muster/v1/rounds.proto\"P\n\x10StateInfoRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x17\n\x0f\x66rom_outer_step\x18\x03 \x01(\x04\"\xaa\x02\n\x11StateInfoResponse\x12\'\n\x0c\x61ttestations\x18\x01 \x03(\x0b\x32\x11.muster.v1.Signed\x12\x32\n\x12newest_certificate\x18\x02 \x01(\x0b\x32\x16.muster.v1.Certificate\x12-\n\x12incarnation_record\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12$\n\tdirective\x18\x04 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12,\n\x0c\x63\x65rtificates\x18\x06 \x03(\x0b\x32\x16.muster.v1.Certificate\x12%\n\ndirectives\x18\x07 \x03(\x0b\x32\x11.muster.v1.Signed\"O\n\x0fSnapshotRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_piece\x18\x03 \x01(\r\"\xc7\x01\n\x0eSnapshotHeader\x12\x12\n\nstate_meta\x18\x01 \x01(\x0c\x12\x15\n\rpiece_digests\x18\x02 \x03(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x16\n\x0erefusal_reason\x18\x04 \x01(\t\x12\x37\n\x17unreported_certificates\x18\x05 \x03(\x0b\x32\x16.muster.v1.Certificate\x12$\n\tdirective\x18\x06 \x01(\x0b\x32\x11.muster.v1.Signed\"*\n\x0f\x41veragedRequest\x12\x17\n\x0f\x61veraged_digest\x18\x01 \x01(\x0c\"T\n\x0e\x41veragedHeader\x12\x15\n\rpiece_digests\x18\x01 \x03(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x16\n\x0erefusal_reason\x18\x03 \x01(\t\"n\n\nPartHeader\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0b\x62\x65gin_piece\x18\x04 \x01(\r\x12\x11\n\tend_piece\x18\x05 \x01(\r\">\n\rReducedHeader\x12\x15\n\rpiece_digests\x18\x01 \x03(\x0c\x12\x16\n\x0erefusal_reason\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/muster/v1/state.proto\x12\tmuster.v1\x1a\x1dprotos/muster/v1/common.proto\x1a\x1dprotos/muster/v1/rounds.proto\"P\n\x10StateInfoRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x17\n\x0f\x66rom_outer_step\x18\x03 \x01(\x04\"\xaa\x02\n\x11StateInfoResponse\x12\'\n\x0c\x61ttestations\x18\x01 \x03(\x0b\x32\x11.muster.v1.Signed\x12\x32\n\x12newest_certificate\x18\x02 \x01(\x0b\x32\x16.muster.v1.Certificate\x12-\n\x12incarnation_record\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12$\n\tdirective\x18\x04 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12,\n\x0c\x63\x65rtificates\x18\x06 \x03(\x0b\x32\x16.muster.v1.Certificate\x12%\n\ndirectives\x18\x07 \x03(\x0b\x32\x11.muster.v1.Signed\"@\n\x0fSnapshotRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04J\x04\x08\x03\x10\x04\"6\n\x0cPieceRequest\x12\x13\n\x0b\x62\x65gin_piece\x18\x01 \x01(\r\x12\x11\n\tend_piece\x18\x02 \x01(\r\"\xd8\x01\n\x0eSnapshotHeader\x12\x12\n\nstate_meta\x18\x01 \x01(\x0c\x12\x15\n\rpiece_digests\x18\x02 \x03(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x16\n\x0erefusal_reason\x18\x04 \x01(\t\x12\x37\n\x17unreported_certificates\x18\x05 \x03(\x0b\x32\x16.muster.v1.Certificate\x12$\n\tdirective\x18\x06 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x0f\n\x07is_busy\x18\x07 \x01(\x08\"*\n\x0f\x41veragedRequest\x12\x17\n\x0f\x61veraged_digest\x18\x01 \x01(\x0c\"T\n\x0e\x41veragedHeader\x12\x15\n\rpiece_digests\x18\x01 \x03(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x16\n\x0erefusal_reason\x18\x03 \x01(\t\"n\n\nPartHeader\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0b\x62\x65gin_piece\x18\x04 \x01(\r\x12\x11\n\tend_piece\x18\x05 \x01(\r\">\n\rReducedHeader\x12\x15\n\rpiece_digests\x18\x01 \x03(\x0c\x12\x16\n\x0erefusal_reason\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATEINFORESPONSE']._serialized_start=188
   _globals['_STATEINFORESPONSE']._serialized_end=486
   _globals['_SNAPSHOTREQUEST']._serialized_start=488
-  _globals['_SNAPSHOTREQUEST']._serialized_end=567
-  _globals['_SNAPSHOTHEADER']._serialized_start=570
-  _globals['_SNAPSHOTHEADER']._serialized_end=769
-  _globals['_AVERAGEDREQUEST']._serialized_start=771
-  _globals['_AVERAGEDREQUEST']._serialized_end=813
-  _globals['_AVERAGEDHEADER']._serialized_start=815
-  _globals['_AVERAGEDHEADER']._serialized_end=899
-  _globals['_PARTHEADER']._serialized_start=901
-  _globals['_PARTHEADER']._serialized_end=1011
-  _globals['_REDUCEDHEADER']._serialized_start=1013
-  _globals['_REDUCEDHEADER']._serialized_end=1075
+  _globals['_SNAPSHOTREQUEST']._serialized_end=552
+  _globals['_PIECEREQUEST']._serialized_start=554
+  _globals['_PIECEREQUEST']._serialized_end=608
+  _globals['_SNAPSHOTHEADER']._serialized_start=611
+  _globals['_SNAPSHOTHEADER']._serialized_end=827
+  _globals['_AVERAGEDREQUEST']._serialized_start=829
+  _globals['_AVERAGEDREQUEST']._serialized_end=871
+  _globals['_AVERAGEDHEADER']._serialized_start=873
+  _globals['_AVERAGEDHEADER']._serialized_end=957
+  _globals['_PARTHEADER']._serialized_start=959
+  _globals['_PARTHEADER']._serialized_end=1069
+  _globals['_REDUCEDHEADER']._serialized_start=1071
+  _globals['_REDUCEDHEADER']._serialized_end=1133
 # @@protoc_insertion_point(module_scope)

@@ -37,30 +37,38 @@ class StateInfoResponse(_message.Message):
     def __init__(self, attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ..., newest_certificate: _Optional[_Union[_rounds_pb2.Certificate, _Mapping]] = ..., incarnation_record: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., reason: _Optional[str] = ..., certificates: _Optional[_Iterable[_Union[_rounds_pb2.Certificate, _Mapping]]] = ..., directives: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
-    __slots__ = ("incarnation", "outer_step", "first_piece")
+    __slots__ = ("incarnation", "outer_step")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     OUTER_STEP_FIELD_NUMBER: _ClassVar[int]
-    FIRST_PIECE_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     outer_step: int
-    first_piece: int
-    def __init__(self, incarnation: _Optional[int] = ..., outer_step: _Optional[int] = ..., first_piece: _Optional[int] = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., outer_step: _Optional[int] = ...) -> None: ...
+
+class PieceRequest(_message.Message):
+    __slots__ = ("begin_piece", "end_piece")
+    BEGIN_PIECE_FIELD_NUMBER: _ClassVar[int]
+    END_PIECE_FIELD_NUMBER: _ClassVar[int]
+    begin_piece: int
+    end_piece: int
+    def __init__(self, begin_piece: _Optional[int] = ..., end_piece: _Optional[int] = ...) -> None: ...
 
 class SnapshotHeader(_message.Message):
-    __slots__ = ("state_meta", "piece_digests", "total_bytes", "refusal_reason", "unreported_certificates", "directive")
+    __slots__ = ("state_meta", "piece_digests", "total_bytes", "refusal_reason", "unreported_certificates", "directive", "is_busy")
     STATE_META_FIELD_NUMBER: _ClassVar[int]
     PIECE_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_REASON_FIELD_NUMBER: _ClassVar[int]
     UNREPORTED_CERTIFICATES_FIELD_NUMBER: _ClassVar[int]
     DIRECTIVE_FIELD_NUMBER: _ClassVar[int]
+    IS_BUSY_FIELD_NUMBER: _ClassVar[int]
     state_meta: bytes
     piece_digests: _containers.RepeatedScalarFieldContainer[bytes]
     total_bytes: int
     refusal_reason: str
     unreported_certificates: _containers.RepeatedCompositeFieldContainer[_rounds_pb2.Certificate]
     directive: _common_pb2.Signed
-    def __init__(self, state_meta: _Optional[bytes] = ..., piece_digests: _Optional[_Iterable[bytes]] = ..., total_bytes: _Optional[int] = ..., refusal_reason: _Optional[str] = ..., unreported_certificates: _Optional[_Iterable[_Union[_rounds_pb2.Certificate, _Mapping]]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+    is_busy: bool
+    def __init__(self, state_meta: _Optional[bytes] = ..., piece_digests: _Optional[_Iterable[bytes]] = ..., total_bytes: _Optional[int] = ..., refusal_reason: _Optional[str] = ..., unreported_certificates: _Optional[_Iterable[_Union[_rounds_pb2.Certificate, _Mapping]]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., is_busy: bool = ...) -> None: ...
 
 class AveragedRequest(_message.Message):
     __slots__ = ("averaged_digest",)

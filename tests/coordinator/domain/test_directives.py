@@ -169,6 +169,15 @@ def test_no_directive_without_a_voter() -> None:
     assert plan(content([member("a")]), [member("a", PeerState.LOST), joiner]).content is None
 
 
+def test_no_directive_without_a_contributor() -> None:
+    """The only member restarts: a roster in which nobody trains could never be left again."""
+    restarted = replace(member("a", PeerState.JOINED), has_vote=True)
+    found = plan(content([member("a"), member("b")]), [restarted])
+    assert found.content is None and "without a contributor" in found.reason
+    found = plan(content([member("a"), member("b")]), [restarted, member("b")])
+    assert found.content is not None and found.content.round_tokens_by_peer == {"b": 80}
+
+
 def test_cooldown_begins_before_the_last_part_of_the_budget() -> None:
     assert cooldown_start(1000, cooldown_ratio=0.2) == 800
     assert cooldown_start(1000, cooldown_ratio=0.0) == 1000

@@ -96,6 +96,10 @@ def test_tokens_are_refused_each_for_its_reason() -> None:
         ({"capabilities": replace(CAPABILITIES, strategies=("x",))}, ErrorCode.CAPABILITY_MISSING),
         ({"capabilities": replace(CAPABILITIES, objectives=("x",))}, ErrorCode.CAPABILITY_MISSING),
         ({"capabilities": replace(CAPABILITIES, addresses=("x",))}, ErrorCode.INVALID_ARGUMENT),
+        (
+            {"capabilities": replace(CAPABILITIES, addresses=("/ip4/host.example/tcp/1",))},
+            ErrorCode.INVALID_ARGUMENT,
+        ),
     ],
 )
 def test_bad_requests_are_refused_each_for_its_reason(

@@ -21,7 +21,8 @@ HELP_CPU_SECONDS = 0.5
 JOIN_FLAGS = {
     "--name", "--threads", "--memory-limit", "--disk-limit", "--upload-limit-mbit", "--home",
     "--listen-host", "--join-file",
-    "--listen-port", "--announce", "--metrics-port", "--device", "--config", "--log-level",
+    "--listen-port", "--announce", "--metrics-port", "--device", "--devices", "--layout",
+    "--config", "--log-level",
     "--json-events", "--help",
 }  # fmt: skip
 COMMANDS = (

@@ -118,3 +118,26 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="memory-limit") as caught:
         check_can_honour(SPEC, PeerConfig(home=tmp_path, memory_limit_bytes=needed_bytes - 1))
     assert caught.value.code is ErrorCode.CAPABILITY_MISSING
+
+
+@pytest.mark.parametrize(
+    ("devices", "layout", "words"),
+    [
+        ("", "tp=2", "takes 2 devices, 1 are lent"),
+        ("cpu:2", "tp=2,pp=2", "takes 4 devices, 2 are lent"),
+        ("cpu:4", "tp=4", "does not divide 6 query heads"),
+        ("cpu:4", "pp=3", "more than 2 layers"),
+        ("cpu:2", "tp", "not key=value"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
+    devices: str, layout: str, words: str
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        check_can_honour(SPEC, PeerConfig(devices=devices, layout=layout))
+    assert words in refusal.value.found and refusal.value.allowed and refusal.value.remedy
+
+
+def test_layouts_that_the_model_can_have() -> None:
+    for layout in ("auto", "tp=2", "pp=2", "dp=4", "fsdp=2", "tp=2,pp=2,checkpointing=on"):
+        check_can_honour(SPEC, PeerConfig(devices="cpu:4", layout=layout))

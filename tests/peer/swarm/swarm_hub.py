@@ -82,6 +82,7 @@ class Daemon:
     p2p_peer_id: str
     vectors: SharedVectors
     host: str = "127.0.0.1"
+    upload_limit_mbit: float | None = None
     prefix: tuple[str, ...] = ()
     """Before the command of its process, such as `ip netns exec NAME`."""
     process: asyncio.subprocess.Process | None = None
@@ -90,6 +91,7 @@ class Daemon:
     addresses: list[str] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     lease_number: int = 0
+    upload_limit_mbit: float | None = None
 
     @property
     def peer_id(self) -> str:
@@ -277,7 +279,7 @@ class Hub:
             listen_port=0,
             announce=[],
             host=daemon.host,
-            upload_limit_mbit=None,
+            upload_limit_mbit=daemon.upload_limit_mbit,
             incarnation_record=self.record.SerializeToString(),
             directive=self.directive.SerializeToString(),
             outer_step=self.outer_step,

@@ -15,9 +15,11 @@ from peer.swarm.allreduce import (
     ReduceError,
     Reduction,
     ReductionDesk,
+    Streams,
 )
 from peer.swarm.codecs import EncodedVector
-from peer.swarm.transport import Transport
+from peer.swarm.slice_sum import SliceSum
+from peer.swarm.transport import Stream, StreamHandler, Transport
 from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
 from protos.contract.digest import (
     PIECE_VALUES,
@@ -222,7 +224,17 @@ async def _wait(end: asyncio.Event) -> None:
     await end.wait()
 
 
-def _reduction(host: Transport, peer: str) -> Reduction:
+class _LostStreams:
+    """Fails in a way that nobody foresaw."""
+
+    async def open_stream(self, peer_id: str, name: str) -> Stream:
+        raise ValueError(f"no way to {peer_id}")
+
+    async def serve_streams(self, name: str, handler: StreamHandler) -> None:
+        pass
+
+
+def _reduction(host: Streams, peer: str) -> Reduction:
     return Reduction(
         host,
         place=(1, 1, 0),
@@ -237,6 +249,7 @@ def _reduction(host: Transport, peer: str) -> Reduction:
 
 def test_dead_member_is_named(tmp_path: Path) -> None:
     async def body(hosts: Hosts) -> None:
+        await ReductionDesk(hosts["c"]).start()  # answers, and waits for its own group
         await hosts["b"].close()
         reduction = _reduction(hosts["a"], "a")
         with pytest.raises(ReduceError) as caught:
@@ -245,3 +258,40 @@ def test_dead_member_is_named(tmp_path: Path) -> None:
         assert caught.value.is_down
 
     _with_hosts(tmp_path, body)
+
+
+def _failure_of(reduction: Callable[[], Reduction]) -> ReduceError:
+    async def run() -> None:
+        await asyncio.wait_for(reduction().run(), 5.0)
+
+    with pytest.raises(ReduceError) as caught:
+        asyncio.run(run())
+    return caught.value
+
+
+def test_an_error_that_nobody_foresaw_ends_the_attempt() -> None:
+    error = _failure_of(lambda: _reduction(_LostStreams(), "a"))
+    assert "ValueError: no way to" in str(error)
+
+
+def test_an_error_in_a_thread_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: SliceSum) -> None:
+        raise IndexError("list index out of range")
+
+    async def never(self: Reduction, reducer: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(SliceSum, "run", broken)
+    monkeypatch.setattr(Reduction, "_exchange_with", never)
+    error = _failure_of(lambda: _reduction(_LostStreams(), "a"))
+    assert "IndexError: list index out of range" in str(error)
+
+
+def test_a_result_with_a_gap_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Reduction, reducer: str) -> None:
+        pass
+
+    monkeypatch.setattr(SliceSum, "run", lambda self: None)
+    monkeypatch.setattr(Reduction, "_exchange_with", nothing)
+    error = _failure_of(lambda: _reduction(_LostStreams(), "a"))
+    assert f"{PIECES} averaged pieces are missing" in str(error)

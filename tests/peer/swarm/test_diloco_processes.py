@@ -14,6 +14,7 @@ from peer.data.feed import TrainedRange
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
 from peer.model.objectives import Examples
+from peer.parallel.inner_steps import FlatInnerSteps
 from peer.shared_vectors import SharedVectors
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.diloco import DilocoStrategy
@@ -47,7 +48,9 @@ class Trainer:
         model = Decoder(hub.spec.model)
         parameters = FlatParameters(model)
         self._step = MicroStep(model, parameters)
-        self.strategy = DilocoStrategy(hub.spec, model, parameters, vectors)
+        self.strategy = DilocoStrategy(
+            hub.spec, FlatInnerSteps(hub.spec.optimizer, model, parameters), parameters, vectors
+        )
         self._rng = np.random.default_rng(inner_steps)
         self._windows = 0
         self.offered_tokens = 0

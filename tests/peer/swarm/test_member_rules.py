@@ -104,8 +104,29 @@ def test_own_vote_proves_a_state_only_among_two(num_voters: int, is_proven: bool
         incarnation=1,
         directive=common_pb2.Directive(roster=roster),
         own_peer_id=keys[0].peer_id,
+        certifiers={},
     )
     assert (proven is not None) == is_proven
+
+
+def test_who_certified_a_step_proves_its_state_to_voters_that_are_behind() -> None:
+    """One member went on alone, then two that were behind got votes: they can still come along."""
+    keys = [SigningKey.generate() for _ in range(3)]
+    roster = [
+        common_pb2.RosterEntry(peer_id=k.peer_id, public_key=k.public_key, has_vote=True)
+        for k in keys
+    ]
+    alone = common_pb2.Directive(roster=roster[:1])
+    for certifiers, is_proven in (({5: alone}, True), ({4: alone}, False), ({}, False)):
+        proven = newest_proven_state(
+            {keys[0].peer_id: _info(keys[0], b"digest")},
+            run_id="run",
+            incarnation=1,
+            directive=common_pb2.Directive(roster=roster),
+            own_peer_id=keys[1].peer_id,
+            certifiers=certifiers,
+        )
+        assert (proven is not None) == is_proven
 
 
 def _averaged(vector: Float32Vector) -> AveragedVector:

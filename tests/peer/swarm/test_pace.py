@@ -1,6 +1,6 @@
 """Patience follows what was measured: short where rounds are short, longer where they vary."""
 
-from peer.swarm.pace import Pace
+from peer.swarm.pace import Pace, reduce_deadline_seconds
 
 
 def _pace(reduce_seconds: list[float], *, wait_seconds: float = 0.05) -> Pace:
@@ -13,7 +13,7 @@ def _pace(reduce_seconds: list[float], *, wait_seconds: float = 0.05) -> Pace:
 
 def test_generous_until_three_rounds_were_measured() -> None:
     assert _pace([0.1, 0.1]).timing().reduce_wait_seconds == 60.0
-    assert _pace([0.1, 0.1]).stall_seconds == 15.0
+    assert _pace([0.1, 0.1]).stall_seconds() == 15.0
     assert Pace().call_seconds == 4.0
 
 
@@ -21,7 +21,7 @@ def test_quick_rounds_make_short_deadlines() -> None:
     pace = _pace([0.1] * 8)
     for _ in range(64):
         pace.add_call(0.002)
-    assert pace.stall_seconds < 2.0 and pace.call_seconds < 1.5
+    assert pace.stall_seconds() < 2.0 and pace.call_seconds < 1.5
     timing = pace.timing()
     assert timing.reduce_wait_seconds == 4.0 and timing.agree_wait_seconds == 2.0
     assert timing.exchange_wait_seconds + timing.rejoin_wait_seconds < 2.0
@@ -31,9 +31,31 @@ def test_slow_and_uneven_rounds_make_long_ones() -> None:
     even, uneven = _pace([20.0] * 8), _pace([10.0, 30.0] * 4)
     assert even.timing().reduce_wait_seconds == 41.0
     assert uneven.timing().reduce_wait_seconds == 81.0
-    assert _pace([1.0] * 4, wait_seconds=5.0).stall_seconds == 11.0
+    assert _pace([1.0] * 4, wait_seconds=5.0).stall_seconds() == 11.0
 
 
 def test_deadlines_follow_the_last_rounds_only() -> None:
     pace = _pace([50.0] * 16 + [0.2] * 16)
     assert pace.timing().reduce_wait_seconds == 4.0
+
+
+def test_each_failed_reduction_of_a_step_makes_the_next_more_patient() -> None:
+    pace = _pace([0.1] * 8)
+    stalls = [pace.stall_seconds(num_failed) for num_failed in range(8)]
+    assert stalls[0] < 2.0 and stalls[3] == 8 * stalls[0] and stalls[7] == 60.0
+
+    def deadline(expected_seconds: float, num_failed: int) -> float:
+        timing = pace.timing()
+        return reduce_deadline_seconds(
+            timing, expected_seconds=expected_seconds, num_failed=num_failed
+        )
+
+    assert [deadline(0.0, failed) for failed in range(4)] == [4.0, 8.0, 16.0, 32.0]
+    assert deadline(30.0, 0) == 62.0
+
+
+def test_where_steps_are_far_apart_the_bytes_may_take_long() -> None:
+    pace = _pace([0.1] * 8)
+    for _ in range(3):
+        pace.add_round(300.0)
+    assert pace.timing().reduce_wait_seconds == 100.0

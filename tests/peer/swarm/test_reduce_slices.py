@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from peer.swarm.reduce_slices import Link, slice_ends
+from peer.swarm.reduce_slices import Link, expected_seconds, slice_ends
 
 
 def _link(rate: float, *, is_reducer: bool = True, has_values: bool = True) -> Link:
@@ -80,3 +80,12 @@ def test_runs_cover_the_vector_and_beat_equal_slices(
 def test_fewer_pieces_than_members(num_pieces: int) -> None:
     ends = slice_ends([_link(50.0)] * 8, num_pieces=num_pieces)
     assert ends == sorted(ends) and ends[-1] == num_pieces
+
+
+def test_what_averaging_takes_is_what_a_member_in_the_middle_needs() -> None:
+    links, ends = [_link(1000.0)] * 3, [10, 20, 30]
+    by_hand = _seconds(links, ends, 30)
+    assert expected_seconds(links, ends, vector_bytes=30) == pytest.approx(by_hand)
+    one_slow = [_link(10.0), *links[:2]]
+    assert expected_seconds(one_slow, ends, vector_bytes=30) == pytest.approx(by_hand)
+    assert expected_seconds([_link(0.0)] * 3, ends, vector_bytes=30) == 0.0

@@ -21,7 +21,11 @@ OTHERS = tuple(p for p in PEERS if p != LEADER)
 
 
 def _machine(
-    own: str, *, is_paused: bool = False, record: rt.RoundRecord | None = None
+    own: str,
+    *,
+    is_paused: bool = False,
+    record: rt.RoundRecord | None = None,
+    left_out: frozenset[str] = frozenset(),
 ) -> RoundMachine:
     roster = [
         common_pb2.RosterEntry(
@@ -40,6 +44,7 @@ def _machine(
         directive=directive,
         previous_state_digest=b"state 0",
         num_pieces=2,
+        left_out=left_out,
     )
     return RoundMachine(
         setup=setup,
@@ -268,3 +273,58 @@ def test_reason_of_a_refused_proposal_stays_visible() -> None:
     machine.handle(rt.Contributed(_own(OTHERS[0])), now_seconds=0.1)
     later = _of(machine.handle(rt.Tick(), now_seconds=60.0), rt.PhaseChanged)
     assert "proposal of attempt 0 refused" in later[-1].reason
+
+
+def _members(effects: list[rt.Effect]) -> set[str]:
+    return {m.contribution.peer_id for m in _of(effects, rt.StartReduce)[0].group.members}
+
+
+def test_who_was_late_twice_is_not_asked_again_in_this_step() -> None:
+    slow = OTHERS[1]
+    machine = _machine(LEADER)
+    machine.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+    for attempt in (0, 1, 1):
+        machine.handle(rt.PeersLate(attempt, frozenset((slow,))), now_seconds=0.0)
+        assert bool(attempt) == (slow in machine.late)
+    machine.handle(_join(slow), now_seconds=0.1)
+    effects = machine.handle(_join(OTHERS[0]), now_seconds=0.2)
+    assert _members(effects) == {LEADER, OTHERS[0]}
+
+
+def test_the_slow_are_asked_when_nobody_else_has_work() -> None:
+    slow = OTHERS[1]
+    machine = _machine(LEADER, left_out=frozenset((slow,)))
+    machine.handle(rt.Contributed(_own(LEADER, 0)), now_seconds=0.0)
+    machine.handle(_join(slow), now_seconds=0.1)
+    effects = machine.handle(_join(OTHERS[0], windows=0), now_seconds=0.2)
+    effects += machine.handle(rt.Tick(), now_seconds=TIMING.form_wait_seconds + 1.0)
+    assert _members(effects) == set(PEERS)
+
+
+def test_a_slow_leader_is_passed_over_while_another_may_lead() -> None:
+    machine = _machine(OTHERS[0], left_out=frozenset((LEADER,)))
+    machine.handle(rt.Contributed(_own(OTHERS[0])), now_seconds=0.0)
+    assert machine.attempt > 0 and machine.leader_peer_id != LEADER
+    machine = _machine(OTHERS[0], left_out=frozenset(PEERS))
+    machine.handle(rt.Contributed(_own(OTHERS[0])), now_seconds=0.0)
+    assert machine.attempt == 0
+
+
+def test_each_failed_reduction_makes_the_next_deadline_longer() -> None:
+    machine = _machine(LEADER)
+    machine.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+    for peer in OTHERS:
+        machine.handle(_join(peer), now_seconds=0.0)
+    assert machine.phase_deadline_seconds == TIMING.reduce_wait_seconds
+    machine.handle(rt.ReduceFailed(0, "too slow"), now_seconds=1.0)
+    assert machine.num_failed_reductions == 1
+    attempt = next(a for a in range(1, 50) if _leader(a) != LEADER)
+    group = rounds_pb2.FormGroup(
+        members=[_join(peer).message.join_group for peer in PEERS],
+        reducer_piece_ends=(0, 1, 2),
+        next_directive=_join(LEADER).message.join_group.newest_directive,
+    )
+    message = _message(attempt=attempt, form_group=group)
+    effects = machine.handle(rt.Received(_leader(attempt), message), now_seconds=1.0)
+    assert _of(effects, rt.StartReduce)
+    assert machine.phase_deadline_seconds == 1.0 + 2 * TIMING.reduce_wait_seconds

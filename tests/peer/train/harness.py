@@ -36,7 +36,7 @@ from protos.muster.v1 import common_pb2
 from tests.peer.model.tiny import SPEC
 
 ROOT = Path(__file__).resolve().parents[3]
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 90.0
 CHUNK_WINDOWS = 40
 SCHEDULE = {"cooldown_start_tokens": 10**6, "budget_tokens": 10**7}
 
@@ -216,9 +216,9 @@ def _pair(folder: Path, spec: RunSpec) -> tuple[FakeDaemon, socket.socket]:
 
 
 @contextmanager
-def trainer_process(folder: Path) -> Iterator[FakeDaemon]:
+def trainer_process(folder: Path, *, spec: RunSpec = SPEC) -> Iterator[FakeDaemon]:
     """The real process, started as the daemon starts it."""
-    daemon, theirs = _pair(folder, SPEC)
+    daemon, theirs = _pair(folder, spec)
     arguments = ["--channel-fd", str(theirs.fileno()), "--vectors-fd", str(daemon.vectors.fd)]
     arguments += ["--num-values", str(daemon.vectors.num_values)]
     daemon.process = subprocess.Popen(

@@ -17,6 +17,7 @@ from peer.model.init import initial_vector
 from peer.model.loss import examples_on, summed_loss
 from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import lr_ratio
+from peer.parallel.inner_steps import FlatInnerSteps
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.diloco import DilocoStrategy
 from peer.swarm.fragments import FragmentPlan
@@ -213,7 +214,8 @@ class Peer:
         size = self.flat.values.numel()
         self.vectors = SharedVectors.create(size, spec.strategy.state_vectors)
         self.put(outer_step, 1.0)
-        self.strategy = DilocoStrategy(spec, model, self.flat, self.vectors)
+        self.inner = FlatInnerSteps(spec.optimizer, model, self.flat)
+        self.strategy = DilocoStrategy(spec, self.inner, self.flat, self.vectors)
         self.port = Port()
 
     def put(self, outer_step: int, value: float) -> None:
@@ -239,7 +241,7 @@ class Peer:
 
     @property
     def lr(self) -> float:
-        return float(self.strategy._optimizer.param_groups[0]["lr"])
+        return float(self.inner._optimizer.param_groups[0]["lr"])
 
 
 def tokens_of(windows: float) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peer.ipc import ChannelClosed
-from peer.train.__main__ import is_out_of_memory
+from peer.parallel.devices import is_out_of_memory
 from protos.contract.errors import RunFailedError
 from protos.contract.run_spec import StrategySpec
 from tests.peer.model.tiny import SPEC

@@ -1,8 +1,10 @@
-"""Tasks that run beside the daemon's main loop, none of which may fail unseen."""
+"""Tasks that run beside a process's main loop, none of which may fail unseen."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 class BackgroundTasks:
@@ -10,11 +12,11 @@ class BackgroundTasks:
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
         self._on_failure = on_failure
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Run `work` beside; an exception it does not handle ends the daemon."""
-        task = asyncio.create_task(work, name=name)
+    def start(self, work: Coroutine[Any, Any, _T], *, name: str = "") -> asyncio.Task[_T]:
+        """Run `work` beside; an exception that it does not handle goes to `on_failure`."""
+        task = asyncio.create_task(work, name=name or None)
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
         return task
@@ -26,7 +28,7 @@ class BackgroundTasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)

@@ -1,0 +1,223 @@
+"""A node's local ranks as their leader sees them: started by exec, told what to do, watched.
+
+The leader is local rank 0 and computes like the others. Every call is answered by every rank within
+the time-out of the groups; what does not answer, ends or fails is named in LocalRankError, after
+which nothing here is used again: whoever supervises the leader plans anew for what is left.
+"""
+
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from peer.ipc import Channel, ChannelClosed, Message
+from peer.model.objectives import Examples
+from peer.parallel.devices import is_out_of_memory
+from peer.parallel.engine import deal
+from peer.parallel.faults import GROUP_TIMEOUT_SECONDS, LocalRankError
+from peer.parallel.layout import Layout
+from peer.parallel.mesh import Place
+from peer.parallel.rank import LocalRank
+from peer.parallel.rank_messages import plain_examples, plain_layout, plain_specs
+from protos.contract.digest import Float32Vector
+from protos.contract.run_spec import ModelSpec, OptimizerSpec
+
+_START_SECONDS = 120.0
+_BLAME_SECONDS = 2.0
+"""How long ranks may take to say what went wrong with them."""
+_LOGGER = logging.getLogger(__name__)
+
+
+class LocalRanks:
+    """All ranks of a node; the caller's process is rank 0."""
+
+    def __init__(
+        self, num_ranks: int, *, num_values: int, positions: Sequence[int] | None = None
+    ) -> None:
+        """Start the other ranks. `num_values` of the model's canonical vector; `positions` of the
+        ranks' devices among those that the owner lends.
+        """
+        self.num_ranks = num_ranks
+        self._positions = tuple(positions or range(num_ranks))
+        self.is_broken = False
+        """True after a LocalRankError: of no use any more."""
+        self._vector_fd = os.memfd_create("muster-node", os.MFD_CLOEXEC)
+        os.ftruncate(self._vector_fd, 4 * num_values)
+        self.vector: Float32Vector = np.memmap(
+            f"/proc/self/fd/{self._vector_fd}", dtype="<f4", mode="r+", shape=(num_values,)
+        )
+        self._store_fd = os.memfd_create("muster-store", os.MFD_CLOEXEC)
+        self._generation = 0
+        self.timeout_seconds = GROUP_TIMEOUT_SECONDS
+        self.local = LocalRank(0)
+        self._channels: dict[int, Channel] = {}
+        self._is_started: dict[int, bool] = {}
+        self._sockets: dict[int, socket.socket] = {}
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        for rank in range(1, num_ranks):
+            self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "peer.parallel.rank", "--rank", str(rank)]
+        command += ["--channel-fd", str(theirs.fileno())]
+        self.processes[rank] = subprocess.Popen(
+            command,
+            pass_fds=(theirs.fileno(), self._vector_fd, self._store_fd),
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._sockets[rank], self._channels[rank] = ours, Channel(ours)
+
+    # Calls. ---------------------------------------------------------------------------------------
+
+    def configure(
+        self,
+        model: ModelSpec,
+        optimizer: OptimizerSpec,
+        layout: Layout,
+        *,
+        devices: Sequence[str] = (),
+        num_threads: int = 1,
+        timeout_seconds: float = GROUP_TIMEOUT_SECONDS,
+    ) -> None:
+        """Build a layout on the first ranks, anew if there was one. Raises LocalRankError."""
+        self.layout = layout
+        self._wait_for_start()
+        self._generation += 1
+        self.timeout_seconds = timeout_seconds
+        message = plain_specs(model, optimizer) | {
+            "layout": plain_layout(layout),
+            "devices": list(devices) or ["cpu"] * layout.num_ranks,
+            "num_threads": num_threads,
+            "generation": self._generation,
+            "timeout_seconds": timeout_seconds,
+            "store_fd": self._store_fd,
+            "vector_fd": self._vector_fd,
+        }
+        self._everywhere(
+            "configure",
+            [message] * layout.num_ranks,
+            lambda: self.local.configure(message),
+        )
+
+    def _wait_for_start(self) -> None:
+        """Importing torch takes seconds, more than groups may wait."""
+        deadline_seconds = time.monotonic() + _START_SECONDS
+        for rank in range(1, self.layout.num_ranks):
+            if not self._is_started.get(rank):
+                if self._answer(rank, deadline_seconds) is None:
+                    self.is_broken = True
+                    raise self._blame("start", f"rank {rank} did not start")
+                self._is_started[rank] = True
+
+    def run(self, examples: Examples, *, is_bf16: bool = False) -> tuple[float, bool]:
+        """Forward and backward of one turn: (summed loss in nats, True if all is finite)."""
+        shares = deal(examples, self.layout)
+        fields = []
+        for rank in range(self.layout.num_ranks):
+            share = shares[Place.of(rank, self.layout).dp_rank]
+            fields.append({"examples": plain_examples(share), "is_bf16": is_bf16})
+        answers = self._everywhere(
+            "run", fields, lambda: self.local.run(shares[0], is_bf16=is_bf16)
+        )
+        return sum(a["total_nats"] for a in answers), all(a["is_finite"] for a in answers)
+
+    def call(self, kind: str, **fields: Any) -> list[Message]:
+        """Have every rank do one of: load, store, store_grads, norm, zero, inner_step."""
+        message = {"kind": kind, **fields}
+        return self._everywhere(
+            kind, [fields] * self.layout.num_ranks, lambda: self.local.do(message)
+        )
+
+    def _everywhere(
+        self,
+        kind: str,
+        fields: Sequence[dict[str, Any]],
+        own: Callable[[], dict[str, Any]],
+    ) -> list[Message]:
+        """Send to all, do the own share, wait for the answers."""
+        others = range(1, len(fields))
+        self.is_broken = True  # until all have answered
+        try:
+            for rank in others:
+                self._channels[rank].send(kind, **fields[rank])
+            answers: list[Message] = [own()]
+        except ChannelClosed as error:
+            raise self._blame(kind, str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise LocalRankError(
+                    f"rank 0 is out of memory in {kind}: {error}", has_no_memory=True
+                ) from error
+            raise self._blame(kind, f"{type(error).__name__}: {error}") from error
+        deadline_seconds = time.monotonic() + self.timeout_seconds
+        for rank in others:
+            answer = self._answer(rank, deadline_seconds)
+            if answer is None or answer["kind"] != "done":
+                raise self._blame(kind, f"rank {rank} gave no result", {rank: answer})
+            answers.append(answer)
+        self.is_broken = False
+        return answers
+
+    def _answer(self, rank: int, deadline_seconds: float) -> Message | None:
+        """Next message of a rank; None if there is none in time or it has ended."""
+        left_seconds = max(0.0, deadline_seconds - time.monotonic())
+        if not select.select([self._sockets[rank]], [], [], left_seconds)[0]:
+            return None
+        try:
+            return self._channels[rank].receive()
+        except ChannelClosed:
+            return None
+
+    # What went wrong. -----------------------------------------------------------------------------
+
+    def _blame(
+        self, kind: str, symptom: str, heard: dict[int, Message | None] | None = None
+    ) -> LocalRankError:
+        """Find the rank that is at fault: one that ended, one out of memory, one that is silent."""
+        deadline_seconds = time.monotonic() + _BLAME_SECONDS
+        reasons: list[str] = []
+        lost: list[int] = []
+        has_no_memory = False
+        for rank in range(1, self.layout.num_ranks):
+            answer = (heard or {}).get(rank) or self._answer(rank, deadline_seconds)
+            process = self.processes[rank]
+            if answer is not None:
+                if answer.get("is_out_of_memory"):
+                    has_no_memory = True
+                    reasons.append(f"local rank {rank} is out of memory: {answer['reason']}")
+                continue
+            try:
+                process.wait(0.2)
+                reasons.append(f"local rank {rank} {_end_of(process)}")
+            except subprocess.TimeoutExpired:
+                reasons.append(f"local rank {rank} does not answer")
+            lost.append(self._positions[rank])
+        if has_no_memory:
+            lost = []
+        reason = f"{'; '.join(reasons) or symptom} (in {kind}, {self.layout.text})"
+        _LOGGER.warning("local ranks: %s; symptom: %s", reason, symptom)
+        return LocalRankError(reason, lost_devices=lost, has_no_memory=has_no_memory)
+
+    def close(self) -> None:
+        """End all ranks."""
+        for rank, process in self.processes.items():
+            self._channels[rank].close()
+            process.kill()
+            process.wait()
+        self.local.close()
+        os.close(self._vector_fd)
+        os.close(self._store_fd)
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    code = process.returncode
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

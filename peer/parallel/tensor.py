@@ -1,0 +1,115 @@
+"""Tensor parallel: every matrix cut over the ranks of the tp axis, with sequence parallel between
+the layers and the loss computed on shards of the vocabulary (Shoeybi et al. 2019, Korthikanti et
+al. 2022). Parameters are DTensors; hooks on the model's modules move the activations.
+
+- embedding and head: rows (words); the vocabulary need not divide.
+- wq, w1, w3, and wk, wv: rows (heads, MLP width). If the key/value heads cannot be dealt to the
+  ranks, wk and wv are whole on each, which uses the heads that its queries read; gradients add up.
+- wo, w2: columns; their partial sums are scattered over the sequence.
+- norms: whole, on a shard of the sequence, so their gradients are partial sums too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from peer.model.decoder import Decoder
+from peer.parallel.layout import has_replicated_kv, kv_heads_of_rank
+from protos.contract.model_shape import ModelShape
+
+ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
+SEQUENCE = Shard(1)
+"""Of activations_BTD."""
+
+
+def weight_placement(name: str, shape: ModelShape, *, tp: int) -> Placement:
+    """How a parameter of ModelShape.parameter_table() lies on the tp axis."""
+    kind = name.split(".")[-2]
+    if kind in ("wo", "w2"):
+        return COLUMNS
+    if kind.endswith("norm") or (kind in ("wk", "wv") and has_replicated_kv(shape, tp=tp)):
+        return WHOLE
+    return ROWS
+
+
+def local_extent(
+    dimensions: tuple[int, ...], mesh: DeviceMesh, placement: Placement
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape of this rank's part, where it begins in the whole)."""
+    size, offset = compute_local_shape_and_global_offset(torch.Size(dimensions), mesh, [placement])
+    return tuple(size), tuple(offset)
+
+
+def distributed_parameter(
+    dimensions: tuple[int, ...], mesh: DeviceMesh, placement: Placement, device: torch.device
+) -> nn.Parameter:
+    """A zeroed DTensor parameter; no rank ever holds the whole."""
+    size, _ = local_extent(dimensions, mesh, placement)
+    whole = torch.empty(dimensions, device="meta")
+    local = torch.zeros(size, device=device)
+    return nn.Parameter(
+        DTensor.from_local(
+            local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+    )
+
+
+def add_hooks(part: Decoder, mesh: DeviceMesh) -> None:
+    """Make a decoder whose parameters are distributed compute in tensor parallel."""
+    shape = ModelShape.from_spec(part.spec)
+    if part.part.is_first:
+        part.tok_embeddings.register_forward_pre_hook(
+            lambda _, args: (DTensor.from_local(args[0], mesh, [WHOLE], run_check=False),)
+        )
+        part.tok_embeddings.register_forward_hook(_to_sequence)
+    for layer in part.layers.values():
+        for block in (layer.attention, layer.mlp):
+            block.register_forward_pre_hook(_gather)
+        attention = layer.attention
+        attention.wq.register_forward_hook(_to_local)
+        kv_hook = _kv_hook(shape, mesh)
+        attention.wk.register_forward_hook(kv_hook)
+        attention.wv.register_forward_hook(kv_hook)
+        attention.wo.register_forward_pre_hook(
+            lambda _, args: (DTensor.from_local(args[0], mesh, [Shard(2)], run_check=False),)
+        )
+        attention.wo.register_forward_hook(_to_sequence)
+        layer.mlp.w2.register_forward_hook(_to_sequence)
+    if part.part.is_last:
+        part.head.register_forward_pre_hook(_gather)
+
+
+def from_neighbour(x_BTD: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A stage's input, a shard of the sequence, as DTensor."""
+    return DTensor.from_local(x_BTD, mesh, [SEQUENCE], run_check=False)
+
+
+def _gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].redistribute(placements=[WHOLE]), *args[1:])
+
+
+def _to_sequence(_: nn.Module, __: Any, output: DTensor) -> DTensor:
+    return output.redistribute(placements=[SEQUENCE])
+
+
+def _to_local(_: nn.Module, __: Any, output: DTensor) -> Tensor:
+    return output.to_local()
+
+
+def _kv_hook(shape: ModelShape, mesh: DeviceMesh) -> Any:
+    if not has_replicated_kv(shape, tp=mesh.size()):
+        return _to_local
+    heads = kv_heads_of_rank(shape, tp=mesh.size(), tp_rank=mesh.get_local_rank())
+    width = shape.head_dim
+    columns = torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads])
+
+    def own_heads(_: nn.Module, __: Any, output: DTensor) -> Tensor:
+        # Each rank reads other heads, so what comes back is a partial sum.
+        whole: Tensor = output.to_local(grad_placements=[Partial()])
+        return whole.index_select(-1, columns.to(whole.device))
+
+    return own_heads

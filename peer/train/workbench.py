@@ -1,0 +1,228 @@
+"""What the loop works with, for the layout that the planner chooses on this machine's devices.
+
+On one device the model is whole in this process (MicroStep, FlatParameters); otherwise this process
+leads local ranks (node_step.py). What the daemon has learnt from earlier trainers (devices that
+were lost, memory that was not enough) comes with the configuration, so a plan made after a fault is
+a plan for what is left.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from peer.ipc import Message
+from peer.model.decoder import Decoder, FlatParameters
+from peer.parallel.devices import (
+    available_memory_bytes,
+    choose_device,
+    host_memory_bytes,
+    measure_flop_per_second,
+)
+from peer.parallel.faults import GROUP_TIMEOUT_SECONDS
+from peer.parallel.layout import AUTO, Layout, LayoutWish, device_names, parse_layout
+from peer.parallel.memory import Setting, estimate
+from peer.parallel.plan import Device, Node, Plan, plan_layout
+from peer.shared_vectors import SharedVectors
+from peer.swarm.strategy import Strategy
+from peer.train.node_step import NodeInnerSteps, NodeParameters, NodeStep
+from peer.train.step import MicroStep, probe_plan
+from peer.train.strategies import build_strategy, flat_strategy, has_inner_optimizer
+from protos.contract.model_shape import ModelShape
+from protos.contract.run_spec import RunSpec
+
+_CPU_LINK = (2e9, 2e-4)
+"""Bytes per second and latency of gloo on loopback, between processes that compute."""
+_GPU_LINK = (20e9, 3e-5)
+"""Of NCCL without NVLink: the planner errs towards layouts that move little."""
+_NOMINAL_FLOP_PER_SECOND = 50e9
+_MAX_SEQUENCES = {"cpu": 8, "cuda": 64}
+_WATCHED_TURNS = 10.0
+_PATIENCE_TURNS = 20.0
+"""Planned turns that a rank waits for another; a busy machine is slower than its plan."""
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workbench:
+    """Step and strategy, and what the daemon is told about them."""
+
+    step: MicroStep | NodeStep
+    strategy: Strategy
+    layout: Layout
+    turn_sequences: int
+    turn_seconds: float
+    least_turn_seconds: float
+    """The daemon must let local ranks wait for each other before it calls a turn too long."""
+    reason: str
+    devices_text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lent:
+    """Devices that are left, with their positions among those that were lent."""
+
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+
+    @classmethod
+    def from_message(cls, message: Message) -> "_Lent":
+        """Those that no earlier trainer has lost."""
+        names = device_names(message.get("devices") or message["device"])
+        lost = set(message.get("lost_devices") or ())
+        left = [position for position in range(len(names)) if position not in lost]
+        return cls(names=tuple(names[position] for position in left), positions=tuple(left))
+
+
+def describe_node(
+    names: Sequence[str], setting: Setting, *, limit_bytes: int | None, num_threads: int
+) -> Node:
+    """Devices with memory and speed as they are now. CPU devices share the machine's memory, or
+    what the owner allows of it, after the swarm's part. Raises MachineError for one that is not
+    there.
+    """
+    devices = [choose_device(name) for name in names]
+    is_cpu = devices[0].type == "cpu"
+    host_bytes = estimate(Layout(dp=len(names)), setting).host_bytes
+    total_bytes = host_memory_bytes()
+    if limit_bytes is not None:
+        total_bytes = min(total_bytes, limit_bytes)
+    speed = _NOMINAL_FLOP_PER_SECOND
+    if len(names) > 1:
+        torch.set_num_threads(max(1, num_threads // len(names)) if is_cpu else num_threads)
+        speed = measure_flop_per_second(devices[0])
+    share = max(0, total_bytes - host_bytes) // len(names)
+    bandwidth, latency = _CPU_LINK if is_cpu else _GPU_LINK
+    return Node(
+        devices=tuple(
+            Device(
+                name=str(device),
+                memory_bytes=share if is_cpu else available_memory_bytes(device),
+                flop_per_second=speed,
+            )
+            for device in devices
+        ),
+        link_bytes_per_second=bandwidth,
+        link_latency_seconds=latency,
+        host_memory_bytes=host_bytes if is_cpu else total_bytes,
+        max_micro_batch_sequences=_MAX_SEQUENCES.get(devices[0].type, 8),
+    )
+
+
+def plan_for(spec: RunSpec, message: Message) -> tuple[Plan, tuple[int, ...]]:
+    """(plan, positions of its devices among those lent). Raises MusterError."""
+    lent = _Lent.from_message(message)
+    shape = ModelShape.from_spec(spec.model)
+    is_cpu = choose_device(lent.names[0]).type == "cpu"
+    setting = Setting(
+        shape=shape,
+        num_state_vectors=len(spec.strategy.state_vectors),
+        has_inner_optimizer=has_inner_optimizer(spec),
+        is_cpu=is_cpu,
+        activation_bytes=4 if is_cpu else 2,
+    )
+    node = describe_node(
+        lent.names,
+        setting,
+        limit_bytes=message.get("memory_limit_bytes"),
+        num_threads=message["num_threads"],
+    )
+    wish, note = _wish(message, num_devices=len(lent.names))
+    plan = plan_layout(
+        setting,
+        node,
+        wish,
+        round_tokens=spec.strategy.global_batch_tokens,
+        max_turn_sequences=message["max_micro_batch_sequences"],
+    )
+    return replace(plan, reason=note + plan.reason), lent.positions
+
+
+def _wish(message: Message, *, num_devices: int) -> tuple[LayoutWish, str]:
+    """What the owner asked for, as far as what is left allows; and what to say about that."""
+    wish = parse_layout(message.get("layout") or AUTO)
+    note = ""
+    needed = (wish.dp or 1) * (wish.tp or 1) * (wish.pp or 1)
+    if message.get("lost_devices") and needed > num_devices:
+        note = f"{needed} devices were asked for and {num_devices} are left: "
+        wish = replace(wish, dp=None, tp=None, pp=None, is_sharded=None, schedule=None)
+    if message.get("saves_memory"):
+        note += "memory was not enough, so activations are recomputed: "
+        wish = replace(wish, has_checkpointing=True)
+    return wish, note
+
+
+def build_workbench(spec: RunSpec, message: Message, vectors: SharedVectors) -> Workbench:
+    """Plan, then build. Raises MusterError, LocalRankError."""
+    plan, positions = plan_for(spec, message)
+    for line in plan.lines():
+        _LOGGER.info("plan: %s", line)
+    if plan.layout.num_ranks == 1:
+        return _on_one_device(spec, message, vectors, plan)
+    return _on_ranks(spec, message, vectors, plan, positions)
+
+
+def _on_one_device(
+    spec: RunSpec, message: Message, vectors: SharedVectors, plan: Plan
+) -> Workbench:
+    torch.set_num_threads(message["num_threads"])
+    device = choose_device(plan.devices[0].name)
+    model = Decoder(spec.model, device=device)
+    model.has_checkpointing = plan.layout.has_checkpointing
+    parameters = FlatParameters(model, device=device)
+    step = MicroStep(model, parameters)
+    probe = probe_plan(step)
+    bound = message["max_micro_batch_sequences"] or probe.micro_batch_sequences
+    sequences = min(probe.micro_batch_sequences, bound)
+    return Workbench(
+        step=step,
+        strategy=flat_strategy(spec, model, parameters, vectors),
+        layout=plan.layout,
+        turn_sequences=sequences,
+        turn_seconds=sequences * probe.sequence_seconds,
+        least_turn_seconds=0.0,
+        reason=f"{plan.reason}; {probe.reason}",
+        devices_text=str(device),
+    )
+
+
+def _on_ranks(
+    spec: RunSpec,
+    message: Message,
+    vectors: SharedVectors,
+    plan: Plan,
+    positions: tuple[int, ...],
+) -> Workbench:
+    from peer.parallel.ranks import (
+        LocalRanks,  # seconds of imports that one device need not wait for
+    )
+
+    layout = plan.layout
+    ranks = LocalRanks(layout.num_ranks, num_values=vectors.num_values, positions=positions)
+    is_cpu = plan.devices[0].name == "cpu"
+    num_threads = message["num_threads"]
+    try:
+        ranks.configure(
+            spec.model,
+            spec.optimizer,
+            layout,
+            devices=[device.name for device in plan.devices],
+            num_threads=max(1, num_threads // layout.num_ranks) if is_cpu else num_threads,
+            timeout_seconds=max(GROUP_TIMEOUT_SECONDS, _PATIENCE_TURNS * plan.turn_seconds),
+        )
+        step = NodeStep(spec.model, ranks)
+        seconds, probe_reason = step.probe_precision(num_windows=layout.turn_sequences)
+    except BaseException:
+        ranks.close()
+        raise
+    return Workbench(
+        step=step,
+        strategy=build_strategy(spec, NodeInnerSteps(ranks), NodeParameters(ranks), vectors),
+        layout=layout,
+        turn_sequences=layout.turn_sequences,
+        turn_seconds=seconds,
+        least_turn_seconds=1.5 * ranks.timeout_seconds / _WATCHED_TURNS,
+        reason=f"{plan.reason}; {probe_reason}",
+        devices_text=f"{layout.num_ranks} x {plan.devices[0].name} {layout.text}",
+    )

@@ -1,0 +1,48 @@
+"""The plan that a trainer makes of its configuration, and the plan after a fault."""
+
+from typing import Any
+
+import pytest
+
+from peer.train.workbench import plan_for
+from protos.contract.errors import MachineError
+from tests.peer.model.tiny import SPEC
+
+MESSAGE: dict[str, Any] = {
+    "device": "auto",
+    "devices": "cpu:2",
+    "layout": "tp=2",
+    "memory_limit_bytes": 4 * 2**30,
+    "num_threads": 2,
+    "max_micro_batch_sequences": None,
+}
+
+
+def test_the_wish_is_planned() -> None:
+    plan, positions = plan_for(SPEC, MESSAGE)
+    assert plan.layout.tp == 2 and positions == (0, 1)
+    assert 0 < plan.devices[0].memory_bytes < 2 * 2**30, "each device is half of what is left"
+
+
+def test_a_lost_device_is_not_planned_with_and_the_reason_says_so() -> None:
+    plan, positions = plan_for(SPEC, MESSAGE | {"lost_devices": [1]})
+    assert plan.layout.num_ranks == 1 and positions == (0,)
+    assert plan.reason.startswith("2 devices were asked for and 1 are left")
+    plan, positions = plan_for(SPEC, MESSAGE | {"devices": "cpu:3", "lost_devices": [1]})
+    assert plan.layout.tp == 2 and positions == (0, 2)
+
+
+def test_memory_that_was_not_enough_is_saved_by_recomputation() -> None:
+    plan, _ = plan_for(SPEC, MESSAGE | {"saves_memory": True, "max_micro_batch_sequences": 1})
+    assert plan.layout.has_checkpointing and plan.layout.turn_sequences == 1
+    assert "activations are recomputed" in plan.reason
+
+
+def test_too_little_memory_names_the_missing_gigabytes() -> None:
+    with pytest.raises(MachineError, match="GiB are missing"):
+        plan_for(SPEC, MESSAGE | {"memory_limit_bytes": 2**29})
+
+
+def test_one_device_is_planned_as_ever() -> None:
+    plan, _ = plan_for(SPEC, MESSAGE | {"device": "cpu", "devices": "", "layout": "auto"})
+    assert plan.layout.num_ranks == 1 and not plan.layout.has_checkpointing
