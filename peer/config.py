@@ -117,7 +117,7 @@ class PeerConfig:
     layout: str = "auto"
     """How a model lies on them: auto, or such as tp=2,pp=2 (peer/parallel/layout.py)."""
     probe_interval_seconds: float = 0.0
-    """How often one micro-batch's activations and gradients are measured per layer, for /metrics; 0:
+    """How often a micro-batch's activations and gradients are measured per layer, for /metrics; 0:
     never.
     """
     log_level: str = "INFO"
