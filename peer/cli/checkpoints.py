@@ -59,6 +59,14 @@ class OpenedCheckpoint:
 
         return Tokenizer.from_file(str(self.tokenizer_path))
 
+    def prompt_tokens(self, tokenizer: Any, text: str) -> list[int]:
+        """A prompt as a document begins: with what the tokenizer itself puts before a text, such as
+        Llama's BOS, or with the end of the document before.
+        """
+        ids: list[int] = tokenizer.encode(text).ids
+        has_own_beginning = ids != tokenizer.encode(text, add_special_tokens=False).ids
+        return ids if has_own_beginning else [self.eos_token_id, *ids]
+
     def build_trainable(self) -> "tuple[Decoder, FlatParameters]":
         """The model with a copy of these parameters, and with gradients."""
         import torch

@@ -147,7 +147,7 @@ class _Generation:
         begin = time.monotonic()
         for new in generate_batch(
             model,
-            [[opened.eos_token_id, *self._tokenizer.encode(p).ids] for p in self._prompts],
+            [opened.prompt_tokens(self._tokenizer, prompt) for prompt in self._prompts],
             max_new_tokens=self._max_tokens,
             sampling=self._sampling,
             eos_token_id=opened.eos_token_id,
