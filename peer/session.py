@@ -381,14 +381,12 @@ class SessionMachine:
 
     def _plan_duty(self) -> None:
         duty, position = self._facts.duty, self._facts.position
-        if (
-            duty is None
-            or duty.is_begun
-            or position is None
-            or self._facts.drain_reason is not None
-        ):
+        if duty is None or duty.is_begun or self._facts.drain_reason is not None:
             return
-        if position.outer_step < duty.event.min_outer_step:
+        if duty.event.kind is ev.DutyKind.TRIAL:  # needs the text, not the run's state
+            if not self._facts.is_dataset_ready:
+                return
+        elif position is None or position.outer_step < duty.event.min_outer_step:
             return
         if duty.event.kind is ev.DutyKind.EVALUATE and not self._facts.is_trainer_ready:
             return

@@ -23,6 +23,7 @@ class DutyKind(StrEnum):
 
     EVALUATE = "evaluate"
     CHECKPOINT = "checkpoint"
+    TRIAL = "trial"
 
 
 # Events.

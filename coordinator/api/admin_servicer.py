@@ -5,7 +5,7 @@ from typing import Any
 
 from coordinator.api.auth import Authenticator
 from coordinator.api.calls import Calls
-from coordinator.operations import admin, duties, membership, status, tokens
+from coordinator.operations import admin, duties, membership, status, studies, tokens
 from coordinator.operations.catalogue import OPERATIONS, Operation
 from coordinator.operations.plain import from_plain, plain_from_response
 from protos.contract.digest import canonical_json
@@ -25,6 +25,8 @@ ADMIN_FUNCTIONS: dict[str, Any] = {
     "list_tokens": tokens.list_tokens,
     "revoke_token": tokens.revoke_token,
     "find_checkpoint": duties.find_checkpoint,
+    "create_study": studies.create_study,
+    "study_status": studies.study_status,
     "status": status.status,
     "peers": status.peers,
     "events": status.events,

@@ -1,6 +1,6 @@
-"""Corpus: files of the run's dataset. Training chunks go only to who holds an active lease on them,
-so that one member's key does not give the whole corpus away; manifest, tokenizer and held-out
-chunks are for every member.
+"""Corpus: files of the run's dataset. Training chunks go only to who holds an active lease on them
+or a trial of a study, so that one member's key does not give the whole corpus away; manifest,
+tokenizer and held-out chunks are for every member.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -77,16 +77,24 @@ def find_file(
         )
     _check_index(request.chunk_index, len(manifest.training_chunks))
     leases = tx.active_leases(request.run_id, request.peer_id)
-    if all(lease.chunk_index != request.chunk_index for lease in leases):
+    is_leased = any(lease.chunk_index == request.chunk_index for lease in leases)
+    if not is_leased and not _has_trial(tx, request):
         raise RefusedError(
             f"chunk {request.chunk_index} is not leased to {request.peer_id}",
-            allowed=f"chunks of its {len(leases)} active leases",
+            allowed=f"chunks of its {len(leases)} active leases, any during a trial",
             remedy="acquire leases first",
             code=ErrorCode.NOT_LEASED,
         )
     training_path = dataset_dir / training_chunk_path(request.chunk_index)
     return FoundFile(
         path=training_path, digest=manifest.training_chunks[request.chunk_index].digest
+    )
+
+
+def _has_trial(tx: Transaction, request: FindFileRequest) -> bool:
+    return any(
+        (row.kind, row.state, row.peer_id) == ("TRIAL", "ASSIGNED", request.peer_id)
+        for row in tx.pending_duties(request.run_id)
     )
 
 

@@ -27,6 +27,8 @@ from coordinator.operations.requests import (
     JoinResponse,
     LeaveRequest,
     ReportDutyRequest,
+    TrialPointResult,
+    TrialResult,
 )
 from coordinator.operations.requests_ledger import (
     AcquireLeasesRequest,
@@ -46,6 +48,7 @@ MAX_TEXT_CHARACTERS = 512
 MAX_REQUEST_ID_CHARACTERS = 64
 MAX_HEARTBEAT_ITEMS = 4096
 MAX_ADDRESSES = 32
+MAX_TRIAL_POINTS = 256
 MAX_CERTIFICATES = 256
 
 
@@ -226,6 +229,9 @@ def duty_to_wire(duty: DutyOrder) -> duties_pb2.Duty:
         fence=duty.fence,
         eval_tokens=duty.eval_tokens,
         min_outer_step=duty.min_outer_step,
+        trial=duties_pb2.Trial(run_spec=duty.trial_spec, mark_tokens=duty.mark_tokens)
+        if duty.trial_spec
+        else None,
     )
 
 
@@ -244,6 +250,24 @@ def report_duty_from_wire(
         fence=message.fence,
         failure_reason=checked_text(message.failure_reason, name="failure_reason"),
         evaluation=evaluation,
+        trial=_trial_from_wire(message.trial) if message.HasField("trial") else None,
+    )
+
+
+def _trial_from_wire(message: duties_pb2.TrialResult) -> TrialResult:
+    points = checked_length(list(message.points), name="points", most=MAX_TRIAL_POINTS)
+    names = [field.name for field in dataclasses.fields(TrialPointResult)]
+    return TrialResult(
+        run_digest=checked_text(message.run_digest, name="run_digest", max_characters=64),
+        seed=message.seed,
+        convention=checked_text(message.convention, name="convention", max_characters=32),
+        params_n=message.params_n,
+        flop_per_token=message.flop_per_token,
+        points=tuple(
+            TrialPointResult(**{name: getattr(point, name) for name in names}) for point in points
+        ),
+        params_digest=checked_length(message.params_digest, name="params_digest", most=32),
+        train_seconds=message.train_seconds,
     )
 
 

@@ -1,5 +1,5 @@
-"""`study fit`, `study replay`, `study laws`: laws from a table, forecasts of a recorded run, and
-the published constants.
+"""`study create|status` (study_swarm.py), `fit|replay|laws`: sweeps on the swarm, laws from a table
+or a study, forecasts of a recorded run, the published constants.
 
 Fits run on numpy; pictures are refused by name where the extra [scaling] is missing.
 """
@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coordinator.cli.options import AsJson, print_json, print_table, say
+from coordinator.cli import study_swarm
+from coordinator.cli.options import (
+    DEFAULT_DATA_DIR,
+    AsJson,
+    DataDir,
+    print_json,
+    print_table,
+    say,
+)
 
 if TYPE_CHECKING:
     from coordinator.scaling.observations import Observations
@@ -18,6 +26,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Scaling laws: small runs, fits, forecasts.")
 
+app.command("create")(study_swarm.create)
+app.command("status")(study_swarm.status)
 _LARGEST_TABLE_BYTES = 64 * 2**20
 
 
@@ -93,11 +103,15 @@ def write_plots(directory: Path, pictures: dict[str, dict[str, bytes]]) -> list[
 @app.command("fit")
 def fit(
     observations: Annotated[
-        Path,
-        typer.Option(
-            help="Table with columns N,D,C,loss (C may be missing: 6 N D).", readable=False
-        ),
-    ],
+        Path | None, typer.Option(help="Table N,D,C,loss (C optional: 6 N D).", readable=False)
+    ] = None,
+    study_id: Annotated[
+        str, typer.Option("--study", help="Instead of a table: a study of this coordinator.")
+    ] = "",
+    export: Annotated[
+        Path | None, typer.Option(help="Write the fitted table as CSV.", readable=False)
+    ] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
     form: Annotated[
         str, typer.Option(help="additive, tied, general, general-tied or auto.")
     ] = "auto",
@@ -142,12 +156,9 @@ def fit(
     if plot is not None:
         need_scaling_extra("study fit --plot", "matplotlib")
     chosen = chosen_value("--form", form, [*(item.value for item in Form), AUTO])
-    table = read_observations(observations)
-    if convention:
-        from coordinator.scaling.observations import Convention
-
-        allowed = [Convention.MATMUL.value, Convention.NON_EMBEDDING.value]
-        table = table.converted(Convention(chosen_value("--convention", convention, allowed)))
+    table = _table(observations, study_id, data_dir, convention=convention)
+    if export is not None:
+        _write_table(export, table)
     _check_numbers(bootstrap=bootstrap, near_ratio=near_ratio, flop=flop or [], max_flop=max_flop)
     study = fit_observations(
         table,
@@ -170,6 +181,39 @@ def fit(
         print_json(report)
     else:
         _show_fit(report)
+
+
+def _table(path: Path | None, study_id: str, data_dir: Path, *, convention: str) -> "Observations":
+    from coordinator.scaling.observations import Convention
+    from coordinator.scaling.report import chosen_value
+    from protos.contract.errors import UsageError
+
+    if (path is None) == (not study_id):
+        raise UsageError(
+            "both --observations and --study" if study_id else "neither table nor study",
+            allowed="--observations FILE, or --study ID",
+            remedy="give one of them",
+        )
+    if path is None:
+        table = study_swarm.load_observations(study_id, data_dir)
+    else:
+        table = read_observations(path)
+    if not convention:
+        return table
+    allowed = [Convention.MATMUL.value, Convention.NON_EMBEDDING.value]
+    return table.converted(Convention(chosen_value("--convention", convention, allowed)))
+
+
+def _write_table(path: Path, table: "Observations") -> None:
+    from coordinator.scaling.observations import observations_to_csv
+    from protos.contract.errors import MachineError
+
+    try:
+        path.write_text(observations_to_csv(table), encoding="utf-8")
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {path}: {error.strerror}", remedy="name another --export"
+        ) from error
 
 
 def _check_numbers(

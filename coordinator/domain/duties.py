@@ -5,10 +5,11 @@ A duty is OPEN, ASSIGNED to one member under a fence, then DONE or FAILED. The f
 every hand-over, so a late result of an earlier holder is refused. Ids are made of the run and what
 the duty is for, so none is created twice. Evaluations are spaced by credited tokens, checkpoints by
 time; one of each kind is under way at most. Both end with a final one of the last certified state,
-without which a run is not over.
+without which a run is not over. Trials of a study need no state: any live member may do one, the
+slow ones small ones; a study makes them, many at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -28,6 +29,11 @@ class DutyKind(StrEnum):
 
     EVALUATE = "EVALUATE"
     CHECKPOINT = "CHECKPOINT"
+    TRIAL = "TRIAL"
+
+
+STATE_KINDS = (DutyKind.EVALUATE, DutyKind.CHECKPOINT)
+"""Duties on the run's state; without a final one of each a run is not over."""
 
 
 class DutyState(StrEnum):
@@ -139,7 +145,7 @@ def plan_duties(
 
     if progress.is_complete:
         reason = f"the budget of {progress.budget_tokens} tokens is credited"
-        for kind in DutyKind:
+        for kind in STATE_KINDS:
             create(kind, final_duty_id(progress.run_id, kind, progress.incarnation), reason)
         return created
     if DutyKind.EVALUATE not in pending_kinds:
@@ -184,7 +190,7 @@ def withdraw_outdated(
     """Pending duties that the end of the budget or a rollback has overtaken, as FAILED."""
     changed = []
     for duty in duties:
-        if not duty.is_pending:
+        if not duty.is_pending or duty.kind is DutyKind.TRIAL:
             continue
         final_id = final_duty_id(progress.run_id, duty.kind, progress.incarnation)
         is_final = "/final-" in duty.duty_id
@@ -206,10 +212,12 @@ def recover_duties(
     members: Sequence[Member],
     now_unix_seconds: float,
     policy: SwarmPolicy,
+    ttl_seconds_by_duty: Mapping[str, float] | None = None,
 ) -> list[DutyRecord]:
     """Assigned duties whose holder is gone or has been silent about them for too long, as OPEN
-    again (or given up).
+    again (or given up). Trials have their own patience, by their work.
     """
+    patience = ttl_seconds_by_duty or {}
     live = {m.peer_id for m in members if m.is_live}
     changed = []
     for duty in duties:
@@ -218,7 +226,7 @@ def recover_duties(
         held_seconds = now_unix_seconds - duty.assign_unix_seconds
         if duty.peer_id not in live:
             changed.append(reopen(duty, f"{duty.peer_id[:8]} is gone", now_unix_seconds))
-        elif held_seconds >= policy.duty_ttl_seconds:
+        elif held_seconds >= patience.get(duty.duty_id, policy.duty_ttl_seconds):
             reason = f"{duty.peer_id[:8]} gave no result for {held_seconds:.0f} s"
             changed.append(reopen(duty, reason, now_unix_seconds))
     return changed
@@ -246,15 +254,21 @@ def assign(
     ):
         return None
     for duty in duties:
-        if duty.state is DutyState.OPEN and member.attested_outer_step >= duty.min_outer_step:
-            return replace(
-                duty,
-                state=DutyState.ASSIGNED,
-                peer_id=member.peer_id,
-                fence=duty.fence + 1,
-                assign_unix_seconds=now_unix_seconds,
-            )
+        is_free = duty.state is DutyState.OPEN and duty.kind in STATE_KINDS
+        if is_free and member.attested_outer_step >= duty.min_outer_step:
+            return hand_out(duty, member.peer_id, now_unix_seconds=now_unix_seconds)
     return None
+
+
+def hand_out(duty: DutyRecord, peer_id: str, *, now_unix_seconds: float) -> DutyRecord:
+    """The open duty with a holder, under a new fence."""
+    return replace(
+        duty,
+        state=DutyState.ASSIGNED,
+        peer_id=peer_id,
+        fence=duty.fence + 1,
+        assign_unix_seconds=now_unix_seconds,
+    )
 
 
 def check_holder(duty: DutyRecord | None, *, peer_id: str, fence: int) -> Report:

@@ -49,6 +49,12 @@ from coordinator.operations.requests_admin import (
     StatusRequest,
     StatusResponse,
 )
+from coordinator.operations.requests_studies import (
+    CreateStudyRequest,
+    CreateStudyResponse,
+    StudyRequest,
+    StudyStatus,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +166,21 @@ OPERATIONS: tuple[Operation, ...] = (
         module="duties",
         request=FindCheckpointRequest,
         response=FindCheckpointResponse,
+        is_admin=True,
+        is_read_only=True,
+    ),
+    Operation(
+        name="create_study",
+        module="studies",
+        request=CreateStudyRequest,
+        response=CreateStudyResponse,
+        is_admin=True,
+    ),
+    Operation(
+        name="study_status",
+        module="studies",
+        request=StudyRequest,
+        response=StudyStatus,
         is_admin=True,
         is_read_only=True,
     ),

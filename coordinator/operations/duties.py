@@ -7,6 +7,8 @@ rolled back to, counted as the final one) only once its digest is proved
 (states.proved_checkpoints).
 """
 
+import json
+
 from google.protobuf.message import DecodeError
 
 from coordinator.domain.duties import (
@@ -41,6 +43,7 @@ from coordinator.operations.states import (
     proved_digest,
     take_attestations,
 )
+from coordinator.operations.trial_report import take_trial
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from coordinator.store.rows_membership import CheckpointRow, DutyRow, EvaluationRow
@@ -107,13 +110,16 @@ def eval_tokens_of(tx: Transaction, context: OperationContext, run_id: str) -> i
 
 def order_from_duty(tx: Transaction, duty: DutyRecord) -> DutyOrder:
     """A duty as handed to a peer."""
-    row = tx.duty(duty.duty_id)
+    row, trial = tx.duty(duty.duty_id), tx.trial(duty.duty_id)
+    plan = {} if trial is None else json.loads(trial.plan_json)
     return DutyOrder(
         duty_id=duty.duty_id,
         kind=duty.kind,
         fence=duty.fence,
         eval_tokens=0 if row is None else row.eval_tokens,
         min_outer_step=duty.min_outer_step,
+        trial_spec=plan.get("spec", "").encode(),
+        mark_tokens=tuple(plan.get("mark_tokens", ())),
     )
 
 
@@ -149,6 +155,16 @@ def report_duty(
         save_duty(tx, run.run_id, reopen(duty, reason, now_unix_seconds))
         _note(tx, run.run_id, request.peer_id, f"{duty.duty_id}: {reason}", now_unix_seconds)
         return ReportDutyResponse(is_accepted=True, reason="noted; somebody else will try")
+    if duty.kind is DutyKind.TRIAL and request.trial is not None:
+        verdict = take_trial(tx, duty, request.trial, now_unix_seconds=now_unix_seconds)
+        after = finish(duty, verdict.reason, now_unix_seconds=now_unix_seconds)
+        if not verdict.is_accepted:
+            after = reopen(duty, verdict.reason, now_unix_seconds)
+        save_duty(tx, run.run_id, after)
+        _note(
+            tx, run.run_id, request.peer_id, f"{duty.duty_id}: {verdict.reason}", now_unix_seconds
+        )
+        return ReportDutyResponse(is_accepted=verdict.is_accepted, reason=verdict.reason)
     if duty.kind is not DutyKind.EVALUATE or request.evaluation is None:
         reason = f"a duty of kind {duty.kind} is not done by this report"
         return ReportDutyResponse(is_accepted=False, reason=reason)

@@ -59,6 +59,7 @@ from coordinator.operations.requests_ledger import (
 from coordinator.operations.rounds import fetch_certificates
 from coordinator.operations.runs import find_run
 from coordinator.operations.states import take_attestations
+from coordinator.operations.studies import assign_trial
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from coordinator.store.rows_membership import PeerRow
@@ -274,6 +275,8 @@ def _duty_for(
         incarnation=run.incarnation,
         now_unix_seconds=now_unix_seconds,
     )
+    if duty is None:
+        duty = assign_trial(tx, run, row, duties, now_unix_seconds=now_unix_seconds)
     if duty is None:
         return None
     if duty not in duties:

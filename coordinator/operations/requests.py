@@ -141,10 +141,14 @@ class DutyOrder:
 
     duty_id: str
     kind: str
-    """DutyKind of coordinator/domain/duties.py: EVALUATE or CHECKPOINT."""
+    """DutyKind of coordinator/domain/duties.py."""
     fence: int
     eval_tokens: int
     min_outer_step: int
+    trial_spec: bytes = b""
+    """RunSpec.to_wire of a trial."""
+    mark_tokens: tuple[int, ...] = ()
+    """Where a trial is evaluated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +215,30 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialPointResult:
+    """duties.proto's TrialPoint."""
+
+    tokens: int
+    total_nats: float
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """duties.proto's TrialResult."""
+
+    run_digest: str
+    seed: int
+    convention: str
+    params_n: int
+    flop_per_token: float
+    points: tuple[TrialPointResult, ...]
+    params_digest: bytes
+    train_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportDutyRequest:
     """See duties.proto; `failure_reason` "" means done."""
 
@@ -220,6 +248,7 @@ class ReportDutyRequest:
     fence: int
     failure_reason: str = ""
     evaluation: EvaluationResult | None = None
+    trial: TrialResult | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from coordinator.domain.directives import plan_directive
 from coordinator.domain.duties import (
+    STATE_KINDS,
     DutyKind,
     DutyRecord,
     DutyState,
@@ -65,6 +66,7 @@ from coordinator.operations.states import (
     voters_of_directive,
 )
 from coordinator.operations.store_age import load_beyond, reason_to_wait, settle_from
+from coordinator.operations.studies import advance_studies, trial_patience
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from protos.contract.telemetry import RunState
@@ -130,6 +132,7 @@ class _RunTick:
             self._adapt_budget()
             self._issue_directive()
         self._handle_duties()
+        self.changes += advance_studies(self._tx, self._run, now_unix_seconds=self._now)
         compare_with_certificates(self._tx, self._run, now_unix_seconds=self._now)
         self._decide_state(bootstrap_reason=bootstrap_reason, stall_reason=stall_reason)
 
@@ -342,6 +345,7 @@ class _RunTick:
             members=load_members(self._tx, run_id),
             now_unix_seconds=self._now,
             policy=self._context.policy,
+            ttl_seconds_by_duty=trial_patience(self._tx, duties),
         )
         for duty in (*withdrawn, *recovered):
             save_duty(self._tx, run_id, duty)
@@ -432,7 +436,7 @@ class _RunTick:
         proved = proved_checkpoints(self._tx, self._context, run_id)
         has_checkpoint = bool(proved) and proved[0].outer_step >= outer_step
         found = []
-        for kind in DutyKind:
+        for kind in STATE_KINDS:
             duty = duties.get(final_duty_id(run_id, kind, incarnation))
             found.append(_final_duty(kind, duty, has_checkpoint=has_checkpoint))
         return tuple(found)

@@ -19,6 +19,7 @@ from peer.coordinator_client import (
     CoordinatorClient,
     check_clock,
 )
+from peer.daemon.duties import DUTY_KINDS
 from peer.daemon.membership import Membership
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import SessionNumbers
@@ -46,10 +47,6 @@ _MAX_CLOCKS_REFUSED = 3
 _ENDING_CODES = frozenset(
     {ErrorCode.PEER_EVICTED, ErrorCode.CLOCK_SKEW, ErrorCode.PROTOCOL_MISMATCH}
 )
-_DUTY_KINDS = {
-    duties_pb2.DUTY_KIND_EVALUATE: ev.DutyKind.EVALUATE,
-    duties_pb2.DUTY_KIND_CHECKPOINT: ev.DutyKind.CHECKPOINT,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +140,7 @@ class CoordinatorTasks:
             self._offer_duty(response.duty)
 
     def _offer_duty(self, duty: duties_pb2.Duty) -> None:
-        kind = _DUTY_KINDS.get(duty.kind)
+        kind = DUTY_KINDS.get(duty.kind)
         if kind is None:
             _LOGGER.warning(
                 "%s=%s of unknown kind %d ignored", LogField.DUTY, duty.duty_id, duty.kind

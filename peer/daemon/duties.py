@@ -8,7 +8,7 @@ given to somebody else since.
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ _LOGGER = logging.getLogger(__name__)
 _EVALUATE_SECONDS = 900.0
 _WRITE_SECONDS = 300.0
 _MAX_DIGESTS = 512
+DUTY_KINDS = {
+    duties_pb2.DUTY_KIND_EVALUATE: ev.DutyKind.EVALUATE,
+    duties_pb2.DUTY_KIND_CHECKPOINT: ev.DutyKind.CHECKPOINT,
+    duties_pb2.DUTY_KIND_TRIAL: ev.DutyKind.TRIAL,
+}
 
 Send = Callable[..., None]
 """(child, kind, **fields)."""
@@ -42,8 +47,10 @@ class Duties:
         send: Send,
         metrics: PeerMetrics,
         feed: Callable[[ev.Event], None],
+        run_trial: Callable[[duties_pb2.Duty], Awaitable[duties_pb2.TrialResult]],
     ) -> None:
         self._client = client
+        self._run_trial = run_trial
         self._tmp = tmp
         self._send = send
         self._metrics = metrics
@@ -77,12 +84,13 @@ class Duties:
 
     async def perform(self, duty: duties_pb2.Duty, *, heldout_paths: tuple[Path, ...]) -> None:
         """Do a duty and report it."""
-        is_evaluation = duty.kind == duties_pb2.DUTY_KIND_EVALUATE
-        kind = ev.DutyKind.EVALUATE if is_evaluation else ev.DutyKind.CHECKPOINT
+        kind = DUTY_KINDS[duty.kind]
         reason = ""
         try:
-            if is_evaluation:
+            if kind is ev.DutyKind.EVALUATE:
                 await self._evaluate(duty, heldout_paths)
+            elif kind is ev.DutyKind.TRIAL:
+                await self._report_trial(duty, await self._run_trial(duty))
             else:
                 await self._upload_checkpoint(duty)
         except TimeoutError:
@@ -123,6 +131,12 @@ class Duties:
         request = duties_pb2.ReportDutyRequest(
             duty_id=duty.duty_id, fence=duty.fence, evaluation=evaluation
         )
+        response = await self._client.report_duty(request)
+        if not response.is_accepted:
+            _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
+
+    async def _report_trial(self, duty: duties_pb2.Duty, result: duties_pb2.TrialResult) -> None:
+        request = duties_pb2.ReportDutyRequest(duty_id=duty.duty_id, fence=duty.fence, trial=result)
         response = await self._client.report_duty(request)
         if not response.is_accepted:
             _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)

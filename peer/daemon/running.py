@@ -35,6 +35,7 @@ from peer.daemon.messages import MessageDesk
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
 from peer.daemon.trainer_limits import TrainerLimits
+from peer.daemon.trials import Trials
 from peer.home import Home
 from peer.identity import Identity
 from peer.ipc import Message
@@ -124,6 +125,7 @@ class RunningSession:
             send=self._children.send,
             metrics=core.metrics,
             feed=core.feed,
+            run_trial=Trials(self._supervisor, self._dataset, home.tmp, config.threads).run,
         )
         self._desk = MessageDesk(
             core,

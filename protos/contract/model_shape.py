@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 ParameterTable = tuple[tuple[str, tuple[int, ...]], ...]
 
+COUNTING_CONVENTION = "matmul"
+"""Name of what `num_matmul_parameters` and `flop_per_token` count; stored with observations."""
 FP32_BYTES = 4
 STATE_VECTORS_PER_PARAMETER = 3
 """sync: parameters and AdamW's two moments, all fp32."""

@@ -462,6 +462,16 @@ def test_duties_wait_for_their_step_and_are_done_once(training: Timeline) -> Non
     assert len(training.take(ev.PerformDuty)) == 1
 
 
+def test_a_trial_needs_the_dataset_and_no_state() -> None:
+    timeline = Timeline()
+    offer = ev.DutyOffered(duty_id="t", fence=1, kind=ev.DutyKind.TRIAL, min_outer_step=0)
+    timeline.feed(offer)
+    assert timeline.take(ev.PerformDuty) == []
+    timeline.feed(ev.DatasetReady())
+    (action,) = timeline.take(ev.PerformDuty)
+    assert action.kind is ev.DutyKind.TRIAL
+
+
 def test_the_end_of_the_run_drains_with_exit_code_0(training: Timeline) -> None:
     training.feed(
         ev.HeartbeatAnswered(

@@ -1,8 +1,9 @@
 from protos.muster.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -12,37 +13,83 @@ class DutyKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DUTY_KIND_UNSPECIFIED: _ClassVar[DutyKind]
     DUTY_KIND_EVALUATE: _ClassVar[DutyKind]
     DUTY_KIND_CHECKPOINT: _ClassVar[DutyKind]
+    DUTY_KIND_TRIAL: _ClassVar[DutyKind]
 DUTY_KIND_UNSPECIFIED: DutyKind
 DUTY_KIND_EVALUATE: DutyKind
 DUTY_KIND_CHECKPOINT: DutyKind
+DUTY_KIND_TRIAL: DutyKind
 
 class Duty(_message.Message):
-    __slots__ = ("duty_id", "kind", "fence", "eval_tokens", "min_outer_step")
+    __slots__ = ("duty_id", "kind", "fence", "eval_tokens", "min_outer_step", "trial")
     DUTY_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     EVAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MIN_OUTER_STEP_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
     duty_id: str
     kind: DutyKind
     fence: int
     eval_tokens: int
     min_outer_step: int
-    def __init__(self, duty_id: _Optional[str] = ..., kind: _Optional[_Union[DutyKind, str]] = ..., fence: _Optional[int] = ..., eval_tokens: _Optional[int] = ..., min_outer_step: _Optional[int] = ...) -> None: ...
+    trial: Trial
+    def __init__(self, duty_id: _Optional[str] = ..., kind: _Optional[_Union[DutyKind, str]] = ..., fence: _Optional[int] = ..., eval_tokens: _Optional[int] = ..., min_outer_step: _Optional[int] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("run_spec", "mark_tokens")
+    RUN_SPEC_FIELD_NUMBER: _ClassVar[int]
+    MARK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    run_spec: bytes
+    mark_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, run_spec: _Optional[bytes] = ..., mark_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReportDutyRequest(_message.Message):
-    __slots__ = ("request_id", "duty_id", "fence", "failure_reason", "evaluation")
+    __slots__ = ("request_id", "duty_id", "fence", "failure_reason", "evaluation", "trial")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     DUTY_ID_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     FAILURE_REASON_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     duty_id: str
     fence: int
     failure_reason: str
     evaluation: Evaluation
-    def __init__(self, request_id: _Optional[str] = ..., duty_id: _Optional[str] = ..., fence: _Optional[int] = ..., failure_reason: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
+    trial: TrialResult
+    def __init__(self, request_id: _Optional[str] = ..., duty_id: _Optional[str] = ..., fence: _Optional[int] = ..., failure_reason: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., trial: _Optional[_Union[TrialResult, _Mapping]] = ...) -> None: ...
+
+class TrialResult(_message.Message):
+    __slots__ = ("run_digest", "seed", "convention", "params_n", "flop_per_token", "points", "params_digest", "train_seconds")
+    RUN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    CONVENTION_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_N_FIELD_NUMBER: _ClassVar[int]
+    FLOP_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    run_digest: str
+    seed: int
+    convention: str
+    params_n: int
+    flop_per_token: float
+    points: _containers.RepeatedCompositeFieldContainer[TrialPoint]
+    params_digest: bytes
+    train_seconds: float
+    def __init__(self, run_digest: _Optional[str] = ..., seed: _Optional[int] = ..., convention: _Optional[str] = ..., params_n: _Optional[int] = ..., flop_per_token: _Optional[float] = ..., points: _Optional[_Iterable[_Union[TrialPoint, _Mapping]]] = ..., params_digest: _Optional[bytes] = ..., train_seconds: _Optional[float] = ...) -> None: ...
+
+class TrialPoint(_message.Message):
+    __slots__ = ("tokens", "total_nats", "num_tokens", "num_bytes")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_NATS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    total_nats: float
+    num_tokens: int
+    num_bytes: int
+    def __init__(self, tokens: _Optional[int] = ..., total_nats: _Optional[float] = ..., num_tokens: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class Evaluation(_message.Message):
     __slots__ = ("incarnation", "outer_step", "state_digest", "total_nats", "num_tokens", "num_bytes", "schedule_tokens")

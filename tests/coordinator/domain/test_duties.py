@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from coordinator.domain.duties import (
     MAX_DUTY_ATTEMPTS,
+    STATE_KINDS,
     DutyKind,
     DutyRecord,
     DutyState,
@@ -109,7 +110,7 @@ def test_the_end_asks_for_both_once_and_withdraws_others() -> None:
     pending = replace(done("run/evaluate/7", DutyKind.EVALUATE), state=DutyState.OPEN)
     withdrawn = withdraw_outdated([pending], progress=complete, now_unix_seconds=2.0)
     assert withdrawn[0].state is DutyState.FAILED and "final" in withdrawn[0].reason
-    expected = [final_duty_id("run", kind, 1) for kind in DutyKind]
+    expected = [final_duty_id("run", kind, 1) for kind in STATE_KINDS]
     created = plan_duties(withdrawn, progress=complete, now_unix_seconds=2.0, policy=POLICY)
     assert ids(created) == expected and created[0].min_outer_step == 9
     assert due([*withdrawn, *created], complete) == []

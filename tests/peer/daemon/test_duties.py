@@ -24,6 +24,10 @@ class Reports:
         return duties_pb2.ReportDutyResponse(is_accepted=True)
 
 
+async def no_trial(duty: duties_pb2.Duty) -> duties_pb2.TrialResult:
+    raise AssertionError(f"{duty.duty_id} is no trial")
+
+
 async def perform_until_the_end_of(
     child: ChildName, kind: Any, tmp: Path
 ) -> tuple[bool, list[duties_pb2.ReportDutyRequest], list[ev.Event]]:
@@ -35,6 +39,7 @@ async def perform_until_the_end_of(
         send=lambda *_, **__: asked.set(),
         metrics=PeerMetrics(),
         feed=fed.append,
+        run_trial=no_trial,
     )
     duty = duties_pb2.Duty(duty_id="d", fence=3, kind=kind)
     task = asyncio.ensure_future(duties.perform(duty, heldout_paths=()))

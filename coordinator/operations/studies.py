@@ -1,0 +1,435 @@
+"""Studies over the store: made, handed out trial by trial, advanced from stage to stage, shown.
+
+A trial is a duty of the run that the study is attached to: fenced, handed on when its holder is
+gone, counted once. Trials are handed out while that run is not training (paused, or waiting for
+peers): a trial beside training would slow both and measure neither.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from coordinator.domain.duties import DutyKind, DutyRecord, DutyState, hand_out
+from coordinator.domain.run_state import FINAL_STATES
+from coordinator.operations.common import OperationContext, load_run_data, unix_ms
+from coordinator.operations.duties import load_duties, save_duty
+from coordinator.operations.members import member_from_row, speed_from_row
+from coordinator.operations.requests_studies import (
+    CreateStudyRequest,
+    CreateStudyResponse,
+    StudyRequest,
+    StudyStatus,
+    TrialStatus,
+)
+from coordinator.operations.runs import find_run
+from coordinator.operations.study_results import observations_of
+from coordinator.scaling.observations import Observations
+from coordinator.store.base import Transaction
+from coordinator.store.rows import RunRow
+from coordinator.store.rows_membership import PeerRow
+from coordinator.store.rows_studies import StudyRow, TrialRow
+from coordinator.study.design import (
+    OpenTrial,
+    Purpose,
+    StudyDesign,
+    StudyStage,
+    TrialPlan,
+    best_rate,
+    choose_trial,
+    first_stage,
+    size_plans,
+)
+from protos.contract.errors import ErrorCode, RefusedError, UsageError
+from protos.contract.ids import is_valid_run_id
+from protos.contract.model_shape import ModelShape
+from protos.contract.run_spec import RunSpec
+from protos.contract.telemetry import RunState
+
+_HANDING_STATES = frozenset({RunState.PAUSED.value, RunState.WAITING_FOR_PEERS.value})
+_LEAST_PATIENCE_SECONDS = 600.0
+_SLOWEST_FLOP_PER_SECOND = 1e8
+_PATIENCE_FACTOR = 10.0
+
+
+def create_study(
+    tx: Transaction,
+    request: CreateStudyRequest,
+    /,
+    *,
+    context: OperationContext,
+    now_unix_seconds: float,
+) -> CreateStudyResponse:
+    """Design a sweep on a run's dataset and open its first trials. Raises UsageError."""
+    run = find_run(tx, request.run_id)
+    if run.state in FINAL_STATES:
+        raise RefusedError(
+            f"run {run.run_id!r} is {run.state}: its peers have left",
+            allowed="runs that are not over; their peers do the trials",
+            remedy="create a run, pause it, and attach the study to it",
+            code=ErrorCode.RUN_NOT_ACTIVE,
+        )
+    manifest = load_run_data(tx, context, run.run_id).manifest
+    design = StudyDesign(
+        dataset_id=run.dataset_id,
+        vocab_size=manifest.vocab_size,
+        **{
+            name: getattr(request, name)
+            for name in (
+                "num_sizes", "min_params", "max_params", "flop", "max_tokens", "learning_rates",
+                "num_repeats", "seq_len", "batch_tokens", "warmup_steps", "heldout_tokens", "seed",
+            )
+        },
+    )  # fmt: skip
+    stage, plans = first_stage(design)
+    study_id = request.study_id or f"study-{len(tx.studies()) + 1}"
+    _check_new(tx, study_id)
+    reason = f"{len(plans)} trials of {sum(plan.flop for plan in plans):.3g} FLOP in all"
+    study = StudyRow(
+        study_id=study_id,
+        run_id=run.run_id,
+        design_json=design.to_json(),
+        stage=stage,
+        stage_reason=reason,
+        create_unix_ms=unix_ms(now_unix_seconds),
+        finish_unix_ms=0,
+    )
+    tx.put_study(study)
+    _open_trials(tx, study, plans, now_unix_seconds=now_unix_seconds)
+    _note(tx, study, f"study {study_id} created: {reason}", now_unix_seconds)
+    return CreateStudyResponse(
+        study_id=study_id, run_id=run.run_id, num_trials=len(plans), reason=reason
+    )
+
+
+def _check_new(tx: Transaction, study_id: str) -> None:
+    if not is_valid_run_id(study_id):
+        raise UsageError(
+            f"study id {study_id!r}",
+            allowed="1 to 32 lower-case letters, digits and hyphens, no hyphen first",
+            remedy="choose another id",
+        )
+    if tx.study(study_id) is not None:
+        raise UsageError(
+            f"study {study_id!r} exists already",
+            allowed="a new id",
+            remedy="choose another --study",
+            code=ErrorCode.ALREADY_EXISTS,
+        )
+
+
+def _open_trials(
+    tx: Transaction,
+    study: StudyRow,
+    plans: Sequence[TrialPlan],
+    *,
+    now_unix_seconds: float,
+) -> None:
+    """Add trials after those that there are; each is a duty of the same id."""
+    first = len(tx.trials(study.study_id))
+    for number, plan in enumerate(plans, start=first):
+        trial_id = f"{study.run_id}/trial/{study.study_id}-{number}"
+        if plan.original_number >= 0:
+            plan = replace(plan, original_number=first + plan.original_number)
+        tx.put_trial(
+            TrialRow(
+                trial_id=trial_id,
+                study_id=study.study_id,
+                trial_number=number,
+                purpose=plan.purpose,
+                plan_json=plan.to_json(),
+                flop=plan.flop,
+                params_n=float(plan.shape.num_matmul_parameters),
+                first_peer_id="",
+                peer_id="",
+                fence=0,
+                result_json="",
+                finish_unix_ms=0,
+            )
+        )
+        duty = DutyRecord(
+            duty_id=trial_id,
+            kind=DutyKind.TRIAL,
+            state=DutyState.OPEN,
+            fence=0,
+            min_outer_step=0,
+            create_unix_seconds=now_unix_seconds,
+            reason=f"trial {number} of study {study.study_id}",
+        )
+        save_duty(tx, study.run_id, duty)
+
+
+def assign_trial(
+    tx: Transaction,
+    run: RunRow,
+    row: PeerRow,
+    duties: Sequence[DutyRecord],
+    *,
+    now_unix_seconds: float,
+) -> DutyRecord | None:
+    """A trial for a live peer that holds no duty, while the run is not training."""
+    open_duties = {
+        duty.duty_id: duty
+        for duty in duties
+        if duty.kind is DutyKind.TRIAL and duty.state is DutyState.OPEN
+    }
+    if not open_duties or run.state not in _HANDING_STATES:
+        return None
+    found = [trial for duty_id in open_duties if (trial := tx.trial(duty_id)) is not None]
+    candidates = [_open_trial(tx, trial) for trial in found]
+    choice, why = choose_trial(
+        [one for one in candidates if one is not None], row.peer_id, _speeds(tx, run)
+    )
+    if choice is None:
+        return None
+    duty = hand_out(open_duties[choice.trial_id], row.peer_id, now_unix_seconds=now_unix_seconds)
+    return replace(duty, reason=why)
+
+
+def _open_trial(tx: Transaction, trial: TrialRow) -> OpenTrial | None:
+    """As the choice sees it; None for a repeat whose original is not over."""
+    avoided = ""
+    number = int(json.loads(trial.plan_json)["original_number"])
+    if number >= 0:
+        original = tx.trials(trial.study_id)[number]
+        duty = tx.duty(original.trial_id)
+        if duty is not None and duty.state in (DutyState.OPEN, DutyState.ASSIGNED):
+            return None
+        avoided = original.peer_id
+    return OpenTrial(
+        trial_id=trial.trial_id,
+        params_n=trial.params_n,
+        flop=trial.flop,
+        avoided_peer_id=avoided,
+    )
+
+
+def _speeds(tx: Transaction, run: RunRow) -> dict[str, float]:
+    """FLOP/s of every live peer: measured in its newest trial, else in training; 0 if unknown."""
+    flop_per_token = ModelShape.from_spec(RunSpec.from_wire(run.spec).model).flop_per_token()
+    speeds = {
+        row.peer_id: speed_from_row(row) * flop_per_token
+        for row in tx.peers(run.run_id)
+        if member_from_row(row).is_live
+    }
+    done = [
+        trial for study in tx.studies() for trial in tx.trials(study.study_id) if trial.result_json
+    ]
+    for trial in sorted(done, key=lambda trial: trial.finish_unix_ms):
+        seconds = json.loads(trial.result_json)["train_seconds"]
+        if trial.peer_id in speeds and seconds > 0:
+            speeds[trial.peer_id] = trial.flop / seconds
+    return speeds
+
+
+def trial_patience(tx: Transaction, duties: Sequence[DutyRecord]) -> dict[str, float]:
+    """Seconds that each assigned trial's holder may take: ten times what its work should."""
+    patience = {}
+    for duty in duties:
+        if duty.kind is DutyKind.TRIAL and duty.state is DutyState.ASSIGNED:
+            trial = tx.trial(duty.duty_id)
+            flop = 0.0 if trial is None else trial.flop
+            patience[duty.duty_id] = max(
+                _LEAST_PATIENCE_SECONDS, _PATIENCE_FACTOR * flop / _SLOWEST_FLOP_PER_SECOND
+            )
+    return patience
+
+
+def advance_studies(tx: Transaction, run: RunRow, *, now_unix_seconds: float) -> list[str]:
+    """Move the studies of a run on whose trials are all over; returns what changed."""
+    changes = []
+    for study in tx.studies():
+        is_over = study.stage in (StudyStage.DONE, StudyStage.FAILED)
+        if study.run_id != run.run_id or is_over:
+            continue
+        trials = tx.trials(study.study_id)
+        state_by_id = {duty.duty_id: duty.state for duty in load_duties(tx, run.run_id)}
+        over = (DutyState.DONE, DutyState.FAILED)
+        if not all(state_by_id.get(trial.trial_id) in over for trial in trials):
+            continue
+        changes.append(_advance(tx, study, trials, now_unix_seconds=now_unix_seconds))
+    return changes
+
+
+def _advance(
+    tx: Transaction, study: StudyRow, trials: Sequence[TrialRow], *, now_unix_seconds: float
+) -> str:
+    design = StudyDesign.from_json(study.design_json)
+    missing = [trial for trial in trials if not trial.result_json]
+    lacks = f"; {len(missing)} trials were given up" if missing else ""
+    if study.stage == StudyStage.RATES:
+        losses = {
+            (trial.params_n, _rate(trial)): json.loads(trial.result_json)["points"][-1]["loss"]
+            for trial in trials
+            if trial.result_json
+        }
+        sizes = {size for size, _ in losses}
+        whole = {
+            key: loss
+            for key, loss in losses.items()
+            if all((key[0], rate) in losses for rate in design.learning_rates)
+        }
+        if not whole:
+            reason = f"no size has all learning rates{lacks}"
+            return _set_stage(tx, study, StudyStage.FAILED, reason, now_unix_seconds)
+        rate, why = best_rate(whole)
+        plans = size_plans(design, rate)
+        _open_trials(tx, study, plans, now_unix_seconds=now_unix_seconds)
+        reason = f"{why}, at {len(sizes)} sizes; {len(plans)} trials follow{lacks}"
+        return _set_stage(tx, study, StudyStage.SIZES, reason, now_unix_seconds)
+    done = [trial for trial in trials if trial.result_json]
+    num_sizes = sum(trial.purpose == Purpose.SIZE for trial in done)
+    if num_sizes < 3:
+        reason = f"{num_sizes} sizes have a result, a fit needs 3{lacks}"
+        return _set_stage(tx, study, StudyStage.FAILED, reason, now_unix_seconds)
+    reason = f"{len(done)} of {len(trials)} trials have a result{lacks}"
+    return _set_stage(tx, study, StudyStage.DONE, reason, now_unix_seconds)
+
+
+def _set_stage(
+    tx: Transaction, study: StudyRow, stage: StudyStage, reason: str, now_unix_seconds: float
+) -> str:
+    is_over = stage in (StudyStage.DONE, StudyStage.FAILED)
+    finish_unix_ms = unix_ms(now_unix_seconds) if is_over else 0
+    tx.put_study(replace(study, stage=stage, stage_reason=reason, finish_unix_ms=finish_unix_ms))
+    text = f"study {study.study_id} is {stage}: {reason}"
+    _note(tx, study, text, now_unix_seconds)
+    return text
+
+
+def _rate(trial: TrialRow) -> float:
+    plain = json.loads(json.loads(trial.plan_json)["spec"])
+    return float(plain["optimizer"]["peak_lr"])
+
+
+def find_study(tx: Transaction, study_id: str) -> StudyRow:
+    """A study; "" means the newest. Raises UsageError."""
+    studies = tx.studies()
+    if not study_id and studies:
+        return studies[-1]
+    found = tx.study(study_id) if study_id else None
+    if found is None:
+        known = ", ".join(study.study_id for study in studies) or "none yet"
+        raise UsageError(
+            f"study {study_id!r} is not known here",
+            allowed=f"one of: {known}",
+            remedy="see `muster-coordinator study status`, or create one",
+        )
+    return found
+
+
+def study_status(
+    tx: Transaction,
+    request: StudyRequest,
+    /,
+    *,
+    context: OperationContext,
+    now_unix_seconds: float,
+) -> StudyStatus:
+    """A study with its trials. Raises UsageError. Only reads."""
+    study = find_study(tx, request.study_id)
+    run = find_run(tx, study.run_id)
+    duties = {duty.duty_id: duty for duty in load_duties(tx, run.run_id)}
+    names = {row.peer_id: row.name for row in tx.peers(run.run_id)}
+    trials = tuple(
+        _trial_status(trial, duties.get(trial.trial_id), names)
+        for trial in tx.trials(study.study_id)
+    )
+    is_open = any(trial.state == DutyState.OPEN for trial in trials)
+    waits = ""
+    if is_open and run.state not in _HANDING_STATES:
+        waits = f"open trials wait: run {run.run_id} is {run.state}; pause it to hand them out"
+    elif is_open and not any(member_from_row(row).is_live for row in tx.peers(run.run_id)):
+        waits = f"open trials wait: no live peer has joined run {run.run_id}"
+    return StudyStatus(
+        study_id=study.study_id,
+        run_id=study.run_id,
+        dataset_id=run.dataset_id,
+        stage=study.stage,
+        stage_reason=study.stage_reason,
+        waiting_reason=waits,
+        num_trials=len(trials),
+        num_done=sum(trial.state == DutyState.DONE for trial in trials),
+        trials=trials,
+        seed_noise_ratio=seed_noise(tx.trials(study.study_id)),
+        create_unix_seconds=study.create_unix_ms / 1000,
+        finish_unix_seconds=study.finish_unix_ms / 1000,
+    )
+
+
+def study_observations(
+    tx: Transaction,
+    request: StudyRequest,
+    /,
+    *,
+    context: OperationContext,
+    now_unix_seconds: float,
+) -> Observations:
+    """Every point of a study's finished size trials. Raises UsageError while there is none."""
+    study = find_study(tx, request.study_id)
+    rows = observations_of(tx.trials(study.study_id), source=study.study_id)
+    if not rows:
+        raise UsageError(
+            f"study {study.study_id!r} has no result of a size yet; it is {study.stage}: "
+            f"{study.stage_reason}",
+            allowed="studies with finished size trials",
+            remedy="wait; see `muster-coordinator study status`",
+        )
+    return Observations.of(rows)
+
+
+def _trial_status(trial: TrialRow, duty: DutyRecord | None, names: dict[str, str]) -> TrialStatus:
+    plan = json.loads(trial.plan_json)
+    spec = json.loads(plan["spec"])
+    result = json.loads(trial.result_json) if trial.result_json else None
+    peer_id = trial.peer_id or ("" if duty is None else duty.peer_id)
+    return TrialStatus(
+        trial_number=trial.trial_number,
+        purpose=trial.purpose,
+        state="" if duty is None else duty.state,
+        reason="" if duty is None else duty.reason,
+        num_handouts=0 if duty is None else duty.fence,
+        params_n=trial.params_n,
+        tokens=plan["mark_tokens"][-1],
+        flop=trial.flop,
+        learning_rate=spec["optimizer"]["peak_lr"],
+        seed=spec["seed"],
+        peer_id=peer_id,
+        peer_name=names.get(peer_id, ""),
+        loss_nats=0.0 if result is None else result["points"][-1]["loss"],
+        flop_per_second=0.0
+        if result is None or not result["train_seconds"]
+        else trial.flop / result["train_seconds"],
+        params_digest="" if result is None else result["params_digest"],
+    )
+
+
+def seed_noise(trials: Sequence[TrialRow]) -> float:
+    """Standard deviation of ln loss between seeds: from repeats against their originals at every
+    mark (their difference has twice the variance); 0 without any.
+    """
+    squares = []
+    for trial in trials:
+        original = int(json.loads(trial.plan_json)["original_number"])
+        if original < 0 or not trial.result_json or not trials[original].result_json:
+            continue
+        first = {
+            point["tokens"]: point["loss"]
+            for point in json.loads(trials[original].result_json)["points"]
+        }
+        squares += [
+            math.log(point["loss"] / first[point["tokens"]]) ** 2 / 2
+            for point in json.loads(trial.result_json)["points"]
+            if point["tokens"] in first
+        ]
+    return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+
+
+def _note(tx: Transaction, study: StudyRow, text: str, now_unix_seconds: float) -> None:
+    tx.insert_event(
+        run_id=study.run_id,
+        unix_ms=unix_ms(now_unix_seconds),
+        kind="study",
+        peer_id="",
+        text=text,
+    )
