@@ -191,7 +191,7 @@ def finetune(tunable: Tunable, data: TuningSet, settings: TuningSettings) -> Ite
         mean = losses.total / losses.num_predicted
         if not torch.isfinite(mean):
             raise RunFailedError(
-                f"loss {float(mean)} in step {step + 1} of {num_steps}",
+                f"loss {float(mean.detach())} in step {step + 1} of {num_steps}",
                 allowed="finite values",
                 remedy="lower --lr",
             )
