@@ -47,8 +47,8 @@ def evaluate(
     few_shot: Annotated[
         int, typer.Option(help="Examples shown before each of --tasks.", min=0)
     ] = 0,
-    limit: Annotated[
-        int | None, typer.Option(help="Examples of each of --tasks at most.", min=1)
+    limit_examples: Annotated[
+        int | None, typer.Option("--limit", help="Examples of each of --tasks at most.", min=1)
     ] = None,
     task_folder: Annotated[
         Path | None, typer.Option(help="Folder with task files for --tasks.", readable=False)
@@ -70,7 +70,7 @@ def evaluate(
         plain = _memorization(opened, dataset)
     elif tasks:
         plain = _harness(
-            opened, tasks, few_shot=few_shot, limit_examples=limit, task_folder=task_folder
+            opened, tasks, few_shot=few_shot, limit_examples=limit_examples, task_folder=task_folder
         )
     else:
         plain = _losses(opened, text, dataset=dataset, eval_tokens=eval_tokens)
