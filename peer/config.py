@@ -116,6 +116,10 @@ class PeerConfig:
     """Several devices: cpu:N, N shares of the CPU, or cuda:0,1; empty: what `device` says."""
     layout: str = "auto"
     """How a model lies on them: auto, or such as tp=2,pp=2 (peer/parallel/layout.py)."""
+    probe_interval_seconds: float = 0.0
+    """How often a micro-batch's activations and gradients are measured per layer, for /metrics; 0:
+    never.
+    """
     log_level: str = "INFO"
     """Least severe log line that is written."""
 
@@ -132,6 +136,7 @@ class PeerConfig:
         _check_range("listen_port", self.listen_port, 0, 65535)
         if self.metrics_port is not None:
             _check_range("metrics_port", self.metrics_port, 0, 65535)
+        _check_range("probe_interval_seconds", self.probe_interval_seconds, 0, 1_000_000)
         _check_range("upload_limit_mbit", self.upload_limit_mbit, 0, 1_000_000)
         for address in self.announce:
             check_announced(address)
@@ -196,6 +201,7 @@ _KEYS: dict[str, _Key] = {
     "device": _Key("device", str),
     "devices": _Key("devices", str),
     "layout": _Key("layout", str),
+    "probe_interval_seconds": _Key("probe_interval_seconds", float),
     "log_level": _Key("log_level", lambda text: str(text).upper()),
 }
 

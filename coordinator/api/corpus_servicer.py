@@ -19,6 +19,7 @@ from protos.contract.chunk_format import (
     training_chunk_path,
 )
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
+from protos.contract.initial_file import initial_path
 from protos.muster.v1 import corpus_pb2, corpus_pb2_grpc
 
 
@@ -64,6 +65,11 @@ def find_file(
         heldout_path = dataset_dir / heldout_chunk_path(request.chunk_index)
         return FoundFile(
             path=heldout_path, digest=manifest.heldout_chunks[request.chunk_index].digest
+        )
+    initial_digest = load_run_data(tx, context, request.run_id).spec.initial_digest
+    if request.file == corpus_pb2.DATASET_FILE_INITIAL_STATE and initial_digest:
+        return FoundFile(
+            path=context.data_dir / initial_path(initial_digest), digest=initial_digest
         )
     if request.file != corpus_pb2.DATASET_FILE_TRAINING_CHUNK:
         raise UsageError(

@@ -30,6 +30,15 @@ def build(
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", help="Entries of the tokenizer.")
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", help="tokenizer.json to use instead of training one.", readable=False
+        ),
+    ] = None,
+    eos_token_id: Annotated[
+        int | None, typer.Option("--eos-token-id", help="Its token that ends a document.", min=0)
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides which text is held out.")] = 0,
     heldout_ratio: Annotated[
         float, typer.Option("--heldout-ratio", help="Share that is held out.")
@@ -38,12 +47,15 @@ def build(
 ) -> None:
     """Build a dataset, or reuse a finished one of the same sources and settings."""
     from coordinator.corpus.build import build_corpus
-    from coordinator.corpus.tokenizer import DEFAULT_VOCAB_SIZE
+    from coordinator.corpus.tokenizer import DEFAULT_VOCAB_SIZE, load_given_tokenizer
+
+    given = load_given_tokenizer(tokenizer, vocab_size=vocab_size, eos_token_id=eos_token_id)
 
     manifest = build_corpus(
         sources,
         out_dir,
         vocab_size=DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
+        given_tokenizer=given,
         heldout_ratio=heldout_ratio,
         seed=seed,
         on_progress=_Progress(),

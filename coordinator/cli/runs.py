@@ -50,10 +50,17 @@ def create(
     min_peers: Annotated[
         int, typer.Option("--min-peers", help="Peers to wait for before the first step.")
     ] = 1,
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            "--init", help="Model to go on from: what `muster-peer import` wrote.", readable=False
+        ),
+    ] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     is_json: AsJson = False,
 ) -> None:
     """Create a run over a dataset."""
+    from coordinator.cli.initial import keep_initial, read_initial
     from coordinator.cli.perform import perform
     from coordinator.cli.spec_options import build_spec
     from coordinator.corpus.build import check_corpus_fits, verify_dataset
@@ -68,6 +75,7 @@ def create(
         settings=settings or (),
         budget_tokens=budget_tokens,
         seed=seed,
+        initial=None if initial is None else read_initial(initial, manifest),
     )
     check_corpus_fits(
         manifest, seq_len=spec.model.seq_len, global_batch_tokens=spec.strategy.global_batch_tokens
@@ -79,6 +87,8 @@ def create(
         manifest=manifest.to_bytes(),
         min_peers=min_peers,
     )
+    if initial is not None:
+        keep_initial(initial, spec.initial_digest, data_dir)
     made = perform(data_dir, "create_run", request, may_create=True)
     spec_name = f"run_spec-{made['run_id']}.json"  # `muster-peer eval` and others look for it
     write_whole(data_dir / spec_name, spec.to_wire(), mode=0o644)

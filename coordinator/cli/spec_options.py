@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coordinator.cli.initial import ImportedModel
 from protos.contract.chunk_format import Manifest, num_windows
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 from protos.contract.run_spec import (
@@ -60,12 +61,16 @@ def build_spec(
     settings: Sequence[str] = (),
     budget_tokens: int | None = None,
     seed: int | None = None,
+    initial: ImportedModel | None = None,
 ) -> RunSpec:
-    """RunSpec over a dataset. Without a budget it is one pass over the training windows.
+    """RunSpec over a dataset. Without a budget it is one pass over the training windows; `initial`
+    brings its own model, of which only seq_len may be set.
 
     Raises UsageError for what a person can correct, unknown keys with the nearest match included.
     """
     plain = _read_toml(spec_path) if spec_path is not None else {}
+    if initial is not None:
+        _use_imported(plain, initial, model)
     is_vocab_ours = bool(model) or "model" not in plain
     if is_vocab_ours:
         plain["model"] = plain_fields(parse_model(model, vocab_size=manifest.vocab_size))
@@ -91,7 +96,22 @@ def build_spec(
         plain["budget_tokens"] = windows * seq_len
     if isinstance(plain["budget_tokens"], int) and plain["budget_tokens"] >= seq_len:
         plain["budget_tokens"] = floor_to_windows(plain["budget_tokens"], seq_len)
-    return parse_fields(RunSpec, plain, where="run spec")
+    spec = parse_fields(RunSpec, plain, where="run spec")
+    if initial is not None:
+        initial.header.require_model(spec.model)
+    return spec
+
+
+def _use_imported(plain: dict[str, Any], initial: ImportedModel, model: Sequence[str]) -> None:
+    """Model and digest of an imported model."""
+    if model or "model" in plain:
+        raise UsageError(
+            "a model, and --init",
+            allowed="one of them: an imported model has its own shape",
+            remedy="leave --model and the spec's [model] out; --set model.seq_len=N is possible",
+        )
+    plain["model"] = plain_fields(initial.header.model)
+    plain["initial_digest"] = initial.digest
 
 
 def _num_extra_tokens(plain: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ summary.json. Peers are ordinary peers that joined with a token; one that dies i
 """
 
 import asyncio
+import json
 import shutil
 import signal
 import sys
@@ -40,6 +41,7 @@ from coordinator.config import CoordinatorConfig, load_config
 from coordinator.corpus.baselines import compute_baselines
 from coordinator.operations.ledger_verify import verify_ledger
 from coordinator.operations.membership import peer_exited
+from coordinator.operations.plain import plain_from_response
 from coordinator.operations.requests import PeerExitedRequest
 from coordinator.operations.requests_admin import (
     CreateTokenRequest,
@@ -337,9 +339,12 @@ class _Up:
         baselines = await asyncio.to_thread(compute_baselines, dataset_dir)
         export_dir = (options.data_dir / "export").absolute()
         shutil.rmtree(export_dir, ignore_errors=True)
+        credits_path = options.data_dir.absolute() / "credits.json"
+        credits_path.write_text(json.dumps(plain_from_response(status)))
         await run_peer_command(
-            "export", str(state_path), str(export_dir), "--dataset", str(dataset_dir)
-        )
+            "export", str(state_path), str(export_dir), "--dataset", str(dataset_dir),
+            "--credits", str(credits_path),
+        )  # fmt: skip
         sample = await run_peer_command(
             "generate",
             str(state_path),

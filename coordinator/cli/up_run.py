@@ -44,7 +44,7 @@ SUMMARY_FILE = "summary.json"
 _FRESH_REMOVES = (
     STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm", "coordinator.json", SUMMARY_FILE,
     SPEC_FILE,
-    FLAGS_FILE, "checkpoints", "export", "peers",
+    FLAGS_FILE, "checkpoints", "export", "credits.json", "peers",
 )  # fmt: skip
 """What --fresh removes; datasets and keys stay, so the corpus need not be built again."""
 

@@ -32,6 +32,7 @@ from coordinator.corpus.split import Split, order_key, split_source
 from coordinator.corpus.tokenizer import (
     DEFAULT_VOCAB_SIZE,
     EOS_TOKEN_ID,
+    GivenTokenizer,
     check_vocab_size,
     encode_documents,
     load_tokenizer,
@@ -106,6 +107,7 @@ def build_corpus(
     out_dir: Path,
     *,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
+    given_tokenizer: GivenTokenizer | None = None,
     chunk_bytes: int | None = None,
     heldout_ratio: float = 0.05,
     seed: int = 0,
@@ -114,7 +116,8 @@ def build_corpus(
 ) -> Manifest:
     """Build the dataset of the SOURCE strings in `out_dir`, or reuse an equal finished build.
 
-    `chunk_bytes` None chooses by the size of the corpus. Raises UsageError for input that a person
+    `chunk_bytes` None chooses by the size of the corpus; `given_tokenizer` replaces training one.
+    Raises UsageError for input that a person
     can correct, MachineError when the disk is full or the folder cannot be written,
     CorruptDataError when a file changed meanwhile.
     """
@@ -132,6 +135,7 @@ def build_corpus(
         seed=seed,
         chunk_bytes=chunk_bytes,
         vocab_size=vocab_size,
+        given_tokenizer=given_tokenizer,
         heldout_ratio=heldout_ratio,
         min_training_tokens=min_training_tokens,
         report=report,
@@ -265,6 +269,7 @@ class _Builder:
     seed: int
     chunk_bytes: int
     vocab_size: int
+    given_tokenizer: GivenTokenizer | None
     heldout_ratio: float
     min_training_tokens: int
     report: OnProgress
@@ -279,7 +284,7 @@ class _Builder:
             plain_sources.append(
                 [source.name, source.origin, source.licence, source.weight, texts.hexdigest()]
             )
-        plain = {
+        plain: dict[str, Any] = {
             "pipeline_version": PIPELINE_VERSION,
             "tokenizers_version": version("tokenizers"),
             "vocab_size": self.vocab_size,
@@ -288,7 +293,16 @@ class _Builder:
             "seed": self.seed,
             "sources": plain_sources,
         }
+        given = self.given_tokenizer
+        if given is not None:
+            plain["tokenizer"] = hashlib.sha256(given.tokenizer_json).hexdigest()
+            plain["eos_token_id"] = given.eos_token_id
         return hashlib.sha256(canonical_json(plain)).hexdigest()
+
+    @property
+    def eos_token_id(self) -> int:
+        """Token that ends a document."""
+        return self.given_tokenizer.eos_token_id if self.given_tokenizer else EOS_TOKEN_ID
 
     def build(self, sources: Sequence[Source], *, build_key: str) -> Manifest:
         """Run all stages; the manifest is written last."""
@@ -306,7 +320,7 @@ class _Builder:
         vocab_size = chunk_format.token_byte_lengths(tokenizer_json).size
         manifest = Manifest(
             vocab_size=vocab_size,
-            eos_token_id=EOS_TOKEN_ID,
+            eos_token_id=self.eos_token_id,
             token_dtype=chunk_format.token_dtype_for(vocab_size),
             tokenizer_digest=hashlib.sha256(tokenizer_json).hexdigest(),
             chunk_bytes=self.chunk_bytes,
@@ -330,6 +344,8 @@ class _Builder:
         return manifest
 
     def _train_tokenizer(self, splits: Sequence[Split]) -> bytes:
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer.tokenizer_json
         parts = [part for split in splits for part in split.training]
         parts.sort(key=lambda part: order_key(part.document, seed=self.seed, purpose="sample"))
         sizes_bytes = [part.document.num_text_bytes for part in parts]
@@ -353,7 +369,9 @@ class _Builder:
         done_bytes = 0
         for source_index, parts in enumerate(parts_by_source):
             texts = (part.load_text() for part in parts)
-            documents = encode_documents(tokenizer, texts, dtype=writer.dtype)
+            documents = encode_documents(
+                tokenizer, texts, dtype=writer.dtype, eos_token_id=self.eos_token_id
+            )
             for part, tokens in zip(parts, documents, strict=True):
                 writer.add(tokens, source_index=source_index)
                 done_bytes += part.document.num_text_bytes

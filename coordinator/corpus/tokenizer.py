@@ -10,11 +10,14 @@ the default corpus, November 2026).
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from protos.contract.chunk_format import token_bytes_table
 from protos.contract.errors import CorruptDataError, UsageError
 
 EOS_TOKEN = "<|endoftext|>"
@@ -70,6 +73,47 @@ def train_tokenizer(sample: Iterable[str], *, vocab_size: int) -> bytes:
     return (tokenizer.to_str(pretty=False) + "\n").encode()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenTokenizer:
+    """A tokenizer that was not trained here, such as an imported model's."""
+
+    tokenizer_json: bytes
+    eos_token_id: int
+
+
+def load_given_tokenizer(
+    path: Path | None, *, vocab_size: int | None, eos_token_id: int | None
+) -> GivenTokenizer | None:
+    """The tokenizer of --tokenizer, None without one. Raises UsageError, CorruptDataError for
+    anything but byte-level BPE with that special token.
+    """
+    if path is None and eos_token_id is None:
+        return None
+    if path is None or eos_token_id is None or vocab_size is not None:
+        raise UsageError(
+            f"--tokenizer {path}, --eos-token-id {eos_token_id}, --vocab-size {vocab_size}",
+            allowed="--tokenizer and --eos-token-id together, and then no --vocab-size",
+            remedy="`muster-peer import` prints both",
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror or error}",
+            allowed="a tokenizer.json",
+            remedy="check the path",
+        ) from error
+    table = token_bytes_table(data)
+    special = [token for token, text in enumerate(table) if not text]
+    if eos_token_id not in special:
+        raise UsageError(
+            f"--eos-token-id {eos_token_id}",
+            allowed=f"a special token of {path}: {', '.join(map(str, special[:8])) or 'none'}",
+            remedy="name the one that ends a document",
+        )
+    return GivenTokenizer(tokenizer_json=data, eos_token_id=eos_token_id)
+
+
 def check_vocab_size(vocab_size: int) -> None:
     """Raise UsageError for a vocabulary that cannot hold all bytes or is absurdly large."""
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
@@ -102,7 +146,11 @@ def load_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 
 
 def encode_documents(
-    tokenizer: Tokenizer, texts: Iterable[str], *, dtype: npt.DTypeLike
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    dtype: npt.DTypeLike,
+    eos_token_id: int = EOS_TOKEN_ID,
 ) -> Iterator[npt.NDArray[np.unsignedinteger]]:
     """Token ids of each text in order, each ended by the end-of-document token."""
     for batch in _batches(texts):
@@ -110,7 +158,9 @@ def encode_documents(
         flat = [segment for parts in segments for segment in parts]
         encodings = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         for parts in segments:
-            yield _join(encodings, num_segments=len(parts), dtype=dtype)
+            ids = [next(encodings).ids for _ in parts]
+            joined = [np.asarray(part, dtype=dtype) for part in [*ids, [eos_token_id]]]
+            yield np.concatenate(joined)
 
 
 def split_segments(text: str) -> Iterator[str]:
@@ -155,10 +205,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, num_chars = [], 0
     if batch:
         yield batch
-
-
-def _join(
-    encodings: Iterator[Encoding], *, num_segments: int, dtype: npt.DTypeLike
-) -> npt.NDArray[np.unsignedinteger]:
-    parts = [np.asarray(next(encodings).ids, dtype=dtype) for _ in range(num_segments)]
-    return np.concatenate([*parts, np.asarray([EOS_TOKEN_ID], dtype=dtype)])

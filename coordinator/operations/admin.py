@@ -27,6 +27,7 @@ from protos.contract.chunk_format import Manifest
 from protos.contract.digest import canonical_json
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
 from protos.contract.ids import is_valid_run_id
+from protos.contract.initial_file import initial_path, read_initial_header
 from protos.contract.run_spec import RunSpec
 from protos.contract.schedule_order import ScheduleOrder
 from protos.contract.telemetry import PeerState, RunState
@@ -49,6 +50,7 @@ def create_run(
     spec, order, reason = _planned_spec(request)
     run_id = request.run_id or f"run-{spec.run_digest[:8]}"
     _check_new_run(tx, request, run_id)
+    _check_initial(context, spec)
     run = RunRow(
         run_id=run_id,
         run_digest=spec.run_digest,
@@ -100,6 +102,13 @@ def _planned_spec(request: CreateRunRequest) -> tuple[RunSpec, ScheduleOrder, st
             remedy="correct data.dataset_id or --corpus",
             code=ErrorCode.DIGEST_MISMATCH,
         )
+    if spec.objective.has_document_mask and manifest.eos_token_id != 0:
+        raise UsageError(
+            f"objective.has_document_mask over a dataset that ends documents with token "
+            f"{manifest.eos_token_id}",
+            allowed="datasets whose own tokenizer ends documents with token 0",
+            remedy="set objective.has_document_mask=false",
+        )
     extra_tokens = spec.objective.num_extra_tokens(spec.model.seq_len)
     if spec.model.vocab_size < manifest.vocab_size + extra_tokens:
         raise UsageError(
@@ -124,6 +133,20 @@ def _planned_spec(request: CreateRunRequest) -> tuple[RunSpec, ScheduleOrder, st
             remedy="lower budget_tokens, add text to the corpus, or raise data.max_data_passes",
         )
     return spec, order, budget.reason
+
+
+def _check_initial(context: OperationContext, spec: RunSpec) -> None:
+    """Raise UsageError for an imported model that is not there or of another shape."""
+    if not spec.initial_digest:
+        return
+    path = context.data_dir / initial_path(spec.initial_digest)
+    if not path.is_file():
+        raise UsageError(
+            f"initial_digest {spec.initial_digest[:16]}... is not in the data directory",
+            allowed="the digest of a model that was imported for a run",
+            remedy="name the file with --init",
+        )
+    read_initial_header(path).require_model(spec.model)
 
 
 def _json_object(data: bytes) -> dict[str, object]:

@@ -8,6 +8,7 @@ and version, so a file can be traced back to its run.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,26 @@ from peer.model.hf_names import hf_name
 from protos.contract.digest import Float32Vector
 from protos.contract.errors import CorruptDataError, ErrorCode, MachineError
 from protos.contract.model_shape import ModelShape
-from protos.contract.run_spec import ModelSpec, RunSpec
+from protos.contract.run_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierHead:
+    """Classes of the last token's final hidden state."""
+
+    weight: Float32Array
+    """(classes, d_model)."""
+    class_names: tuple[str, ...]
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        return {
+            "architectures": ["LlamaForSequenceClassification"],
+            "id2label": {str(index): name for index, name in enumerate(self.class_names)},
+            "label2id": {name: index for index, name in enumerate(self.class_names)},
+            "num_labels": len(self.class_names),
+            "pad_token_id": None,
+        }
 
 
 def named_parameters(spec: ModelSpec, params: Float32Vector) -> dict[str, Float32Array]:
@@ -70,21 +90,28 @@ def hf_config(spec: ModelSpec, *, eos_token_id: int) -> dict[str, Any]:
 
 
 def export_model(
-    spec: RunSpec,
+    spec: ModelSpec,
     params: Float32Vector,
     *,
     folder: Path,
     tokenizer_path: Path,
     eos_token_id: int,
     provenance: Mapping[str, str | int] | None = None,
+    card: str = "",
+    classifier: ClassifierHead | None = None,
 ) -> None:
-    """Write the folder; existing files of these names are replaced.
+    """Write the folder; existing files of these names are replaced. `card`: text of README.md. With
+    a `classifier` it is a folder for transformers.LlamaForSequenceClassification.
 
     Raises MachineError, CorruptDataError.
     """
-    tensors = {hf_name(name): view for name, view in named_parameters(spec.model, params).items()}
-    metadata = {"format": "pt", "run_digest": spec.run_digest}
-    metadata |= {key: str(value) for key, value in (provenance or {}).items()}
+    tensors = {hf_name(name): view for name, view in named_parameters(spec, params).items()}
+    metadata = {"format": "pt"} | {key: str(value) for key, value in (provenance or {}).items()}
+    config = hf_config(spec, eos_token_id=eos_token_id)
+    if classifier is not None:
+        tensors.pop("lm_head.weight", None)
+        tensors["score.weight"] = classifier.weight
+        config |= classifier.config()
     tokenizer_bytes = tokenizer_path.read_bytes()
     eos_token = _token_of_id(tokenizer_bytes, eos_token_id, path=tokenizer_path)
     try:
@@ -92,17 +119,19 @@ def export_model(
         save_tensors(folder / "model.safetensors", tensors, metadata)
         (folder / "tokenizer.json").write_bytes(tokenizer_bytes)
         for name, plain in {
-            "config.json": hf_config(spec.model, eos_token_id=eos_token_id),
+            "config.json": config,
             "generation_config.json": {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id},
             "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": eos_token,
                 "eos_token": eos_token,
-                "model_max_length": spec.model.seq_len,
+                "model_max_length": spec.seq_len,
                 "clean_up_tokenization_spaces": False,
             },
         }.items():
             (folder / name).write_text(json.dumps(plain, indent=2) + "\n")
+        if card:
+            (folder / "README.md").write_text(card)
     except OSError as error:
         raise MachineError(
             f"cannot write {folder}: {error.strerror or error}",

@@ -82,6 +82,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Float32Array], dict[str, str]]:
     return tensors, metadata
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Text metadata of any safetensors file. Raises CorruptDataError."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            header = json.loads(file.read(min(header_bytes, _MAX_HEADER_BYTES)))
+        return {str(key): str(text) for key, text in (header.get(_METADATA) or {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not valid ({error})") from error
+
+
 def _header(tensors: Mapping[str, Float32Array], metadata: Mapping[str, str]) -> bytes:
     plain: dict[str, Any] = {_METADATA: dict(metadata)}
     offset = 0

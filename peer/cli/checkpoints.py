@@ -1,24 +1,24 @@
 """A checkpoint on the command line: the model in it, and where its run spec and tokenizer lie.
 
-CHECKPOINT is either a folder that `export` wrote, which is complete, or a state file of a
-coordinator or peer, which names its run only by digest. The spec is then looked for in --spec, and
-above the file (run_spec.json of a coordinator's data directory, membership.json of a peer's home);
-a spec with another digest is not taken. The tokenizer comes from --dataset, or from where the
-spec's dataset lies in that directory.
+CHECKPOINT is a folder that `export` or `import` wrote or any Llama model in transformers' form,
+which are complete, or a state file of a coordinator or peer, which names its run only by digest.
+The spec is then looked for in --spec, and above the file (run_spec.json of a coordinator's data
+directory, membership.json of a peer's home); a spec with another digest is not taken. The tokenizer
+comes from --dataset, or from where the spec's dataset lies in that directory.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protos.contract.errors import CorruptDataError, MachineError, MusterError, UsageError
+from protos.contract.initial_file import INITIAL_FILE, is_initial_file
 from protos.contract.run_spec import ModelSpec, RunSpec
 
 if TYPE_CHECKING:
-    from peer.model.decoder import Decoder
+    from peer.model.decoder import Decoder, FlatParameters
     from protos.contract.digest import Float32Vector
 
 _MAX_PARENTS = 5
@@ -53,6 +53,31 @@ class OpenedCheckpoint:
                 remedy="`muster-peer eval` works with every objective",
             )
 
+    def load_tokenizer(self) -> Any:
+        """tokenizers.Tokenizer of the run."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.tokenizer_path))
+
+    def prompt_tokens(self, tokenizer: Any, text: str) -> list[int]:
+        """A prompt as a document begins: with what the tokenizer itself puts before a text, such as
+        Llama's BOS, or with the end of the document before.
+        """
+        ids: list[int] = tokenizer.encode(text).ids
+        has_own_beginning = ids != tokenizer.encode(text, add_special_tokens=False).ids
+        return ids if has_own_beginning else [self.eos_token_id, *ids]
+
+    def build_trainable(self) -> "tuple[Decoder, FlatParameters]":
+        """The model with a copy of these parameters, and with gradients."""
+        import torch
+
+        from peer.model.decoder import Decoder, FlatParameters
+
+        model = Decoder(self.model_spec)
+        flat = FlatParameters(model)
+        flat.values.copy_(torch.tensor(self.params))
+        return model, flat
+
     def build_model(self) -> "Decoder":
         """The model with these parameters, for inference."""
         import torch
@@ -63,6 +88,20 @@ class OpenedCheckpoint:
         flat = FlatParameters(model, has_grads=False)
         flat.values.copy_(torch.tensor(self.params))
         return model.eval()
+
+
+def set_up_torch(threads: int) -> None:
+    """Before anything else that imports torch."""
+    from peer.config import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from peer.parallel.devices import keep_freed_memory
+
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def load_spec(path: Path) -> RunSpec:
@@ -82,15 +121,18 @@ def load_spec(path: Path) -> RunSpec:
 def open_checkpoint(
     path: Path, *, spec_path: Path | None = None, dataset: Path | None = None
 ) -> OpenedCheckpoint:
-    """Open a state file or an exported folder. Raises MusterError."""
+    """Open a state file, an imported file or a folder. Raises MusterError."""
     if path.is_dir():
-        return _open_exported(path)
+        imported = path / INITIAL_FILE
+        return _open_imported(imported) if imported.is_file() else _open_exported(path)
     if not path.is_file():
         raise UsageError(
             f"{path} is not there",
-            allowed="a state file (*.safetensors) or a folder that `muster-peer export` wrote",
+            allowed="a state file (*.safetensors), or a folder that `export` or `import` wrote",
             remedy="check the path",
         )
+    if is_initial_file(path):
+        return _open_imported(path)
     from peer.checkpoint import store
 
     header, vectors = store.open_checkpoint(path)
@@ -114,53 +156,44 @@ def open_checkpoint(
 
 
 def _open_exported(folder: Path) -> OpenedCheckpoint:
-    import numpy as np
+    """A folder in transformers' form, ours or another's."""
+    from peer.checkpoint.hf_import import load_hf_params, read_hf_config, require_vocabulary
+    from peer.checkpoint.safetensors_io import read_metadata
 
-    from peer.checkpoint.safetensors_io import load_tensors
-    from peer.model.hf_names import hf_name
-    from protos.contract.model_shape import ModelShape
-
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        spec = ModelSpec(
-            vocab_size=config["vocab_size"],
-            d_model=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            d_ff=config["intermediate_size"],
-            seq_len=config["max_position_embeddings"],
-            has_tied_embeddings=config["tie_word_embeddings"],
-            rope_theta=float(config["rope_theta"]),
-            norm_epsilon=float(config["rms_norm_eps"]),
-        )
-        eos_token_id = int(config["eos_token_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptDataError(
-            f"{folder} has no config.json that `muster-peer export` wrote ({error!r})",
-            allowed="a folder from `muster-peer export`",
-            remedy="export again, or name a state file (*.safetensors)",
-        ) from error
-    tensors, metadata = load_tensors(folder / "model.safetensors")
-    parts = []
-    for name, shape in ModelShape.from_spec(spec).parameter_table():
-        tensor = tensors.get(hf_name(name))
-        if tensor is None or tensor.shape != shape:
-            raise CorruptDataError(
-                f"{folder}: {hf_name(name)} is missing or has another shape",
-                allowed=f"shape {shape}",
-                remedy="export again",
-            )
-        parts.append(np.ravel(tensor))
+    found = read_hf_config(folder)
+    tokenizer_path = folder / "tokenizer.json"
+    require_vocabulary(tokenizer_path, vocab_size=found.model.vocab_size)
+    own_file = folder / "model.safetensors"
+    metadata = read_metadata(own_file) if own_file.is_file() else {}
     return OpenedCheckpoint(
-        model_spec=spec,
-        params=np.concatenate(parts),
+        model_spec=found.model,
+        params=load_hf_params(folder, found.model),
         run_spec=None,
-        tokenizer_path=folder / "tokenizer.json",
-        eos_token_id=eos_token_id,
+        tokenizer_path=tokenizer_path,
+        eos_token_id=found.eos_token_id,
         dataset=None,
         provenance={key: value for key, value in metadata.items() if key != "format"},
+    )
+
+
+def _open_imported(path: Path) -> OpenedCheckpoint:
+    """What `import` wrote; the tokenizer lies beside it."""
+    from peer.checkpoint.hf_import import require_vocabulary
+    from peer.checkpoint.initial import load_initial
+    from protos.contract.initial_file import file_digest
+
+    header, params = load_initial(path)
+    tokenizer_path = path.parent / "tokenizer.json"
+    _check_digest(tokenizer_path, header.tokenizer_digest)
+    require_vocabulary(tokenizer_path, vocab_size=header.model.vocab_size)
+    return OpenedCheckpoint(
+        model_spec=header.model,
+        params=params,
+        run_spec=None,
+        tokenizer_path=tokenizer_path,
+        eos_token_id=header.eos_token_id,
+        dataset=None,
+        provenance={"initial_digest": file_digest(path), "origin": header.origin},
     )
 
 

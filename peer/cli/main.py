@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from peer.cli import begin_normal_interrupts, doctor, join, model, reference, rendezvous, status
+from peer.cli import (
+    begin_normal_interrupts,
+    doctor,
+    evaluate,
+    finetune,
+    generate,
+    join,
+    reference,
+    rendezvous,
+    status,
+    transfer,
+)
 from peer.cli.options import report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
@@ -67,9 +78,11 @@ app.command("join")(join.join)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.command("rendezvous")(rendezvous.rendezvous)
-app.command("generate")(model.generate)
-app.command("eval")(model.evaluate)
-app.command("export")(model.export)
+app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.command("export")(transfer.export)
+app.command("finetune")(finetune.finetune)
+app.command("import")(transfer.import_model)
 app.command("reference", hidden=True)(reference.reference)
 
 

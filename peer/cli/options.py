@@ -24,6 +24,15 @@ ConfigPath = Annotated[
     typer.Option("--config", help="TOML file. [default: peer.toml in the home]", readable=False),
 ]
 
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(help="State file (*.safetensors), or a folder that `export` wrote."),
+]
+SpecPath = Annotated[
+    Path | None, typer.Option("--spec", help="Run spec, if it does not lie above the checkpoint.")
+]
+DatasetDir = Annotated[Path | None, typer.Option("--dataset", help="Dataset directory of the run.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: all.", min=0)]
 
 JoinFile = Annotated[
     Path | None,
@@ -71,6 +80,12 @@ def print_json(plain: Any) -> None:
 def print_line(text: str) -> None:
     """A line of output, at once."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_part(text: str) -> None:
+    """A piece of a line, at once."""
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

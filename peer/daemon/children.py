@@ -207,6 +207,7 @@ def trainer_settings(
         "device": config.device,
         "devices": config.devices,
         "layout": config.layout,
+        "probe_interval_seconds": config.probe_interval_seconds,
         "memory_limit_bytes": config.memory_limit_bytes,
         "heldout_paths": [str(path) for path in heldout_paths],
         "tokenizer_path": str(tokenizer_path),

@@ -7,15 +7,18 @@ rest; nothing is taken on the coordinator's word.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 from peer.data.fetch import ChunkCache, WantedFile
 from protos.contract.chunk_format import ChunkEntry, Manifest
 from protos.contract.errors import CorruptDataError
+from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import RunSpec
 from protos.muster.v1 import corpus_pb2
 
+_MAX_INITIAL_HEADER_BYTES = 2**17
 _MAX_MANIFEST_BYTES = 64 * 2**20
 _MAX_TOKENIZER_BYTES = 64 * 2**20
 _UNLIMITED_BYTES = 2**62
@@ -82,8 +85,25 @@ class Dataset:
             )
             for index, chunk in enumerate(manifest.heldout_chunks)
         ]
-        self.tokenizer_path, *paths = await asyncio.gather(tokenizer, *heldout)
+        self.tokenizer_path, *paths = await asyncio.gather(
+            tokenizer, *heldout, *self._fetch_initial()
+        )
+        del paths[len(heldout) :]
         self.heldout_paths = tuple(paths)
+
+    def _fetch_initial(self) -> Iterator[Coroutine[Any, Any, Path]]:
+        """The imported model that the run starts from, if its spec names one; kept in the cache."""
+        if not self._spec.initial_digest:
+            return
+        digest = bytes.fromhex(self._spec.initial_digest)
+        vector_bytes = ModelShape.from_spec(self._spec.model).vector_bytes
+        self._cache.hold(digest)
+        wanted = WantedFile(
+            name="imported model",
+            digest=digest,
+            max_bytes=vector_bytes + _MAX_INITIAL_HEADER_BYTES,
+        )
+        yield self._fetch(wanted, corpus_pb2.DATASET_FILE_INITIAL_STATE)
 
     async def fetch_chunk(self, chunk_index: int, *, digest: bytes) -> Path:
         """Fetch a leased training chunk; `digest` is what the lease names, which must be the

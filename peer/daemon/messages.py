@@ -205,6 +205,8 @@ class MessageDesk:
                 )
             case "progress":
                 self._take_progress(message)
+            case "layer_stats":
+                self._show_layers(message["layers"])
             case "need_leases":
                 core.feed(ev.LeasesNeeded())
             case "contribution_ready":
@@ -240,6 +242,20 @@ class MessageDesk:
             done_ratio = min(1.0, message["num_tokens"] / numbers.round_tokens)
             self._send(ChildName.SWARM, "progress", done_ratio=done_ratio)
         core.feed(ev.TrainingProgressed(contribution_tokens=message["num_tokens"]))
+
+    def _show_layers(self, layers: list[Message]) -> None:
+        """Activations and gradients of the layers, as the owner asked for them."""
+        for layer in layers:
+            for metric, kind in (
+                (telemetry.PEER_LAYER_ACTIVATION, "activation"),
+                (telemetry.PEER_LAYER_GRADIENT, "gradient"),
+            ):
+                for statistic in ("rms", "max"):
+                    self._core.metrics.set(
+                        metric,
+                        layer[f"{kind}_{statistic}"],
+                        {"layer": layer["layer"], "statistic": statistic},
+                    )
 
     def _note_trained(self, trained_tokens: int) -> None:
         numbers = self._core.numbers

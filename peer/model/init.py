@@ -22,6 +22,7 @@ import math
 import numpy as np
 
 from protos.contract.digest import Float32Vector
+from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import RunSpec
 
@@ -65,7 +66,16 @@ def fill_normal(target: Float32Vector, *, seed: int, name: str, std: float) -> N
 
 
 def initial_vector(spec: RunSpec) -> Float32Vector:
-    """Canonical fp32 vector of a run's initial parameters, in the order of the parameter table."""
+    """Canonical fp32 vector of a run's initial parameters, in the order of the parameter table.
+
+    Raises UsageError for a run that starts from an imported model instead.
+    """
+    if spec.initial_digest:
+        raise UsageError(
+            f"a run that starts from the imported model {spec.initial_digest[:16]}...",
+            allowed="runs that start from their seed",
+            remedy="load the file that the spec names",
+        )
     shape = ModelShape.from_spec(spec.model)
     vector = np.empty(shape.num_parameters, dtype=np.float32)
     begin = 0

@@ -372,8 +372,8 @@ class CatchUp:
             if is_loaded and replica.rebase():
                 return True
         if record.to_outer_step == 0:
-            await asyncio.to_thread(replica.build_initial)
-            if replica.rebase():
+            is_built = await asyncio.to_thread(replica.build_initial)
+            if is_built and replica.rebase():
                 return True
         base = ProvenState(
             incarnation=record.base_incarnation,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from peer.checkpoint.initial import imported_model_path, initial_params
 from peer.checkpoint.store import CheckpointHeader, CheckpointStore, open_checkpoint
-from peer.model.init import initial_vector
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.averaged_store import AveragedStore
@@ -81,6 +81,7 @@ class Replica:
         self.codec = codec_named(spec.strategy.codec)
         """How contributions travel."""
         self.vectors = vectors
+        self._imported_path = imported_model_path(folder, spec)
         run_folder = run_folder_name(run_id, coordinator_public_key)
         self.store = CheckpointStore(folder / "state" / run_folder)
         averaged_folder = folder / "averaged" / run_folder
@@ -192,12 +193,13 @@ class Replica:
         )
         return True
 
-    def build_initial(self) -> None:
-        """Become the initial state of incarnation 0, from which every run starts."""
+    def build_initial(self) -> bool:
+        """Become the initial state of incarnation 0; False while its file is on its way."""
+        if self._imported_path is not None and not self._imported_path.is_file():
+            return False
         first = self.record_content.directive
-        number = common_pb2.Directive.FromString(first.payload).directive_number
-        if self.incarnation > 0:
-            number = 1
+        content = common_pb2.Directive.FromString(first.payload)
+        number = 1 if self.incarnation > 0 else content.directive_number
         meta = StateMeta(
             run_digest=self.spec.run_digest,
             incarnation=0,
@@ -207,10 +209,11 @@ class Replica:
         )
         params, *moments = self.vectors.state_vectors()
         with self.vectors.writing_state(_position_of(meta, first)):
-            np.copyto(params, initial_vector(self.spec))
+            np.copyto(params, initial_params(self.spec, self._imported_path))
             for moment in moments:
                 moment.fill(0.0)
         self._publish(meta, first, self._hash_vectors())
+        return True
 
     def apply(
         self,

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from peer.data.reader import ChunkReader
 from peer.eval.evaluate import token_byte_lengths
 from peer.ipc import Channel, Message
 from peer.model.objectives import ExampleBuilder
+from peer.model.probe import LayerStats
 from peer.parallel.devices import describe_device, is_out_of_memory, keep_freed_memory
 from peer.parallel.faults import LocalRankError
 from peer.parent_death import die_with_parent
@@ -28,7 +30,10 @@ from peer.shared_vectors import SharedVectors
 from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.loop import TrainLoop
-from peer.train.workbench import build_workbench
+from peer.train.node_step import NodeStep
+from peer.train.probed_step import ProbedStep
+from peer.train.step import MicroStep
+from peer.train.workbench import Workbench, build_workbench
 from protos.contract.errors import MusterError, UsageError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import RunSpec
@@ -56,7 +61,7 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
     seq_len = spec.model.seq_len
     reader = ChunkReader(builder, seed=spec.seed, seq_len=seq_len, vocab_size=byte_lengths.size)
     loop = TrainLoop(
-        step=bench.step,
+        step=probed(bench, message.get("probe_interval_seconds", 0.0), link),
         strategy=bench.strategy,
         feed=Feed(seq_len=seq_len, read_windows=reader.read_windows),
         vectors=vectors,
@@ -81,6 +86,25 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
         can_save_memory=not bench.layout.has_checkpointing,
     )
     return loop
+
+
+def probed(bench: Workbench, interval_seconds: float, link: DaemonLink) -> MicroStep | NodeStep:
+    """The step, watched if the owner asks for it. Raises UsageError for a model that lies on
+    several devices.
+    """
+    if interval_seconds <= 0:
+        return bench.step
+    if not isinstance(bench.step, MicroStep):
+        raise UsageError(
+            f"probe_interval_seconds = {interval_seconds:g} with the layout {bench.layout.text}",
+            allowed="a model that is whole on one device",
+            remedy="set probe_interval_seconds to 0, or lend one device",
+        )
+
+    def report(stats: tuple[LayerStats, ...]) -> None:
+        link.send("layer_stats", layers=[asdict(layer) for layer in stats])
+
+    return ProbedStep(bench.step, interval_seconds=interval_seconds, report=report)
 
 
 def run_trainer(link: DaemonLink, vectors: SharedVectors) -> str:

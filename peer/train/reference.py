@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from peer.checkpoint.initial import initial_params
 from peer.eval.evaluate import EvalResult, evaluate, token_byte_lengths
 from peer.model.decoder import Decoder, FlatParameters
-from peer.model.init import initial_vector
 from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import planned_cooldown_start_tokens
 from peer.parallel.devices import keep_freed_memory
@@ -97,8 +97,18 @@ def evaluate_model(
 class ReferenceRun:
     """State of a one-process run; `advance` makes one update."""
 
-    def __init__(self, spec: RunSpec, dataset_dir: Path, *, num_tokens: int = 0) -> None:
-        """Prepare training for `num_tokens` (0 = the spec's budget), whose schedule ends there."""
+    def __init__(
+        self,
+        spec: RunSpec,
+        dataset_dir: Path,
+        *,
+        num_tokens: int = 0,
+        imported: Path | None = None,
+    ) -> None:
+        """Prepare training for `num_tokens` (0 = the spec's budget), whose schedule ends there.
+
+        `imported`: the model that the spec starts from, if it names one.
+        """
         self.spec = spec
         self.dataset_dir = dataset_dir
         self.budget_tokens = num_tokens or spec.budget_tokens
@@ -108,7 +118,7 @@ class ReferenceRun:
         self.model = Decoder(spec.model)
         self.parameters = FlatParameters(self.model)
         self.params: Float32Vector = self.parameters.values.numpy()
-        self.params[:] = initial_vector(spec)
+        self.params[:] = initial_params(spec, imported)
         self.exp_avg: Float32Vector = np.zeros_like(self.params)
         self.exp_avg_sq: Float32Vector = np.zeros_like(self.params)
         self.averaged: Float32Vector = np.zeros_like(self.params)
@@ -177,10 +187,15 @@ class ReferenceRun:
 
 
 def run_reference(
-    spec: RunSpec, dataset_dir: Path, *, num_tokens: int = 0, precision: Precision | None = None
+    spec: RunSpec,
+    dataset_dir: Path,
+    *,
+    num_tokens: int = 0,
+    precision: Precision | None = None,
+    imported: Path | None = None,
 ) -> ReferenceResult:
     """Train for `num_tokens` (0 = the budget) and evaluate; precision as probed if not given."""
-    run = ReferenceRun(spec, dataset_dir, num_tokens=num_tokens)
+    run = ReferenceRun(spec, dataset_dir, num_tokens=num_tokens, imported=imported)
     if precision is None:
         probe_plan(run.step)
     else:
@@ -208,6 +223,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--spec", type=Path, required=True, help="RunSpec as TOML or wire JSON")
     parser.add_argument("--dataset", type=Path, required=True, help="dataset directory")
     parser.add_argument("--num-tokens", type=int, default=0, help="0 = the spec's budget")
+    parser.add_argument("--initial", type=Path, help="imported model that the spec starts from")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=[p.value for p in Precision], default=None)
     parser.add_argument("--with-steps", action="store_true", help="include the loss of each step")
@@ -221,7 +237,11 @@ def main(arguments: list[str]) -> int:
         spec = RunSpec.from_wire(text) if is_wire else RunSpec.from_toml(text.decode())
         precision = Precision(options.precision) if options.precision else None
         result = run_reference(
-            spec, options.dataset, num_tokens=options.num_tokens, precision=precision
+            spec,
+            options.dataset,
+            num_tokens=options.num_tokens,
+            precision=precision,
+            imported=options.initial,
         )
     except MusterError as error:
         sys.stderr.write(f"{error}\n")

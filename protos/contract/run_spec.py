@@ -173,7 +173,7 @@ class DataSpec:
     """Held-out tokens of an evaluation; 0 = all."""
 
     def __post_init__(self) -> None:
-        is_digest = len(self.dataset_id) == 64 and set(self.dataset_id) <= set("0123456789abcdef")
+        is_digest = is_hex_digest(self.dataset_id)
         check_setting(is_digest, "data.dataset_id", self.dataset_id, "64 lower-case hex digits")
         check_setting(
             self.max_data_passes >= 1, "data.max_data_passes", self.max_data_passes, "at least 1"
@@ -234,6 +234,10 @@ class RunSpec:
     """Decides initial values and the order of data."""
     budget_tokens: int
     """Tokens to be credited; whole windows."""
+    initial_digest: str = ""
+    """Hex SHA-256 of the imported model that the run starts from (contract/initial_file.py); empty:
+    the seed gives the initial values, and the key is left out of the wire form.
+    """
     model: ModelSpec
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
@@ -244,6 +248,12 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         check_setting(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        check_setting(
+            not self.initial_digest or is_hex_digest(self.initial_digest),
+            "initial_digest",
+            self.initial_digest,
+            "empty, or 64 lower-case hex digits",
+        )
         seq_len = self.model.seq_len
         check_setting(
             self.objective.name != Objective.SPAN or seq_len >= MIN_SPAN_SEQ_LEN,
@@ -287,7 +297,10 @@ class RunSpec:
 
     def to_wire(self) -> bytes:
         """Canonical JSON."""
-        return canonical_json(plain_fields(self))
+        plain = plain_fields(self)
+        if not self.initial_digest:
+            del plain["initial_digest"]
+        return canonical_json(plain)
 
     @classmethod
     def from_wire(cls, data: bytes) -> "RunSpec":
@@ -330,6 +343,11 @@ class RunSpec:
     def run_digest(self) -> str:
         """Hex SHA-256 of the spec."""
         return hashlib.sha256(_DIGEST_TAG + self.to_wire()).hexdigest()
+
+
+def is_hex_digest(text: str) -> bool:
+    """True for a SHA-256 in lower-case hex."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def floor_to_windows(num_tokens: int, seq_len: int) -> int:

@@ -212,7 +212,22 @@ PEER_INFO = _gauge(
     "muster_peer_info", "Always 1; versions as labels.", "version", "torch_version", "device"
 )
 
+PEER_LAYER_ACTIVATION = _gauge(
+    "muster_peer_layer_activation",
+    "What a layer put out in the last probed micro-batch: rms, max.",
+    "layer",
+    "statistic",
+)
+PEER_LAYER_GRADIENT = _gauge(
+    "muster_peer_layer_gradient",
+    "Gradient per token of a layer's parameters in the last probed micro-batch: rms, max.",
+    "layer",
+    "statistic",
+)
+
 PEER_METRICS: tuple[Metric, ...] = (
+    PEER_LAYER_ACTIVATION,
+    PEER_LAYER_GRADIENT,
     PEER_LOSS_NATS,
     PEER_TRAINED_TOKENS,
     PEER_COMMITTED_TOKENS,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/muster/v1/corpus.proto\x12\tmuster.v1\"M\n\x10\x46\x65tchFileRequest\x12$\n\x04\x66ile\x18\x01 \x01(\x0e\x32\x16.muster.v1.DatasetFile\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\"0\n\x0b\x46ileMessage\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04*\xa3\x01\n\x0b\x44\x61tasetFile\x12\x1c\n\x18\x44\x41TASET_FILE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x41TASET_FILE_MANIFEST\x10\x01\x12\x1a\n\x16\x44\x41TASET_FILE_TOKENIZER\x10\x02\x12\x1f\n\x1b\x44\x41TASET_FILE_TRAINING_CHUNK\x10\x03\x12\x1e\n\x1a\x44\x41TASET_FILE_HELDOUT_CHUNK\x10\x04\x32L\n\x06\x43orpus\x12\x42\n\tFetchFile\x12\x1b.muster.v1.FetchFileRequest\x1a\x16.muster.v1.FileMessage0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/muster/v1/corpus.proto\x12\tmuster.v1\"M\n\x10\x46\x65tchFileRequest\x12$\n\x04\x66ile\x18\x01 \x01(\x0e\x32\x16.muster.v1.DatasetFile\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\"0\n\x0b\x46ileMessage\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04*\xc3\x01\n\x0b\x44\x61tasetFile\x12\x1c\n\x18\x44\x41TASET_FILE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x41TASET_FILE_MANIFEST\x10\x01\x12\x1a\n\x16\x44\x41TASET_FILE_TOKENIZER\x10\x02\x12\x1f\n\x1b\x44\x41TASET_FILE_TRAINING_CHUNK\x10\x03\x12\x1e\n\x1a\x44\x41TASET_FILE_HELDOUT_CHUNK\x10\x04\x12\x1e\n\x1a\x44\x41TASET_FILE_INITIAL_STATE\x10\x05\x32L\n\x06\x43orpus\x12\x42\n\tFetchFile\x12\x1b.muster.v1.FetchFileRequest\x1a\x16.muster.v1.FileMessage0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,11 +32,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.muster.v1.corpus_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DATASETFILE']._serialized_start=174
-  _globals['_DATASETFILE']._serialized_end=337
+  _globals['_DATASETFILE']._serialized_end=369
   _globals['_FETCHFILEREQUEST']._serialized_start=44
   _globals['_FETCHFILEREQUEST']._serialized_end=121
   _globals['_FILEMESSAGE']._serialized_start=123
   _globals['_FILEMESSAGE']._serialized_end=171
-  _globals['_CORPUS']._serialized_start=339
-  _globals['_CORPUS']._serialized_end=415
+  _globals['_CORPUS']._serialized_start=371
+  _globals['_CORPUS']._serialized_end=447
 # @@protoc_insertion_point(module_scope)

@@ -12,11 +12,13 @@ class DatasetFile(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATASET_FILE_TOKENIZER: _ClassVar[DatasetFile]
     DATASET_FILE_TRAINING_CHUNK: _ClassVar[DatasetFile]
     DATASET_FILE_HELDOUT_CHUNK: _ClassVar[DatasetFile]
+    DATASET_FILE_INITIAL_STATE: _ClassVar[DatasetFile]
 DATASET_FILE_UNSPECIFIED: DatasetFile
 DATASET_FILE_MANIFEST: DatasetFile
 DATASET_FILE_TOKENIZER: DatasetFile
 DATASET_FILE_TRAINING_CHUNK: DatasetFile
 DATASET_FILE_HELDOUT_CHUNK: DatasetFile
+DATASET_FILE_INITIAL_STATE: DatasetFile
 
 class FetchFileRequest(_message.Message):
     __slots__ = ("file", "chunk_index")

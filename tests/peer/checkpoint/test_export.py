@@ -60,7 +60,7 @@ def test_transformers_computes_the_same_logits(
         )
     folder = tmp_path / "exported"
     export_model(
-        spec,
+        spec.model,
         flat.values.numpy(),
         folder=folder,
         tokenizer_path=tokenizer_path,
@@ -80,7 +80,7 @@ def test_a_vector_of_another_model_is_refused(tmp_path: Path, tokenizer_path: Pa
     _, flat = build(VARIANTS["untied"])
     with pytest.raises(CorruptDataError, match="parameters"):
         export_model(
-            SPEC,
+            SPEC.model,
             flat.values.numpy(),
             folder=tmp_path / "out",
             tokenizer_path=tokenizer_path,

@@ -25,7 +25,17 @@ JOIN_FLAGS = {
     "--config", "--log-level",
     "--json-events", "--help",
 }  # fmt: skip
-COMMANDS = ("join", "status", "doctor", "rendezvous", "generate", "eval", "export")
+COMMANDS = (
+    "join",
+    "status",
+    "doctor",
+    "rendezvous",
+    "generate",
+    "eval",
+    "export",
+    "import",
+    "finetune",
+)
 
 
 def muster_peer(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,13 @@ from peer.eval.evaluate import (
     evaluate,
     token_byte_lengths,
 )
-from peer.eval.generate import Sampling, generate_tokens, next_token_ratios
+from peer.eval.generate import (
+    Context,
+    Sampling,
+    generate_batch,
+    generate_tokens,
+    next_token_ratios,
+)
 from peer.model.loss import summed_loss
 from protos.contract.chunk_format import chunk_from_tokens
 from protos.contract.errors import CorruptDataError, UsageError
@@ -127,6 +133,56 @@ def test_generation_is_deterministic_and_outlives_the_context() -> None:
         )
     )
     assert stopped == []
+
+
+PROMPTS = ([1, 2], [3, 4, 5, 6, 7, 8, 9], [10])
+
+
+@pytest.mark.parametrize("is_prompt_prefix", [False, True])
+def test_a_batch_says_what_each_prompt_says_alone(is_prompt_prefix: bool) -> None:
+    """30 tokens outlive the window of 12, so rows forget at different steps."""
+    model, _ = build(BASE)
+    together: list[list[int]] = [[] for _ in PROMPTS]
+    for new in generate_batch(
+        model,
+        PROMPTS,
+        max_new_tokens=30,
+        sampling=Sampling(seed=5),
+        is_prompt_prefix=is_prompt_prefix,
+    ):
+        together[new.row].append(new.token)
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate_tokens(
+            model,
+            prompt,
+            max_new_tokens=30,
+            sampling=Sampling(seed=5 + row),
+            is_prompt_prefix=is_prompt_prefix,
+        )
+        assert list(alone) == together[row]
+
+
+@pytest.mark.parametrize("is_prompt_prefix", [False, True])
+def test_logits_with_and_without_a_cache_are_the_same(is_prompt_prefix: bool) -> None:
+    model, _ = build(BASE)
+    contexts = [
+        Context(model, PROMPTS, is_prompt_prefix=is_prompt_prefix, has_cache=has_cache)
+        for has_cache in (True, False)
+    ]
+    with torch.inference_mode():
+        for step in range(20):
+            cached, plain = (context.next_logits() for context in contexts)
+            torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)
+            for context in contexts:
+                context.append([step, step + 1, step + 2])
+
+
+def test_prompts_that_cannot_be_are_refused() -> None:
+    model, _ = build(BASE)
+    for prompts, said in (([[]], "empty"), ([], "empty"), ([[1], [61]], "token 61")):
+        with pytest.raises(UsageError, match=said) as refused:
+            list(generate_batch(model, prompts, max_new_tokens=1, sampling=Sampling()))
+        assert refused.value.allowed and refused.value.remedy
 
 
 def test_sampling_keeps_the_likeliest() -> None:

@@ -1,0 +1,162 @@
+"""Examples to fine-tune on: running text, prompts with answers, labelled texts.
+
+Text is cut into windows. JSON lines are {"prompt": ..., "answer": ...}, of which only the answer
+and the end after it are predicted, or {"text": ..., "label": ...}. What is too long for the model's
+window is left out and counted; the last tenth of the examples, at least one, is held out.
+
+Letters: B sequences, T positions.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peer.model.objectives import IGNORED
+from protos.contract.chunk_format import Int64Array
+from protos.contract.errors import UsageError
+
+Encode = Callable[[str], list[int]]
+"""Text -> token ids, without special tokens."""
+_HELDOUT_SHARE = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One sequence."""
+
+    tokens: tuple[int, ...]
+    num_unpredicted: int = 1
+    """Tokens at the beginning that are given; the rest is predicted."""
+    label: int = -1
+    """Class, for classification."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningSet:
+    """Examples of one kind."""
+
+    training: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    num_too_long: int
+    class_names: tuple[str, ...] = ()
+    """Empty unless the examples are labelled."""
+
+
+def load_tuning_set(
+    path: Path, *, encode: Encode, eos_token_id: int, seq_len: int, is_labelled: bool = False
+) -> TuningSet:
+    """Examples of a text file, or of a .jsonl file. Raises UsageError with the line that is
+    wrong.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read {path}: {error}",
+            allowed="a UTF-8 text file, or JSON lines in a .jsonl file",
+            remedy="check the path",
+        ) from error
+    if path.suffix == ".jsonl":
+        keys = ("text", "label") if is_labelled else ("prompt", "answer")
+        rows = list(_rows(path, text, keys))
+    elif is_labelled:
+        raise UsageError(
+            f"{path} is not a .jsonl file",
+            allowed='lines of {"text": ..., "label": ...} to classify',
+            remedy="write it so",
+        )
+    else:
+        return _from_text(path, [eos_token_id, *encode(text), eos_token_id], seq_len)
+    names = tuple(sorted({row[1] for row in rows})) if is_labelled else ()
+    found = []
+    for first, second in rows:
+        given = [eos_token_id, *encode(first)]
+        if is_labelled:
+            found.append(Example(tokens=tuple(given), label=names.index(second)))
+        else:
+            tokens = (*given, *encode(second), eos_token_id)
+            found.append(Example(tokens=tokens, num_unpredicted=len(given)))
+    room = seq_len if is_labelled else seq_len + 1
+    fitting = [example for example in found if len(example.tokens) <= room]
+    if is_labelled and len(names) < 2:
+        raise UsageError(
+            f"{path} has {len(names)} different labels",
+            allowed="at least two",
+            remedy="add examples of other classes",
+        )
+    return _split(path, fitting, num_too_long=len(found) - len(fitting), class_names=names)
+
+
+def batch_of(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Int64Array, Int64Array]:
+    """(inputs_BT, labels_BT), padded on the right, where nothing is predicted."""
+    longest = max(len(example.tokens) for example in examples) - 1
+    inputs_BT = np.full((len(examples), longest), pad_token_id, np.int64)
+    labels_BT = np.full((len(examples), longest), IGNORED, np.int64)
+    for row, example in enumerate(examples):
+        tokens = np.asarray(example.tokens)
+        inputs_BT[row, : tokens.size - 1] = tokens[:-1]
+        begin = example.num_unpredicted
+        labels_BT[row, begin - 1 : tokens.size - 1] = tokens[begin:]
+    return inputs_BT, labels_BT
+
+
+def labelled_batch_of(
+    examples: Sequence[Example], *, pad_token_id: int
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """(inputs_BT, index of each row's last token, class of each row), padded on the right."""
+    sizes_B = np.array([len(example.tokens) for example in examples])
+    inputs_BT = np.full((len(examples), int(sizes_B.max())), pad_token_id, np.int64)
+    for row, example in enumerate(examples):
+        inputs_BT[row, : sizes_B[row]] = example.tokens
+    return inputs_BT, sizes_B - 1, np.array([example.label for example in examples])
+
+
+def _rows(path: Path, text: str, keys: tuple[str, str]) -> list[tuple[str, str]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            plain: Any = json.loads(line)
+            first, second = (plain[key] for key in keys)
+            if not (isinstance(first, str) and isinstance(second, str | int)):
+                raise TypeError(f"{type(first).__name__} and {type(second).__name__}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path}, line {number}: {error!r}",
+                allowed=f'{{"{keys[0]}": TEXT, "{keys[1]}": TEXT}} on each line',
+                remedy="correct that line; --classify wants text and label, else prompt and answer",
+            ) from error
+        rows.append((first, str(second)))
+    return rows
+
+
+def _from_text(path: Path, ids: list[int], seq_len: int) -> TuningSet:
+    pieces = [ids[begin : begin + seq_len + 1] for begin in range(0, len(ids) - 1, seq_len)]
+    return _split(path, [Example(tokens=tuple(piece)) for piece in pieces], num_too_long=0)
+
+
+def _split(
+    path: Path,
+    examples: Sequence[Example],
+    *,
+    num_too_long: int,
+    class_names: tuple[str, ...] = (),
+) -> TuningSet:
+    num_heldout = max(1, len(examples) // _HELDOUT_SHARE)
+    if len(examples) < 2:
+        raise UsageError(
+            f"{path} gives {len(examples)} examples; {num_too_long} are too long for the window",
+            allowed="at least two: one to train on, one held out",
+            remedy="add text, or shorten prompts and answers",
+        )
+    return TuningSet(
+        training=tuple(examples[:-num_heldout]),
+        heldout=tuple(examples[-num_heldout:]),
+        num_too_long=num_too_long,
+        class_names=class_names,
+    )
