@@ -211,8 +211,7 @@ class FaultedSwarm:
         self.offer(self.members)
         brought = await self.committed(survivors)
         told = [await self.outcome(daemon, self.step) for daemon in survivors]
-        assert victim.fault_plan is not None
-        done = json.loads(victim.fault_plan.read_text())
+        done = await self.hub.wait(lambda: _done(victim), f"{sent.name} at {phase}")
         recovery = Recovery(
             phase=phase.value,
             signal_name=sent.name,
@@ -240,3 +239,10 @@ class FaultedSwarm:
             await self.hub.launch(victim)
         await self.hub.wait_state(self.members, (1, self.step))
         self.check_state(victim)
+
+
+def _done(victim: Daemon) -> dict[str, Any] | None:
+    """When and where the planned signal was sent, once it was; others may have been quicker."""
+    assert victim.fault_plan is not None
+    plan: dict[str, Any] = json.loads(victim.fault_plan.read_text())
+    return plan if "done_seconds" in plan else None
