@@ -15,8 +15,8 @@ from shared import Figure, say
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 MOST_GROWN_FILES = 36
 """In one member over all faults: twelve more averaged vectors and an image while a state is served,
-and up to twenty sockets of ended reductions that wait for the garbage collector (9 to 26 were seen to
-come and go).
+and up to twenty sockets of ended reductions that wait for the garbage collector (9 to 26 open ones
+were seen to come and go).
 """
 
 
