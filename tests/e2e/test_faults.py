@@ -190,7 +190,7 @@ def test_operator_pauses_resumes_and_evicts(swarm: Swarm, corpus: Path) -> None:
         "peers wait",
         15,
     )
-    assert swarm.status()["state"] == "PAUSED"
+    swarm.wait(lambda: swarm.status().get("state") == "PAUSED", "the page knows it", 5)
     step = swarm.peer_status("peer-0")["outer_step"]
     swarm.wait(lambda: _has_lived_on(swarm, "peer-0", 3), "the peer lives on, paused", 10)
     assert swarm.peer_status("peer-0")["outer_step"] == step
