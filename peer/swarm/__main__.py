@@ -34,7 +34,15 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGTERM)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("asyncio").addFilter(_is_no_cancellation)
     return asyncio.run(_run(arguments))
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """False for the answer to a stream that was cancelled at the end: asyncio logs it as an error
+    up to Python 3.11 (StreamReaderProtocol asks a cancelled task for its exception).
+    """
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 async def _run(arguments: argparse.Namespace) -> int:
