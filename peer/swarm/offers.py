@@ -1,6 +1,7 @@
 """What the trainer brings, held until the round it was made for is under way."""
 
 import asyncio
+import logging
 from typing import Any
 
 from peer.ipc import Message
@@ -12,6 +13,8 @@ from peer.swarm.round_shell import RoundShell
 from protos.contract.errors import CorruptDataError
 from protos.contract.telemetry import RoundOutcome
 from protos.muster.v1 import common_pb2, rounds_pb2
+
+logger = logging.getLogger(__name__)
 
 
 class Offers:
@@ -47,8 +50,9 @@ class Offers:
         self._pending = None
         base = (message["incarnation"], message["outer_step"])
         if base != self._replica.position:
-            reason = f"made for state {base}, the state is {self._replica.position}"
-            self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
+            # The outcome that came with the newer state has said so; a second one would take the
+            # trainer's next contribution for lost and let it overwrite what we have committed to.
+            logger.debug("made for state %s, the state is %s", base, self._replica.position)
             return
         contribution = rounds_pb2.Contribution(
             peer_id=self._own_peer_id,
