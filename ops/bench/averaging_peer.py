@@ -77,8 +77,8 @@ class MusterPeer:
     async def start(self, folder: Path) -> None:
         """Start p2pd and tell where it is."""
         from peer.identity import load_identity
-        from peer.swarm.allreduce import ReductionDesk
         from peer.swarm.buffer_pool import BufferPool
+        from peer.swarm.reduction_desk import ReductionDesk
         from peer.swarm.transport import Transport
         from protos.muster.v1 import state_pb2
 

@@ -48,8 +48,6 @@ from protos.muster.v1 import rounds_pb2, state_pb2
 logger = logging.getLogger(__name__)
 
 PART_STREAM = "part"
-_EARLY_SECONDS = 15.0
-"""How long a stream that arrives before the own group waits for it."""
 _TELL_SECONDS = 1.0
 """How long a failed reduction's streams stay open, so that the reason gets through."""
 
@@ -66,12 +64,14 @@ class Streams(Protocol):
 
 class ReduceError(Exception):
     """The attempt cannot be averaged; `peer_id` is whose fault it looks like, `is_down` if it looks
-    dead.
+    dead, `is_invalid` if what it sent breaks the rules.
     """
 
-    def __init__(self, reason: str, *, peer_id: str = "", is_down: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, peer_id: str = "", is_down: bool = False, is_invalid: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.peer_id, self.is_down = peer_id, is_down
+        self.peer_id, self.is_down, self.is_invalid = peer_id, is_down, is_invalid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,16 +204,21 @@ class Reduction:
         )
 
     def fail(self, error: ReduceError) -> None:
-        """End the reduction; only the first reason counts. Members that we serve are
-        still told it.
+        """End the reduction; only the first reason counts.
+
+        Streams stay open for a moment: members that we serve are still told the reason, and the
+        others hear it as a message before a broken stream could make them suspect us.
         """
         if self._failure is None:
             self._failure = error
             self._failed.set()
             self._sum.stop()
-            for stream in self._outgoing:
-                stream.close()
             self._loop.call_later(_TELL_SECONDS, self.close)
+
+    @property
+    def has_failed(self) -> bool:
+        """True once it has ended without a result; it closes its streams by itself."""
+        return self._failure is not None
 
     def close(self) -> None:
         """Drop every stream, also those that still serve others."""
@@ -305,7 +310,10 @@ class Reduction:
         try:
             self._sum.run()
         except NotFinite as error:
-            raise ReduceError(str(error), peer_id=error.peer_id) from error
+            culprit = error.peer_id
+            is_foreign = culprit not in ("", self._own_peer_id)
+            reason = f"part of {culprit}: {error}" if culprit else f"sum of all parts: {error}"
+            raise ReduceError(reason, peer_id=culprit, is_invalid=is_foreign) from error
         self._one_exchanged()
 
     async def serve(self, sender: str, header: state_pb2.PartHeader, stream: Stream) -> None:
@@ -315,7 +323,9 @@ class Reduction:
         wanted = (begin, end if is_expected and self._has_work(sender) else begin)
         found = (header.begin_piece, header.end_piece)
         if not is_expected or found != wanted or self._failure is not None:
-            reason = f"pieces {found} of {sender}; expected {wanted}, once"
+            reason = f"part of {sender}: pieces {found}; expected {wanted}, once"
+            if is_expected:
+                self.fail(ReduceError(reason, peer_id=sender, is_invalid=True))
             await refuse_stream(stream, str(self._failure or reason))
             return
         self._served.add(sender)
@@ -339,7 +349,10 @@ class Reduction:
                 read_part(stream, self._codec, batch, digests, values[: high - low])
                 slots.put_filled(values)
             self._awaited.pop((sender, False), None)
-        except (StreamError, Refused, ValueError, CorruptDataError) as error:
+        except (Refused, ValueError, CorruptDataError) as error:
+            reason = f"part of {sender}: {error}"
+            raise ReduceError(reason, peer_id=sender, is_invalid=True) from error
+        except StreamError as error:
             raise ReduceError(f"part of {sender}: {error}", peer_id=sender) from error
 
     def _send_reduced(self, receiver: str, stream: BulkStream) -> None:
@@ -375,15 +388,11 @@ class Reduction:
             self.fail(ReduceError(f"stream to {reducer}: {error}", peer_id=reducer))
             return
         self._outgoing.append(bulk)
-        try:
-            await asyncio.gather(
-                self._in_thread(lambda: self._send_part(reducer, bulk)),
-                self._in_thread(lambda: self._receive_reduced(reducer, bulk)),
-            )
-            self._in_thread(bulk.linger)
-        except asyncio.CancelledError:
-            bulk.close()
-            raise
+        await asyncio.gather(
+            self._in_thread(lambda: self._send_part(reducer, bulk)),
+            self._in_thread(lambda: self._receive_reduced(reducer, bulk)),
+        )
+        self._in_thread(bulk.linger)
 
     def _send_part(self, reducer: str, stream: BulkStream) -> None:
         begin, end = self._run_by_peer[reducer]
@@ -400,6 +409,8 @@ class Reduction:
         try:
             stream.send_message(header)
             for batch in batches_of(begin, end):
+                if self._failure is not None:
+                    return
                 assert self._own is not None
                 send_batch(stream, self._own, batch)
         except StreamError as error:
@@ -428,7 +439,10 @@ class Reduction:
             stream.acknowledge()
         except Refused as error:
             raise ReduceError(f"{reducer}: {error}") from error
-        except (StreamError, ValueError, CorruptDataError) as error:
+        except (ValueError, CorruptDataError) as error:
+            reason = f"reduced pieces of {reducer}: {error}"
+            raise ReduceError(reason, peer_id=reducer, is_invalid=True) from error
+        except StreamError as error:
             reason = f"reduced pieces of {reducer}: {error}"
             raise ReduceError(reason, peer_id=reducer) from error
         finally:
@@ -444,47 +458,3 @@ def _unexpected(error: BaseException) -> ReduceError:
 async def refuse_stream(stream: Stream, reason: str) -> None:
     """Tell a sender why its stream is of no use."""
     await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
-
-
-class ReductionDesk:
-    """Hands streams of other members to the reduction that they belong to, which may begin a little
-    later.
-    """
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-        self._current: Reduction | None = None
-        self._changed = asyncio.Event()
-
-    async def start(self) -> None:
-        """Begin to answer part streams."""
-        await self._streams.serve_streams(PART_STREAM, self._on_stream)
-
-    def open(self, reduction: Reduction | None) -> None:
-        """Make a reduction the current one; the one before serves nobody any more."""
-        if self._current is not None:
-            self._current.close()
-        self._current = reduction
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def _on_stream(self, sender: str, stream: Stream) -> None:
-        header = await stream.read_message(state_pb2.PartHeader)
-        place = (header.incarnation, header.outer_step, header.attempt)
-        reduction = await self._reduction_at(place)
-        if reduction is None:
-            reason = f"no reduction for incarnation, outer step and attempt {place}"
-            await refuse_stream(stream, reason)
-            return
-        await reduction.serve(sender, header, stream)
-
-    async def _reduction_at(self, place: tuple[int, int, int]) -> Reduction | None:
-        loop = asyncio.get_running_loop()
-        deadline_seconds = loop.time() + _EARLY_SECONDS
-        wait: Callable[[], float] = lambda: deadline_seconds - loop.time()  # noqa: E731
-        while self._current is None or self._current.place < place:
-            try:
-                await asyncio.wait_for(self._changed.wait(), wait())
-            except TimeoutError:
-                return None
-        return self._current if self._current.place == place else None

@@ -8,6 +8,7 @@ fetched from the coordinator.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -34,8 +35,37 @@ from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 
 logger = logging.getLogger(__name__)
 
+_MOST_PAUSE_SECONDS = 60.0
 _MAX_PASSES = 16
 """Of asking members in a row; the swarm moves on while a state travels, but slower than this."""
+
+
+class DownloadPause:
+    """Keeps a member from downloading state after state while the swarm moves on faster than a
+    state travels. Pure.
+
+    A state is downloaded to go on from it by certificates and averaged bytes, which are less. If
+    that did not work twice in a row, each further download waits twice as long as the one before.
+    """
+
+    def __init__(self) -> None:
+        self._num_in_a_row = 0
+        self._next_seconds = 0.0
+
+    def downloaded(self, now_seconds: float) -> None:
+        """A whole state is here."""
+        self._num_in_a_row += 1
+        if self._num_in_a_row > 1:
+            pause_seconds = min(_MOST_PAUSE_SECONDS, 2.0 ** (self._num_in_a_row - 1))
+            self._next_seconds = now_seconds + pause_seconds
+
+    def step_made(self) -> None:
+        """The state held was of use: a step was made from it."""
+        self._num_in_a_row, self._next_seconds = 0, 0.0
+
+    def left_seconds(self, now_seconds: float) -> float:
+        """How long to wait before the next download."""
+        return max(0.0, self._next_seconds - now_seconds)
 
 
 class CatchUp:
@@ -53,6 +83,7 @@ class CatchUp:
         """A record of a later incarnation that a member has shown."""
         self.problem = ""
         """Why the next certified step cannot be applied, for people; empty if it can."""
+        self._pause = DownloadPause()
 
     def _others(self) -> list[str]:
         newest = common_pb2.Directive.FromString(self._replica.newest_directive().payload)
@@ -181,6 +212,7 @@ class CatchUp:
             logger.warning("%s", self.problem)
             return False
         self.problem = ""
+        self._pause.step_made()
         return True
 
     def _certifiers(
@@ -227,7 +259,16 @@ class CatchUp:
         is_contradicted = same_place and proven.state_digest != replica.state_digest
         if replica.is_current and place <= replica.position and not is_contradicted:
             return False
-        return await self._download(proven)
+        if (left_seconds := self._pause.left_seconds(time.monotonic())) > 0:
+            self.problem = (
+                f"the swarm is at outer step {proven.outer_step}, we hold {replica.position[1]}: "
+                f"it moves on faster than a state travels here; next try in {left_seconds:.0f} s"
+            )
+            return False
+        if not await self._download(proven):
+            return False
+        self._pause.downloaded(time.monotonic())
+        return True
 
     async def _download(self, proven: ProvenState) -> bool:
         def tell(progress: Progress) -> None:

@@ -14,16 +14,17 @@ from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel, ChannelClosed, Message
 from peer.shared_vectors import SharedVectors
 from peer.swarm import round_types as rt
-from peer.swarm.allreduce import ReductionDesk
 from peer.swarm.catch_up import CatchUp
 from peer.swarm.config_message import SwarmConfig
+from peer.swarm.coordinator_questions import Place
 from peer.swarm.dht import Dht
 from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
 from peer.swarm.record_file import load_record, run_folder_name, save_record
+from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
-from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, Place, RoundShell
+from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, RoundShell
 from peer.swarm.state_server import StateServer
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.turns import tell_turns
@@ -192,7 +193,7 @@ class SwarmNode:
             if kind == "progress":
                 self._done_ratio = float(message["done_ratio"])
             elif kind == "coordinator_answer":
-                self._shell.coordinator_answered(message)
+                self._shell.questions.answered(message)
             elif kind == "initial_peers":
                 self._tasks.start(self._dht.add_peers(message["addresses"]))
             else:

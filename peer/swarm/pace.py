@@ -85,7 +85,7 @@ class Pace:
             agree_wait_seconds=_patience(self._agree_seconds, factor=4.0, least=2.0, most=30.0),
             exchange_wait_seconds=max(1.0, 0.75 * call),
             rejoin_wait_seconds=max(0.5, 0.5 * call),
-            resend_seconds=min(1.0, max(0.5, 0.5 * call)),
+            resend_seconds=min(1.0, max(0.3, 0.3 * call)),
             grace_seconds=1.0 + call,
         )
 

@@ -11,14 +11,17 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from peer.swarm.accusations import Accusations
 from peer.swarm.latecomers import MAX_LATE_ATTEMPTS
 from peer.swarm.round_types import (
     Behind,
+    ContributionRefused,
     Effect,
     OwnContribution,
     Persist,
     PhaseChanged,
     Proposal,
+    ReduceFailed,
     RoundChecks,
     RoundPhase,
     RoundRecord,
@@ -62,6 +65,9 @@ class RoundCore:
         self.attempt = 0
         self.phase = RoundPhase.FORM
         self.unreachable: set[str] = set()
+        self.accusations = Accusations(num_members=len(self.roster))
+        self.last_contributors: frozenset[str] = frozenset()
+        """Members that brought something into the last group that was averaged here."""
         self.num_failed_reductions = 0
         self._late_attempts_by_peer: dict[str, set[int]] = {}
         self.at_step: set[str] = set()
@@ -102,13 +108,21 @@ class RoundCore:
             self.emit(Send(peer_ids, message))
 
     def refuse(
-        self, peer_id: str, *, attempt: int, kind: int, reason: str, to_attempt: int = 0
+        self,
+        peer_id: str,
+        *,
+        attempt: int,
+        kind: int,
+        reason: str,
+        to_attempt: int = 0,
+        accused: str = "",
     ) -> None:
         """Tell a sender that its message cannot be used."""
         refusal = rounds_pb2.RoundRefusal(
             reason=reason,
             kind=kind,  # type: ignore[arg-type]
             attempt=to_attempt,
+            accused_peer_id=accused,
         )
         self.send((peer_id,), attempt=attempt, refusal=refusal)
 
@@ -159,6 +173,36 @@ class RoundCore:
     def left_out(self) -> frozenset[str]:
         """Members that this one does not ask when it leads, as long as others have work."""
         return self.setup.left_out | self.late
+
+    @property
+    def not_awaited(self) -> frozenset[str]:
+        """Members that no group waits for, and no attempt follows."""
+        return self.accusations.left_out | self.unreachable
+
+    def hear_accusation(self, accuser: str, accused: str, reason: str) -> None:
+        """A member says whose bytes ended an attempt; if it is us, what we bring is dropped."""
+        if accused in self.entry_by_peer:
+            self.accusations.add(accuser, accused, reason, group=self.last_contributors)
+        self.drop_refused_own()
+
+    def judge_failure(self, event: ReduceFailed) -> str:
+        """Draw the conclusions from a reduction that failed here; returns whom to accuse."""
+        if not event.peer_id:
+            return ""
+        if event.is_down:
+            self.unreachable.add(event.peer_id)
+        if not event.is_invalid:
+            self.note_late(event.attempt, frozenset((event.peer_id,)))
+            return ""
+        self.hear_accusation(self.setup.own_peer_id, event.peer_id, event.reason)
+        return event.peer_id
+
+    def drop_refused_own(self) -> None:
+        """Bring nothing into a step that leaves us out."""
+        reason = self.accusations.reason_against(self.setup.own_peer_id)
+        if reason and self.own is not None and self.own.contribution.ranges:
+            self.own = None
+            self.emit(ContributionRefused(reason))
 
     @property
     def max_attempt(self) -> int:

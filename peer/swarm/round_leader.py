@@ -67,14 +67,14 @@ class LeaderSide:
         return self.leader(attempt) == self._core.setup.own_peer_id
 
     def is_passed_over(self, peer_id: str) -> bool:
-        """True for a leader that nobody should wait for: unreachable, or left out while another
-        may lead.
+        """True for a leader that nobody should wait for: unreachable or accused, or left out
+        while another may lead.
         """
         core = self._core
         if peer_id not in core.left_out:
-            return peer_id in core.unreachable
+            return peer_id in core.not_awaited
         leaders = {entry.peer_id for entry in possible_leaders(core.roster)}
-        return bool(leaders - core.left_out - core.unreachable)
+        return bool(leaders - core.left_out - core.not_awaited)
 
     def enter(self, now_seconds: float) -> None:
         """The member's attempt has changed: begin to lead it if it is ours."""
@@ -135,6 +135,8 @@ class LeaderSide:
         core = self._core
         if join.contribution.peer_id != sender:
             return f"contribution names {join.contribution.peer_id}, not the sender"
+        if reason := core.accusations.reason_against(sender):
+            return f"left out of outer step {core.setup.outer_step}: {reason}"
         wanted = core.setup.num_pieces if join.contribution.ranges else 0
         if len(join.piece_digests) != wanted:
             return f"{len(join.piece_digests)} piece digests; {wanted} are needed"
@@ -171,15 +173,17 @@ class LeaderSide:
         if core.is_paused:
             core.show(RoundPhase.FORM, f"directive {core.newest_number} pauses the run")
             return ()
-        for peer_id in core.unreachable & set(proposer.joins):
+        for peer_id in core.not_awaited & set(proposer.joins):
             del proposer.joins[peer_id]
+        if core.accusations.reason_against(core.setup.own_peer_id):
+            self._admit(core.setup.own_peer_id, own_join(core))  # without anything of ours
         left_out = self._left_out(proposer)
         parked = {p: proposer.joins.pop(p) for p in left_out & set(proposer.joins)}
         decision = decide_form(
             proposer,
             roster=[entry for entry in core.roster if entry.peer_id not in left_out],
             own_peer_id=core.setup.own_peer_id,
-            unreachable=core.unreachable,
+            unreachable=core.not_awaited,
             at_step=core.at_step,
             now_seconds=now_seconds,
             deadline_seconds=deadline_seconds,
@@ -324,29 +328,30 @@ def own_join(core: RoundCore) -> rounds_pb2.JoinGroup:
     )
 
 
-def problem_with_group(core: RoundCore, group: rounds_pb2.FormGroup) -> str:
-    """Why this member would not average with a group; "" if it would."""
+def problem_with_group(core: RoundCore, group: rounds_pb2.FormGroup) -> tuple[str, str]:
+    """What is wrong with a leader's group, and which member's doing it is; ("", "") if nothing."""
     ends = list(group.reducer_piece_ends)
     if len(ends) != len(group.members) or ends != sorted(ends):
-        return "piece ranges do not follow one another"
+        return "piece ranges do not follow one another", ""
     if not ends or ends[-1] != core.setup.num_pieces:
-        return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}"
+        return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}", ""
     if core.learn_directive(group.next_directive) is None:
-        return "next directive is older than the one in force or not signed"
+        return "next directive is older than the one in force or not signed", ""
     for member in group.members:
+        peer_id, num_pieces = member.contribution.peer_id, len(member.piece_digests)
         if member.previous_state_digest != core.setup.previous_state_digest:
-            return f"{member.contribution.peer_id} continues another state"
+            return f"{peer_id} continues another state", ""
         wanted = core.setup.num_pieces if member.contribution.ranges else 0
-        if len(member.piece_digests) != wanted:
-            return f"{member.contribution.peer_id} committed {len(member.piece_digests)} pieces"
-        if member.contribution.peer_id == core.setup.own_peer_id and member.contribution.ranges:
+        if num_pieces != wanted:
+            return f"{peer_id} committed {num_pieces} piece digests; {wanted} are needed", peer_id
+        if peer_id == core.setup.own_peer_id and member.contribution.ranges:
             own = own_join(core)
             if (member.contribution, list(member.piece_digests)) != (
                 own.contribution,
                 list(own.piece_digests),
             ):
-                return "our own contribution is not what we bring"
-    return core.check_contributions([member.contribution for member in group.members])
+                return "our own contribution is not what we bring", ""
+    return core.check_contributions([member.contribution for member in group.members]), ""
 
 
 def proposal_from(repropose: rounds_pb2.Repropose, attempt: int) -> Proposal:

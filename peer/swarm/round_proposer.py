@@ -153,6 +153,12 @@ def links_of(
     ]
 
 
+def contributors_of(group: rounds_pb2.FormGroup) -> frozenset[str]:
+    """Members that bring something into a group."""
+    contributions = [member.contribution for member in group.members]
+    return frozenset(c.peer_id for c in contributions if c.ranges)
+
+
 def choose_from_answers(answers: Mapping[str, rounds_pb2.ExchangeAnswer]) -> ExchangeChoice:
     """Highest vote among a quorum's answers, or freedom to average anew."""
     voted = {peer: a for peer, a in answers.items() if a.HasField("highest_vote")}

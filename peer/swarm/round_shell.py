@@ -7,22 +7,22 @@ a finished step is dropped.
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel
 from peer.swarm import round_types as rt
-from peer.swarm.allreduce import ReduceError, Reduction, ReductionDesk
+from peer.swarm.allreduce import ReduceError, Reduction
 from peer.swarm.buffer_pool import BufferPool
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
+from peer.swarm.coordinator_questions import CoordinatorQuestions, Place, Post
 from peer.swarm.latecomers import Latecomers, late_in_failed
 from peer.swarm.pace import Pace
+from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
 from peer.swarm.state_transfer import fetch_averaged
@@ -40,9 +40,10 @@ logger = logging.getLogger(__name__)
 ROUND_CALL = "round"
 TICK_SECONDS = 0.1
 _FINISH_SECONDS = 3.0
-
-Place = tuple[int, int]
-Post = Callable[[Place, rt.Event], None]
+_AGAIN_SECONDS = 0.2
+"""From a call that failed to the next, at least."""
+_AGAIN_RATIO = 0.7
+"""Patience with a member that has not answered the last call, against the usual."""
 
 
 class RoundShell:
@@ -85,8 +86,7 @@ class RoundShell:
         self._fetching: set[bytes] = set()
         self._tasks = tasks
         self._failures_by_peer: dict[str, int] = {}
-        self._request_numbers = itertools.count(1)
-        self._place_by_request: dict[str, tuple[Place, int | None]] = {}
+        self.questions = CoordinatorQuestions(channel, own_peer_id=key.peer_id, post=post)
         self._timeline = TimelineRecorder(incarnation=0, outer_step=0)
         self._unix_offset_seconds = time.time() - time.monotonic()
 
@@ -209,7 +209,7 @@ class RoundShell:
             case rt.FetchBytes():
                 self._tasks.start(self._fetch(effect))
             case rt.AskCoordinatorExchange() | rt.SubmitVotes():
-                self._ask_coordinator(effect)
+                self.questions.ask(effect, self._place())
             case rt.Commit():
                 self._enter(RoundPhase.APPLY)
                 self.committed = effect
@@ -292,18 +292,22 @@ class RoundShell:
     # Messages ---------------------------------------------------------------------------------
 
     async def _deliver(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
-        """Call a member once; twice in a row without success, a second apart or by deadline, it is
-        unreachable.
+        """Call a member; twice in a row without success it is unreachable.
+
+        After a refusal the second call comes a moment later; after silence, at once and with less
+        patience: the first has waited for long.
         """
         place = (message.incarnation, message.outer_step)
         begin_seconds = time.monotonic()
+        has_failed = peer_id in self._failures_by_peer
+        timeout_seconds = self.pace.call_seconds * (_AGAIN_RATIO if has_failed else 1.0)
         try:
             ack = await self._transport.call(
                 peer_id,
                 ROUND_CALL,
                 message,
                 rounds_pb2.RoundAck,
-                timeout_seconds=self.pace.call_seconds,
+                timeout_seconds=timeout_seconds,
             )
         except PeerCallError as error:
             logger.debug("message to %s: %s", peer_id, error)
@@ -313,7 +317,8 @@ class RoundShell:
                 if failures >= 2:
                     self._post(place, rt.PeerUnreachable(peer_id, str(error)))
                 else:
-                    await asyncio.sleep(0.2)
+                    spent_seconds = time.monotonic() - begin_seconds
+                    await asyncio.sleep(max(0.0, _AGAIN_SECONDS - spent_seconds))
                     await self._deliver(peer_id, message)
             return
         self._failures_by_peer.pop(peer_id, None)
@@ -352,8 +357,14 @@ class RoundShell:
             averaged = await reduction.run()
         except ReduceError as error:
             self._note_late(reduction)
-            blamed = error.peer_id if error.is_down else ""
-            self._post(place, rt.ReduceFailed(attempt, str(error), blamed))
+            failed = rt.ReduceFailed(
+                attempt,
+                str(error),
+                error.peer_id,
+                is_down=error.is_down,
+                is_invalid=error.is_invalid,
+            )
+            self._post(place, failed)
             return
         finally:
             watching.cancel()
@@ -393,6 +404,8 @@ class RoundShell:
         if self._reduction is not None and not self._reduction.done():
             logger.debug("averaging stopped: %s", reason)
             self._note_silent()
+            if self._current is not None:
+                self._current.fail(ReduceError(f"averaging was given up: {reason}"))
             self._reduction.cancel()
             self._desk.open(None)
         self._reduction = None
@@ -452,48 +465,3 @@ class RoundShell:
             self._post(place, rt.BytesFetched(digest))
         finally:
             self._fetching.discard(digest)
-
-    # Coordinator ------------------------------------------------------------------------------
-
-    def _ask_coordinator(self, effect: rt.AskCoordinatorExchange | rt.SubmitVotes) -> None:
-        incarnation, outer_step = self._place()
-        request_id = f"{self._key.peer_id}-{incarnation}-{outer_step}-{next(self._request_numbers)}"
-        if len(self._place_by_request) > 64:
-            self._place_by_request.clear()
-        request: rounds_pb2.CoordinatorExchangeRequest | rounds_pb2.SubmitVotesRequest
-        if isinstance(effect, rt.AskCoordinatorExchange):
-            method, attempt = "exchange", effect.attempt
-            request = rounds_pb2.CoordinatorExchangeRequest(
-                incarnation=incarnation, outer_step=outer_step, attempt=attempt
-            )
-            self._place_by_request[request_id] = ((incarnation, outer_step), attempt)
-        else:
-            method = "submit_votes"
-            request = rounds_pb2.SubmitVotesRequest(
-                request_id=request_id, votes=effect.votes, contributions=effect.contributions
-            )
-            self._place_by_request[request_id] = ((incarnation, outer_step), None)
-        self._channel.send(
-            "coordinator_request",
-            request_id=request_id,
-            method=method,
-            request=request.SerializeToString(),
-        )
-
-    def coordinator_answered(self, message: dict[str, Any]) -> None:
-        """The daemon brings the coordinator's answer, or none."""
-        found = self._place_by_request.pop(message["request_id"], None)
-        if found is None:
-            return
-        place, attempt = found
-        data: bytes | None = message["response"]
-        if attempt is None:
-            voted = rounds_pb2.SubmitVotesResponse.FromString(data) if data is not None else None
-            self._post(place, rt.CoordinatorVoted(voted))
-        else:
-            answer = (
-                rounds_pb2.CoordinatorExchangeResponse.FromString(data)
-                if data is not None
-                else None
-            )
-            self._post(place, rt.CoordinatorExchanged(attempt, answer))

@@ -14,7 +14,7 @@ from peer.swarm.reduce_slices import expected_seconds
 from peer.swarm.round_agree import AgreeSide
 from peer.swarm.round_core import RoundCore, backoff_seconds
 from peer.swarm.round_leader import LeaderSide, own_join, problem_with_group, proposal_from
-from peer.swarm.round_proposer import links_of
+from peer.swarm.round_proposer import contributors_of, links_of
 from peer.swarm.round_types import (
     AbortReduce,
     Acked,
@@ -135,6 +135,7 @@ class RoundMachine:
                 self._on_ack(event)
             case Contributed():
                 self._core.own = event.own
+                self._core.drop_refused_own()
                 self._leader.join_own()
                 self._send_join()
             case ReduceDone():
@@ -372,7 +373,10 @@ class RoundMachine:
             if sender == self._leader.leader(attempt) and core.own is not None:
                 core.own = None
                 core.emit(ContributionRefused(f"{sender}: {refusal.reason}"))
-        elif kind == _FAILED and attempt == core.attempt:
+        elif kind == _FAILED:
+            core.hear_accusation(sender, refusal.accused_peer_id, refusal.reason)
+            if attempt != core.attempt:
+                return
             if core.phase is RoundPhase.AGREE:
                 self._leader.repropose_to(sender)
             elif self._group is not None or sender == self.leader_peer_id:
@@ -391,16 +395,18 @@ class RoundMachine:
         self.supersede(attempt, f"group of attempt {attempt} has formed")
         if core.attempt != attempt or core.phase is not RoundPhase.FORM or self._group is not None:
             return
-        problem = problem_with_group(core, group)
+        problem, accused = problem_with_group(core, group)
         if problem:
-            leader = self._leader.leader(attempt)
-            tell = (leader,) if leader != core.setup.own_peer_id else ()
-            self._fail_attempt(f"group refused: {problem}", tell)
+            tell = core.others if accused else (self._leader.leader(attempt),)
+            core.hear_accusation(core.setup.own_peer_id, accused, problem)
+            tell = tuple(peer for peer in tell if peer != core.setup.own_peer_id)
+            self._fail_attempt(f"group refused: {problem}", tell, accused)
             return
         members = {member.contribution.peer_id for member in group.members}
         if core.setup.own_peer_id not in members:
             return
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
+        core.last_contributors = contributors_of(group)
         self._is_in_group_before = True
         links = links_of(group.members, core.entry_by_peer)
         vector_bytes = core.setup.vector_bytes
@@ -433,18 +439,17 @@ class RoundMachine:
 
     def _on_reduce_failed(self, event: ReduceFailed) -> None:
         if event.attempt == self._core.attempt and self.is_reducing:
-            if event.peer_id:
-                self._core.unreachable.add(event.peer_id)
-                self._core.note_late(event.attempt, frozenset((event.peer_id,)))
+            accused = self._core.judge_failure(event)
             group = self._group
             members = {m.contribution.peer_id for m in group.members} if group else set()
-            self._fail_attempt(event.reason, tuple(p for p in self._core.others if p in members))
+            tell = tuple(p for p in self._core.others if p in members)
+            self._fail_attempt(event.reason, tell, accused)
 
-    def _fail_attempt(self, reason: str, tell: tuple[str, ...]) -> None:
+    def _fail_attempt(self, reason: str, tell: tuple[str, ...], accused: str = "") -> None:
         core = self._core
         attempt = core.attempt
         for peer_id in tell:
-            core.refuse(peer_id, attempt=attempt, kind=_FAILED, reason=reason)
+            core.refuse(peer_id, attempt=attempt, kind=_FAILED, reason=reason, accused=accused)
         self.supersede(attempt + 1, reason)
 
     # Agree ------------------------------------------------------------------------------------

@@ -163,6 +163,10 @@ class ReduceFailed:
     reason: str
     peer_id: str = ""
     """Whose fault it looks like, if anybody's."""
+    is_down: bool = False
+    """That member looks dead."""
+    is_invalid: bool = False
+    """What that member sent breaks the rules."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,11 +307,11 @@ class Transport:
         try:
             client = self.p2p._client  # noqa: SLF001 (hivemind has no public door for this)
             await asyncio.wait_for(client.connect(identity, plain), timeout_seconds)
+        except TimeoutError as error:
+            reason = f"no connection within {timeout_seconds:.1f} s"
+            raise PeerCallError(reason, is_down=True) from error
         except (P2PDaemonError, OSError, ValueError) as error:
             raise PeerCallError(f"cannot connect: {_short(error)}", is_down=True) from error
-        except TimeoutError as error:
-            reason = f"no connection within {timeout_seconds:g} s"
-            raise PeerCallError(reason, is_down=True) from error
 
     async def _ensure_connected(self, peer_id: str) -> PeerID:
         identity = self._p2p_by_peer.get(peer_id)
@@ -384,13 +384,13 @@ class Transport:
             )
         except P2PHandlerError as error:
             raise PeerCallError(f"{peer_id} refused: {_short(error)}", is_down=False) from error
+        except TimeoutError as error:  # an OSError too, so it comes first
+            self._connected.discard(peer_id)
+            reason = f"no answer within {timeout_seconds:.1f} s"
+            raise PeerCallError(reason, is_down=True) from error
         except (P2PDaemonError, OSError) as error:
             self._connected.discard(peer_id)
             raise PeerCallError(_short(error), is_down=True) from error
-        except TimeoutError as error:
-            self._connected.discard(peer_id)
-            reason = f"no answer within {timeout_seconds:g} s"
-            raise PeerCallError(reason, is_down=True) from error
         self.count(peer_id, sent_bytes=message.ByteSize(), received_bytes=answer.ByteSize())
         seconds = time.monotonic() - begin_seconds
         self._rtt_by_peer[peer_id] = min(seconds, self._rtt_by_peer.get(peer_id, seconds))
@@ -442,13 +442,13 @@ class Transport:
                 self.p2p.call_binary_stream_handler(identity, f"{self._prefix}.{name}"),
                 timeout_seconds,
             )
+        except TimeoutError as error:
+            self._connected.discard(peer_id)
+            reason = f"no stream within {timeout_seconds:.1f} s"
+            raise PeerCallError(reason, is_down=True) from error
         except (P2PDaemonError, P2PHandlerError, OSError) as error:
             self._connected.discard(peer_id)
             raise PeerCallError(_short(error), is_down=True) from error
-        except TimeoutError as error:
-            self._connected.discard(peer_id)
-            reason = f"no stream within {timeout_seconds:g} s"
-            raise PeerCallError(reason, is_down=True) from error
         return Stream(reader, writer, peer_id=peer_id, transport=self)
 
     def bulk_stream(self, peer_id: str, fd: int, head: bytes) -> BulkStream:

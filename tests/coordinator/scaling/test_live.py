@@ -102,7 +102,7 @@ def test_recorded_runs_are_forecast_from_their_first_quarter(seed: int) -> None:
     assert said.loss_nats == pytest.approx(end_loss, rel=0.03)
     assert said.low_nats <= end_loss <= said.high_nats
     assert said.half_width_ratio <= 0.05
-    assert "prior" in said.reason and "lower quarter" in said.reason
+    assert "prior" in said.reason and "lower edge" in said.reason
 
 
 def test_a_point_far_above_its_curve_does_not_move_it() -> None:

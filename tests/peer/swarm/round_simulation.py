@@ -64,6 +64,10 @@ class World:
     """Share of pairs of members that cannot hear each other in the bad time."""
     num_killed_in_reduce: int = 0
     """Members that die for good while the first group averages."""
+    num_poisoners: int = 0
+    """Members whose bytes break the rules, which everybody who averages with them sees."""
+    num_slanderers: int = 0
+    """Members that accuse an honest one in every group they are in."""
 
 
 class Checks:
@@ -165,6 +169,9 @@ class Simulation:
         self.coordinator = Coordinator(self.directive)
         self._reducing: dict[bytes, set[str]] = {}
         pairs = [frozenset((p, q)) for p in peers for q in peers if p < q]
+        drawn = self._rng.sample(peers, world.num_poisoners + world.num_slanderers)
+        self.poisoners = set(drawn[: world.num_poisoners])
+        self.slanderers = set(drawn[world.num_poisoners :])
         self._cut = {pair for pair in pairs if self._rng.random() < world.cut_ratio}
         self.values: set[bytes] = set()
         self.num_attempts_discarded = 0
@@ -236,6 +243,8 @@ class Simulation:
 
     def _contribute(self, peer: str) -> None:
         windows = self._rng.choice([0, 10, 10])
+        if self.poisoners or self.slanderers:
+            windows = 10  # a liar that alone has work can only be waited out
         ranges = [rounds_pb2.LeasedRange(begin_window=0, end_window=windows)] if windows else []
         own = rounds_pb2.Contribution(
             peer_id=peer, ranges=ranges, loss_nats=self.members[peer].life
@@ -307,6 +316,8 @@ class Simulation:
                 self.values.add(effect.certificate.value)
             case rt.AttemptDiscarded():
                 self.num_attempts_discarded += 1
+            case rt.ContributionRefused():  # the trainer makes another one
+                self._at(2.0, self._living(peer, lambda: self._contribute(peer)))
 
     def _persist(self, member: Member, record: rt.RoundRecord) -> None:
         old = member.record.highest_vote
@@ -363,6 +374,8 @@ class Simulation:
         if self._world.num_killed_in_reduce and not self.killed_seconds:
             self._kill_some(sorted(started), effect.attempt)
             return
+        if self._is_spoilt(started, effect):
+            return
         for member in sorted(started):
             is_failing = self.is_bad and self._rng.random() < self._world.reduce_failure_ratio
             event: rt.Event = (
@@ -372,6 +385,25 @@ class Simulation:
             )
             self._at(self._delay_seconds(), self._finishing(member, event, digest))
 
+    def _is_spoilt(self, started: set[str], effect: rt.StartReduce) -> bool:
+        """True if somebody in the group spoils the reduction; everybody has heard of it then."""
+        with_values = {m.contribution.peer_id for m in effect.group.members if m.piece_digests}
+        bad = sorted(self.poisoners & with_values)
+        slanderers = sorted(self.slanderers & started)
+        if not bad and not (slanderers and started - self.slanderers):
+            return False
+        for member in sorted(started):
+            honest = sorted(started - self.poisoners - self.slanderers - {member})
+            accused = (self._rng.choice(bad) if bad else "") if member not in self.poisoners else ""
+            if member in self.slanderers:
+                accused = self._rng.choice(honest) if honest else ""
+            event = rt.ReduceFailed(
+                effect.attempt, f"bad bytes of {accused}", accused, is_invalid=bool(accused)
+            )
+            if accused or bad:
+                self._at(self._delay_seconds(), self._finishing(member, event, b""))
+        return True
+
     def _kill_some(self, group: list[str], attempt: int) -> None:
         """Some of a group die at once; the others lose their connections to them."""
         self.killed_seconds = self.now_seconds
@@ -379,7 +411,7 @@ class Simulation:
         for peer in killed:
             self.members[peer].machine, self.members[peer].is_dead = None, True
             self.members[peer].life += 1
-        for peer in set(group) - set(killed):
+        for peer in sorted(set(group) - set(killed)):
             event = rt.ReduceFailed(attempt, "stream ended early")
             self._at(self._delay_seconds(), self._finishing(peer, event, b""))
 

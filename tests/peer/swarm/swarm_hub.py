@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,10 @@ class Daemon:
     messages: list[Message] = field(default_factory=list)
     lease_number: int = 0
     upload_limit_mbit: float | None = None
+    fault_plan: Path | None = None
+    """Its process is tests/peer/swarm/faulty_member.py and reads this file."""
+    is_cut_off: bool = False
+    """Its daemon cannot reach the coordinator."""
 
     @property
     def peer_id(self) -> str:
@@ -120,6 +125,8 @@ class Hub:
         self._changed = asyncio.Event()
         self._promised: dict[int, int] = defaultdict(int)
         self.certificate_by_step: dict[int, rounds_pb2.Certificate] = {}
+        self.credited_step_by_lease: dict[tuple[int, str, int], int] = {}
+        """(incarnation, peer_id, lease number) -> outer step, from reported certificates."""
 
     @property
     def incarnation(self) -> int:
@@ -246,11 +253,14 @@ class Hub:
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), daemon.vectors.fd)
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+        module = ["-m", "peer.swarm"]
+        if daemon.fault_plan is not None:
+            module = ["-m", "tests.peer.swarm.faulty_member"]
+            module += ["--fault-plan", str(daemon.fault_plan)]
         daemon.process = await asyncio.create_subprocess_exec(
             *daemon.prefix,
             sys.executable,
-            "-m",
-            "peer.swarm",
+            *module,
             "--channel-fd",
             str(fds[0]),
             "--vectors-fd",
@@ -293,9 +303,10 @@ class Hub:
         try:
             while True:
                 message = await daemon.channel.receive()
+                message["received_seconds"] = time.monotonic()
                 daemon.messages.append(message)
                 if message["kind"] == "coordinator_request":
-                    response = self._answer(message)
+                    response = None if daemon.is_cut_off else self._answer(message)
                     request_id = message["request_id"]
                     daemon.channel.send(
                         "coordinator_answer", request_id=request_id, response=response
@@ -307,18 +318,29 @@ class Hub:
             self._changed.set()
 
     def _take_certificates(self, daemon: Daemon, message: Message) -> None:
-        if not self.is_coordinator_up:
+        if not self.is_coordinator_up or daemon.is_cut_off:
             return
         for data in message["certificates"]:
             certificate = rounds_pb2.Certificate.FromString(data)
             value = rounds_pb2.RoundValue.FromString(certificate.value)
             stored = self.certificate_by_step.setdefault(value.outer_step, certificate)
             assert stored.value == certificate.value, "two values for one outer step"
+            self._credit(certificate, value.outer_step)
             self.outer_step = max(self.outer_step, value.outer_step)
         assert daemon.channel is not None
         daemon.channel.send(
             "certificates_acknowledged", up_to=self.outer_step, incarnation=self._incarnation
         )
+
+    def _credit(self, certificate: rounds_pb2.Certificate, outer_step: int) -> None:
+        """Book every leased range of a certificate, once: a lease belongs to one step."""
+        held = rounds_pb2.Contributions.FromString(certificate.contributions)
+        for contribution in held.contributions:
+            for part in contribution.ranges:
+                number = common_pb2.Lease.FromString(part.lease.payload).lease_number
+                lease = (self._incarnation, contribution.peer_id, number)
+                credited = self.credited_step_by_lease.setdefault(lease, outer_step)
+                assert credited == outer_step, f"{lease} is credited twice"
 
     async def wait(self, ready: Any, what: str, seconds: float = 40.0) -> Any:
         """Wait until `ready()` is true; names what was waited for if it never is."""

@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer.swarm.allreduce import (
-    PART_STREAM,
-    AveragedVector,
-    ReduceError,
-    Reduction,
-    ReductionDesk,
-    Streams,
-)
+from peer.swarm.allreduce import PART_STREAM, AveragedVector, ReduceError, Reduction, Streams
 from peer.swarm.codecs import EncodedVector
+from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.slice_sum import SliceSum
 from peer.swarm.transport import Stream, StreamHandler, Transport
 from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
@@ -168,7 +162,8 @@ def test_part_that_no_encoder_writes_ends_the_attempt_and_names_its_sender(tmp_p
         vectors = {peer: _vector(peer) for peer in PEERS}
         results = await _average(hosts, vectors, int8, group=group, forged={"b": forged})
         failure = results["a"]
-        assert isinstance(failure, ReduceError) and failure.peer_id == "b"
+        assert isinstance(failure, ReduceError)
+        assert failure.peer_id == "b" and failure.is_invalid
         assert "part of b: codec int8: code -128" in str(failure)
 
     _with_hosts(tmp_path, body)
@@ -180,7 +175,10 @@ def test_bytes_that_were_not_committed_to_end_the_attempt(tmp_path: Path) -> Non
         vectors["b"][0] = 1.5  # changed after committing; piece 0 is reduced by a
         results = await _average(hosts, vectors)
         assert all(isinstance(result, ReduceError) for result in results.values())
-        assert "part of b: piece 0 is not what was committed to" in str(results["a"])
+        failure = results["a"]
+        assert isinstance(failure, ReduceError)
+        assert failure.peer_id == "b" and failure.is_invalid
+        assert "part of b: piece 0 is not what was committed to" in str(failure)
 
     _with_hosts(tmp_path, body)
 

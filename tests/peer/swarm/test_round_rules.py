@@ -10,6 +10,7 @@ from peer.swarm.round_state import RoundMachine
 from protos.muster.v1 import common_pb2, rounds_pb2
 from tests.peer.swarm.round_simulation import TIMING, Checks
 
+_INVALID = rounds_pb2.REFUSAL_KIND_INVALID
 PEERS = ("peer0", "peer1", "peer2")
 LEADER = leader_of(
     [common_pb2.RosterEntry(peer_id=p, has_vote=True) for p in PEERS],
@@ -273,6 +274,35 @@ def test_reason_of_a_refused_proposal_stays_visible() -> None:
     machine.handle(rt.Contributed(_own(OTHERS[0])), now_seconds=0.1)
     later = _of(machine.handle(rt.Tick(), now_seconds=60.0), rt.PhaseChanged)
     assert "proposal of attempt 0 refused" in later[-1].reason
+
+
+def test_accused_member_is_refused_with_the_reason_and_not_waited_for() -> None:
+    leader_side = _machine(LEADER)
+    accuser, accused = OTHERS
+    for peer in PEERS:
+        leader_side.handle(_join(peer), now_seconds=0.0)
+    refusal = rounds_pb2.RoundRefusal(
+        kind=rounds_pb2.REFUSAL_KIND_ATTEMPT_FAILED,
+        reason=f"part of {accused}: piece 0 is not what was committed to",
+        accused_peer_id=accused,
+    )
+    leader_side.handle(rt.Received(accuser, _message(refusal=refusal)), now_seconds=0.1)
+    sent = _of(leader_side.handle(_join(accused), now_seconds=0.2), rt.Send)
+    invalid = [s.message.refusal for s in sent if s.message.refusal.kind == _INVALID]
+    assert len(invalid) == 1 and f"{accuser} says: part of {accused}" in invalid[0].reason
+
+
+def test_accused_member_drops_what_it_brings() -> None:
+    own = OTHERS[0]
+    machine = _machine(own)
+    machine.handle(rt.Contributed(_own(own)), now_seconds=0.0)
+    refusal = rounds_pb2.RoundRefusal(
+        kind=rounds_pb2.REFUSAL_KIND_ATTEMPT_FAILED, reason="not finite", accused_peer_id=own
+    )
+    effects = machine.handle(rt.Received(OTHERS[1], _message(refusal=refusal)), now_seconds=0.1)
+    assert "not finite" in _of(effects, rt.ContributionRefused)[0].reason
+    again = machine.handle(rt.Contributed(_own(own)), now_seconds=0.2)
+    assert _of(again, rt.ContributionRefused)
 
 
 def _members(effects: list[rt.Effect]) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protos.muster.v1 import rounds_pb2
 from tests.peer.swarm.round_simulation import Simulation, Weakness, World, bad_world
 
 NUM_SEEDS = 1000
@@ -91,6 +92,40 @@ def test_losing_several_at_once_costs_one_round(num_members: int, num_killed: in
         assert all(member.certificate is not None for member in survivors)
         assert max(member.num_reductions for member in survivors) == 2
         assert simulation.now_seconds - simulation.killed_seconds < 10.0
+
+
+@pytest.mark.parametrize(
+    ("num_members", "num_poisoners", "num_slanderers", "most_reductions"),
+    [
+        (3, 1, 0, 4),
+        (4, 1, 0, 4),
+        (7, 2, 0, 4),
+        (2, 0, 1, 2),
+        (3, 0, 1, 4),
+        (4, 0, 1, 4),
+        (7, 1, 1, 6),
+    ],
+)
+def test_liars_are_left_out_and_cost_few_attempts(
+    num_members: int, num_poisoners: int, num_slanderers: int, most_reductions: int
+) -> None:
+    world = World(
+        num_members=num_members,
+        num_poisoners=num_poisoners,
+        num_slanderers=num_slanderers,
+        due_seconds=0.5,
+    )
+    for seed in range(25):
+        simulation = _play(seed, world)
+        assert len(simulation.values) == 1
+        honest = set(simulation.members) - simulation.poisoners - simulation.slanderers
+        for peer in honest:
+            member = simulation.members[peer]
+            assert member.certificate is not None
+            assert member.num_reductions <= most_reductions, seed
+            held = rounds_pb2.Contributions.FromString(member.certificate.contributions)
+            brought = {c.peer_id for c in held.contributions if c.ranges}
+            assert not brought & simulation.poisoners
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from peer.model.init import initial_vector
 from peer.swarm import piece_plan
-from peer.swarm.catch_up import CatchUp
+from peer.swarm.catch_up import CatchUp, DownloadPause
 from peer.swarm.incoming_state import IncomingState
 from peer.swarm.piece_plan import PieceLayout
 from peer.swarm.replica import Replica
@@ -179,6 +179,19 @@ def _lying(handler: Handler) -> Handler:
     return lie
 
 
+def _once(handler: Handler, is_time: Callable[[], bool]) -> Handler:
+    """The donor answers late, but not for ever."""
+
+    async def late(peer_id: str, stream: Stream) -> None:
+        loop = asyncio.get_running_loop()
+        deadline_seconds = loop.time() + 10.0
+        while not is_time() and loop.time() < deadline_seconds:
+            await asyncio.sleep(0)
+        await handler(peer_id, stream)
+
+    return late
+
+
 def test_three_donors_serve_one_state_and_a_liar_is_found_out(hub: Hub, tmp_path: Path) -> None:
     async def story() -> None:
         wire = Wire()
@@ -187,8 +200,11 @@ def test_three_donors_serve_one_state_and_a_liar_is_found_out(hub: Hub, tmp_path
         wanted = _proven(donors[0][0], "liar", "a", "b", "dead")
         incoming = IncomingState(tmp_path, _layout(donors[0][0]))
         download = _download(wire, wanted, incoming)
-        assert _is_right(await download.run(), wanted)
         plan = download.plan.donors
+        for name in ("a", "b"):
+            honest = wire.handler_by_peer[name]
+            wire.handler_by_peer[name] = _once(honest, lambda: plan["liar"].is_out)
+        assert _is_right(await download.run(), wanted)
         assert plan["liar"].is_out and "does not match the proven digest" in plan["liar"].reason
         assert plan["dead"].reason == "nobody is there"
         assert plan["a"].num_received + plan["b"].num_received >= download.plan.num_pieces
@@ -405,6 +421,21 @@ def test_resumed_state_is_proven_by_the_certificate_after_it(
         server.close()
 
     asyncio.run(story())
+
+
+def test_states_that_lead_nowhere_are_downloaded_ever_more_seldom() -> None:
+    pause, now_seconds = DownloadPause(), 100.0
+    waits = []
+    for _ in range(9):
+        pause.downloaded(now_seconds)
+        waits.append(pause.left_seconds(now_seconds))
+        now_seconds += waits[-1]
+    assert waits == [0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    pause.downloaded(now_seconds)
+    pause.step_made()
+    assert pause.left_seconds(now_seconds) == 0.0
+    pause.downloaded(now_seconds)
+    assert pause.left_seconds(now_seconds) == 0.0
 
 
 def test_serving_takes_few_hundredths_of_the_machine_and_half_of_the_upload() -> None:

@@ -1,0 +1,119 @@
+"""Members of a real swarm killed and stopped at every phase of a round, in an order that a seed
+decides; used by `soak --parts phases`.
+"""
+
+import asyncio
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from shared import Figure, say
+
+SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
+
+
+def run_phases(seed: int, *, num_members: int) -> dict[str, Any]:
+    """Every phase with every signal once, on one swarm; what went wrong is a result."""
+    from protos.contract.telemetry import ATTEMPT_PHASES
+
+    faults = [(phase, sent) for phase in ATTEMPT_PHASES for sent in SIGNALS]
+    random.Random(seed).shuffle(faults)
+    began_seconds = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="muster-soak-") as directory:
+        recoveries, problem = asyncio.run(_strike_all(Path(directory), faults, num_members))
+        left = leftovers(directory)
+    if left and not problem:
+        problem = f"left over: {left}"
+    return {
+        "part": "phases",
+        "seed": seed,
+        "problem": problem,
+        "faults": [f"{phase} {sent.name}" for phase, sent in faults[: len(recoveries)]],
+        "recoveries": recoveries,
+        "seconds": round(time.monotonic() - began_seconds, 1),
+    }
+
+
+async def _strike_all(
+    folder: Path, faults: list[Any], num_members: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Recoveries so far, and what ended them early."""
+    from tests.peer.swarm.faulted_swarm import FaultedSwarm
+
+    swarm = FaultedSwarm(folder)
+    recoveries: list[dict[str, Any]] = []
+    phase, sent = "START", signal.SIGKILL
+    try:
+        await swarm.start(num_members)
+        num_fds = swarm.num_open_files()
+        for phase, sent in faults:
+            recovery = await swarm.strike(phase, sent)
+            recoveries.append(vars(recovery) | {"noticed_seconds": recovery.noticed_seconds})
+            await swarm.round()
+        grown = swarm.num_open_files() - num_fds
+        await swarm.stop()
+        if grown > len(faults):
+            return recoveries, f"{grown} more open files in one member after {len(faults)} faults"
+    except (AssertionError, OSError, KeyError, ValueError, TimeoutError) as error:
+        told = {d.name: d.newest("phase") for d in swarm.members}
+        await swarm.kill_all()
+        return recoveries, f"{phase} {sent.name}: {type(error).__name__}: {error}; {told}"
+    return recoveries, ""
+
+
+def leftovers(directory: str) -> list[str]:
+    """Commands of living processes that name a directory, after a moment to end in."""
+    deadline_seconds = time.monotonic() + 10.0
+    while time.monotonic() < deadline_seconds:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if directory in command:
+                found.append(f"{entry.parent.name} {command[:120]}")
+        if not found:
+            return []
+        time.sleep(0.2)
+    return found
+
+
+def figures_of_phases(outcomes: list[dict[str, Any]]) -> list[Figure]:
+    """What the faults cost, by signal and over all."""
+    recoveries = [r for outcome in outcomes for r in outcome["recoveries"]]
+    if not recoveries:
+        return []
+    figures = [
+        Figure(
+            name="attempts_lost_at_most",
+            value=max(r["attempts_lost"] for r in recoveries),
+            unit="attempts",
+            at_most=1,
+        )
+    ]
+    for sent in SIGNALS:
+        noticed = sorted(r["noticed_seconds"] for r in recoveries if r["signal_name"] == sent.name)
+        if not noticed:
+            continue
+        name = sent.name.lower()
+        say(f"{name}: {[round(seconds, 2) for seconds in noticed]}")
+        figures.append(
+            Figure(
+                name=f"{name}_to_next_round_longest",
+                value=round(noticed[-1], 2),
+                unit="s over a round",
+                at_most=2.2,
+                note="torchft: 2.2 s",
+            )
+        )
+        median = noticed[len(noticed) // 2]
+        figures.append(
+            Figure(
+                name=f"{name}_to_next_round_median", value=round(median, 2), unit="s over a round"
+            )
+        )
+    return figures

@@ -1,0 +1,174 @@
+"""`python -m tests.peer.swarm.faulty_member --fault-plan FILE ...`: the real swarm process, with
+faults that a test names.
+
+FILE is read again whenever it matters, so one process serves many tests:
+
+- {"phase": "REDUCE", "signal": 9}: when that phase of a round begins, this process and its p2pd get
+  the signal; FILE is replaced by {"done_seconds": ...} (monotonic clock) just before;
+- {"send": KIND}: what is brought into a round breaks a rule (KINDS);
+- {"cut": [peer_id, ...]}: nothing passes between this member and those, as in a cut network.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import peer.swarm.node as node_module
+import peer.swarm.round_shell as shell_module
+import peer.swarm.transport as transport_module
+from peer.swarm.__main__ import main
+from peer.swarm.allreduce import AveragedVector, Reduction
+from peer.swarm.bulk_stream import BulkStream
+from peer.swarm.codecs import EncodedVector
+from peer.swarm.offers import Offers
+from peer.swarm.replica import Replica
+from peer.swarm.round_shell import RoundShell
+from peer.swarm.transport import PeerCallError, Stream, Transport
+from protos.contract.telemetry import RoundPhase
+
+KINDS = ("join shape", "part shape", "nan", "uncommitted", "nothing")
+
+
+class FaultPlan:
+    """The file that a test writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def write(self, plan: dict[str, Any]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(plan))
+        temporary.replace(self.path)
+
+    @property
+    def sends(self) -> str:
+        return str(self.read().get("send", ""))
+
+    def is_cut(self, peer_id: str) -> bool:
+        return peer_id in self.read().get("cut", ())
+
+
+PLAN = FaultPlan(Path())
+
+
+def strike(phase: RoundPhase, attempt: int) -> None:
+    """Signal the own p2pd and this process, if the plan names this phase."""
+    plan = PLAN.read()
+    if plan.get("phase") != phase.value:
+        return
+    own = os.getpid()
+    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+    PLAN.write({"done_seconds": time.monotonic(), "attempt": attempt})
+    for pid in [*map(int, children), own]:
+        os.kill(pid, plan["signal"])
+
+
+class FaultyShell(RoundShell):
+    """Tells every phase to `strike`."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.on_phase = strike
+
+
+class FaultyReplica(Replica):
+    """Encodes values that are not finite, and commits to them."""
+
+    def encode_contribution(self) -> EncodedVector:
+        encoded = super().encode_contribution()
+        return with_nan(encoded) if PLAN.sends == "nan" else encoded
+
+
+def with_nan(encoded: EncodedVector) -> EncodedVector:
+    """The same with its first value of every thousand not a number."""
+    values = np.frombuffer(encoded.data, dtype="<f4").copy()
+    values[::1000] = np.nan
+    data = memoryview(values).cast("B")
+    return EncodedVector(codec=encoded.codec, num_values=encoded.num_values, data=data)
+
+
+class FaultyOffers(Offers):
+    """Commits to one piece too few."""
+
+    def _encode(self) -> tuple[EncodedVector, tuple[bytes, ...]]:
+        encoded, digests = super()._encode()
+        return encoded, digests[:-1] if PLAN.sends == "join shape" else digests
+
+
+class FaultyReduction(Reduction):
+    """Sends other bytes than committed to, a part of another shape, or nothing."""
+
+    def __init__(self, streams: Any, *, own: EncodedVector | None, **arguments: Any) -> None:
+        self._kind = PLAN.sends
+        if self._kind == "uncommitted" and own is not None:
+            changed = np.frombuffer(own.data, dtype="<f4") + np.float32(1.0)
+            data = memoryview(changed).cast("B")
+            own = EncodedVector(codec=own.codec, num_values=own.num_values, data=data)
+        super().__init__(streams, own=own, **arguments)
+
+    async def run(self) -> AveragedVector:
+        if self._kind == "nothing":
+            await self._failed.wait()
+        return await super().run()
+
+    async def serve(self, sender: str, header: Any, stream: Stream) -> None:
+        if self._kind == "nothing":
+            await self._failed.wait()
+        await super().serve(sender, header, stream)
+
+    def _send_part(self, reducer: str, stream: BulkStream) -> None:
+        with self._one_piece_less(reducer, is_lying=self._kind == "part shape"):
+            super()._send_part(reducer, stream)
+
+    @contextmanager
+    def _one_piece_less(self, reducer: str, *, is_lying: bool) -> Iterator[None]:
+        begin, end = self._run_by_peer[reducer]
+        if is_lying:
+            self._run_by_peer[reducer] = (begin, end - 1)
+        yield
+        self._run_by_peer[reducer] = (begin, end)
+
+
+class CutTransport(Transport):
+    """Loses everything to and from members that the plan cuts off."""
+
+    async def call(self, peer_id: str, *arguments: Any, **named: Any) -> Any:
+        if PLAN.is_cut(peer_id):
+            await self._lose(named.get("timeout_seconds", 5.0))
+        return await super().call(peer_id, *arguments, **named)
+
+    async def open_stream(self, peer_id: str, name: str, *, timeout_seconds: float = 5.0) -> Stream:
+        if PLAN.is_cut(peer_id):
+            await self._lose(timeout_seconds)
+        return await super().open_stream(peer_id, name, timeout_seconds=timeout_seconds)
+
+    async def _lose(self, timeout_seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), timeout_seconds)
+        raise PeerCallError(f"no answer within {timeout_seconds:g} s", is_down=True)
+
+
+if __name__ == "__main__":
+    PLAN.path = Path(sys.argv.pop(sys.argv.index("--fault-plan") + 1))
+    sys.argv.remove("--fault-plan")
+    transport_module.Transport = CutTransport  # type: ignore[misc]
+    node_module.RoundShell = FaultyShell  # type: ignore[misc]
+    node_module.Replica = FaultyReplica  # type: ignore[misc]
+    node_module.Offers = FaultyOffers  # type: ignore[misc]
+    shell_module.Reduction = FaultyReduction  # type: ignore[misc]
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Faults in the middle of real rounds, three swarm processes for all of them: killed or stopped at
+each phase, liars, strangers, and a network cut in two.
+"""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from peer.swarm.state_transfer import AVERAGED_STREAM, SNAPSHOT_STREAM, STATE_INFO_CALL
+from peer.swarm.transport import PeerCallError, StreamError, Transport
+from protos.contract.telemetry import ATTEMPT_PHASES, RoundPhase
+from protos.muster.v1 import rounds_pb2, state_pb2
+from tests.peer.swarm.faulted_swarm import NOTICED_SECONDS, FaultedSwarm
+from tests.peer.swarm.swarm_hub import Daemon, write_p2p_key
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+class Running:
+    """A swarm and the event loop that it lives in, from test to test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runner = asyncio.Runner()
+        self.swarm = FaultedSwarm(folder)
+        self.runner.run(self.swarm.start(3))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(tmp_path_factory.mktemp("swarm"))
+    yield running
+    running.runner.run(running.swarm.stop())
+    running.runner.close()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+@pytest.mark.parametrize("phase", ATTEMPT_PHASES, ids=[phase.lower() for phase in ATTEMPT_PHASES])
+def test_survivors_go_on_in_one_state(
+    running: Running, phase: RoundPhase, sent: signal.Signals
+) -> None:
+    async def story() -> None:
+        swarm = running.swarm
+        recovery = await swarm.strike(phase, sent)
+        assert recovery.attempts_lost <= 1, recovery
+        assert recovery.noticed_seconds <= NOTICED_SECONDS, recovery
+        if phase is RoundPhase.APPLY:  # it voted, and died before it could report
+            assert recovery.victim_credited, "another member's certificate credits it"
+            assert recovery.attempts_lost == 0, recovery
+        await swarm.round()
+
+    running.runner.run(story())
+
+
+REASONS = {
+    "join shape": "piece digests",
+    "part shape": "pieces (",
+    "nan": "holds values that are not finite",
+    "uncommitted": "is not what was committed to",
+    "nothing": "has sent nothing for",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_member_that_breaks_the_rules_is_out_of_the_attempt(running: Running, kind: str) -> None:
+    async def story() -> None:
+        swarm = running.swarm
+        bad, honest = swarm.members[-1], swarm.members[:-1]
+        swarm.plan(bad, send=kind)
+        num_before = len(bad.messages)
+        swarm.offer(swarm.members)
+        brought = await swarm.committed(honest)
+        assert brought == {daemon.peer_id for daemon in honest}
+        await swarm.hub.wait(lambda: _is_told(bad, num_before, REASONS[kind]), "the reason")
+        for daemon in honest:
+            assert (await swarm.outcome(daemon, swarm.step))["outcome"] == "COMMITTED"
+        assert swarm.lost_attempts(honest, swarm.step) <= 2
+        swarm.heal(bad)
+        await swarm.hub.wait_state(swarm.members, (1, swarm.step))
+        swarm.check_state(bad)
+        await swarm.round_with_all()
+
+    running.runner.run(story())
+
+
+def _is_told(daemon: Daemon, num_before: int, reason: str) -> bool:
+    """The member's daemon has heard why, and that the contribution is lost."""
+    told = [m for m in daemon.messages[num_before:] if m.get("reason")]
+    kinds = ("round_outcome", "attempt_discarded")
+    has_reason = any(m["kind"] in kinds and reason in m["reason"] for m in told)
+    return has_reason and any(m.get("outcome") == "RESYNC" for m in told)
+
+
+def test_stranger_gets_no_byte_and_changes_nothing(running: Running, tmp_path: Path) -> None:
+    async def story() -> None:
+        swarm = running.swarm
+        write_p2p_key(tmp_path / "p2p.key")
+        stranger = await Transport.create(
+            home=tmp_path,
+            identity_path=tmp_path / "p2p.key",
+            prefix="swarmtest",
+            host="127.0.0.1",
+            listen_port=0,
+        )
+        try:
+            stranger.set_members({d.peer_id: d.p2p_peer_id for d in swarm.members})
+            for daemon in swarm.members:
+                stranger.add_addresses(daemon.peer_id, daemon.addresses)
+            tries: list[str] = []
+            pestering = asyncio.ensure_future(_pester(stranger, swarm, tries))
+            everybody = {daemon.peer_id for daemon in swarm.members}
+            num_rounds = 0
+            while num_rounds < 3 or (set(tries) != everybody and num_rounds < 100):
+                await swarm.round()
+                num_rounds += 1
+            pestering.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await pestering
+            assert set(tries) == everybody
+            assert stranger.received_bytes == 0
+        finally:
+            await stranger.close()
+
+    running.runner.run(story())
+
+
+async def _pester(stranger: Transport, swarm: FaultedSwarm, tries: list[str]) -> None:
+    """Ask, join, vote and send parts, as fast as it goes, until cancelled."""
+    while True:
+        for daemon in swarm.members:
+            await _try_everything(stranger, daemon, swarm.step + 1)
+            tries.append(daemon.peer_id)
+
+
+async def _try_everything(stranger: Transport, daemon: Daemon, step: int) -> None:
+    join = rounds_pb2.JoinGroup(contribution=rounds_pb2.Contribution(peer_id=daemon.peer_id))
+    vote = rounds_pb2.Vote(value=b"x", voter=daemon.peer_id)
+    calls = [
+        ("round", rounds_pb2.RoundMessage(incarnation=1, outer_step=step, join_group=join)),
+        ("round", rounds_pb2.RoundMessage(incarnation=1, outer_step=step, vote=vote)),
+        (STATE_INFO_CALL, state_pb2.StateInfoRequest(incarnation=1)),
+    ]
+    for name, message in calls:
+        with pytest.raises(PeerCallError, match="not a member"):
+            await stranger.call(daemon.peer_id, name, message, state_pb2.StateInfoResponse)
+    streams = [
+        (SNAPSHOT_STREAM, state_pb2.SnapshotRequest(incarnation=1, outer_step=step - 1)),
+        (AVERAGED_STREAM, state_pb2.AveragedRequest(averaged_digest=bytes(32))),
+        ("part", state_pb2.PartHeader(incarnation=1, outer_step=step, end_piece=4)),
+    ]
+    for name, header in streams:
+        stream = await stranger.open_stream(daemon.peer_id, name)
+        with pytest.raises(StreamError):
+            await stream.send_message(header)
+            await stream.read_bytes(1)
+        stream.close()
+
+
+def test_cut_in_two_only_the_side_of_the_coordinator_commits(running: Running) -> None:
+    async def story() -> None:
+        swarm, hub = running.swarm, running.swarm.hub
+        await swarm.grow()
+        with_coordinator, without = swarm.members[:2], swarm.members[2:]
+
+        swarm.cut(with_coordinator, without)
+        for daemon in without:
+            daemon.is_cut_off = True
+        swarm.offer(swarm.members)
+        brought = await swarm.committed(with_coordinator)
+        assert brought == {daemon.peer_id for daemon in with_coordinator}
+        await hub.wait(lambda: _say_no_quorum(without, swarm.step), "NO_QUORUM")
+        for daemon in without:
+            assert daemon.newest("state")["outer_step"] == swarm.step - 1
+        await _heal(swarm)
+
+        swarm.cut(with_coordinator, without)
+        hub.is_coordinator_up = False
+        swarm.offer(swarm.members)
+        for side in (with_coordinator, without):
+            await hub.wait(lambda s=side: _say_no_quorum(s, swarm.step + 1), "NO_QUORUM")
+        hub.is_coordinator_up = True
+        for daemon in swarm.members:
+            swarm.heal(daemon)
+        await swarm.committed(swarm.members)
+        await swarm.round()
+
+    running.runner.run(story())
+
+
+async def _heal(swarm: FaultedSwarm) -> None:
+    for daemon in swarm.members:
+        swarm.heal(daemon)
+        daemon.is_cut_off = False
+    await swarm.hub.wait_state(swarm.members, (1, swarm.step))
+    for daemon in swarm.members:
+        swarm.check_state(daemon)
+
+
+def _say_no_quorum(side: list[Daemon], step: int) -> bool:
+    """Whoever leads a side's attempt for this step has said that there is no quorum."""
+    return any(
+        m["kind"] == "phase" and m["phase"] == "NO_QUORUM"
+        for daemon in side
+        for m in _since_state(daemon, step - 1)
+    )
+
+
+def _since_state(daemon: Daemon, outer_step: int) -> list[dict[str, object]]:
+    """Messages since the member came to a state."""
+    for index, message in enumerate(daemon.messages):
+        if message["kind"] == "state" and message["outer_step"] >= outer_step:
+            return daemon.messages[index:]
+    return []
