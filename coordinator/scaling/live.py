@@ -115,10 +115,11 @@ def live_forecast(run: RunNow, *, others: Points | None = None) -> LiveForecast:
     points = curve_of(run)
     target = max(run.budget_tokens, float(points.tokens_d[-1]))
     is_smooth = len(points.tokens_d) >= MANY_POINTS and _roughness(points) <= _SMOOTH_RATIO
+    said = None
     if is_smooth or others is not None:
         past = past_errors(points, others)
         said = forecast_run(points, target, others=known_at(others, points), past=past)
-    else:
+    if said is None or not (said.laws or is_smooth):  # too few sizes for a law
         said = _young(points, target)
     gain = COOLDOWN_GAIN_RATIO if run.cooldown_start_tokens < run.budget_tokens else 0.0
     half = float(np.log(said.high_nats / said.loss_nats))

@@ -155,6 +155,19 @@ def test_a_long_smooth_run_is_forecast_by_its_own_law_and_a_study_brings_the_bes
     assert 0 < said.efficiency_ratio <= 1
 
 
+def test_a_study_of_too_few_sizes_changes_nothing() -> None:
+    *points, (end, _) = RECORDED[12]
+    run = run_now([p for p in points if p[0] <= 0.25 * end])
+    sizes, tokens = np.full(5, 1e4), np.geomspace(1e5, 1e6, 5)
+    few = Points(
+        params_n=sizes,
+        tokens_d=tokens,
+        compute_flop=6 * sizes * tokens,
+        loss_nats=np.asarray(TRUTH.loss_nats(sizes, tokens)),
+    )
+    assert live_forecast(run, others=few).loss_nats == live_forecast(run).loss_nats
+
+
 def test_advice_and_eta() -> None:
     *points, (end, _) = RECORDED[11]
     run = run_now([p for p in points if p[0] <= 0.5 * end])

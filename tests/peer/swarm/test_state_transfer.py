@@ -92,7 +92,7 @@ def _replica(hub: Hub) -> Replica:
         folder=daemon.home,
     )
     replica.enter_incarnation(hub.record)
-    assert replica.build_initial() is None and replica.meta is not None
+    assert replica.build_initial() and replica.meta is not None
     params = initial_vector(SPEC)
     vectors = (params, params * np.float32(0.5), params * params)
     assert replica.directive is not None
