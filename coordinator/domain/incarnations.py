@@ -181,7 +181,9 @@ def check_need(
     """Decide whether the present epoch can still end by itself.
 
     `certify_unix_seconds` is when the newest certificate (or the incarnation) was stored. A rejoin
-    after that without the newest state means that this member's process has lost it.
+    after that without the newest state means that this member's process has lost it. Voters that
+    are alive but cannot get the newest state for the grace are as good as gone: too few may be left
+    to prove that state to them.
     """
     if equivocation_reason:
         return Need(
@@ -236,6 +238,24 @@ def check_need(
             f"no member holds the state of the newest certified outer step {certified_outer_step}"
         )
         return Need(is_needed=True, is_stalled=True, reason=reason)
+
+    def lacks_newest(peer: str) -> bool:
+        member = by_peer[peer]
+        had_time_since = max(certify_unix_seconds, member.join_unix_seconds)
+        is_ahead = member.attested_outer_step >= certified_outer_step
+        is_holder = member.has_attested(current_incarnation) and is_ahead
+        return not is_holder and now_unix_seconds - had_time_since >= grace_seconds
+
+    for voters in (voters_in_force, voters_newest):
+        able = frozenset(peer for peer in voters & live if not lacks_newest(peer))
+        if not has_quorum(voters, able):
+            return Need(
+                is_needed=True,
+                is_stalled=True,
+                reason=f"{len(able)} of {len(voters)} voters hold the state of outer step "
+                f"{certified_outer_step}, the others have not got it for {grace_seconds:.0f} s: "
+                "too few to prove it or to go on",
+            )
     return Need(
         is_needed=False, is_stalled=False, reason=f"{len(voters_in_force & live)} voters are live"
     )

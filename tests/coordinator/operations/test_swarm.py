@@ -215,6 +215,39 @@ def test_when_all_die_the_run_goes_back_to_what_comes_back() -> None:
     assert_books_are_right(world)
 
 
+def test_voters_that_live_but_lost_the_state_do_not_hold_the_last_holder_up() -> None:
+    """Two of three lose it at once, before they could attest it: alone, the third proves nothing to
+    them and has no quorum, until an incarnation begins from what it holds.
+    """
+    world = SwarmWorld.create()
+    world.start(3)
+    for _ in range(3):
+        world.commit()
+    world.attest(0)
+    for index in (1, 2):
+        world.join(index)
+        world.peer(index).outer_step, world.peer(index).incarnation = 1, 1
+        world.attest(index)
+    for _ in range(20):
+        world.tick(5.0)
+        for index in range(3):
+            world.beat(index)
+        if world.status().incarnation == 2:
+            break
+    status = world.status()
+    assert (status.incarnation, status.outer_step, status.rolled_back_tokens) == (2, 3, 0)
+    assert "1 of 3 voters hold the state of outer step 3" in " ".join(_events(world))
+    assert world.voters() == [0]
+    world.notice()
+    world.attest()  # the record proves the state: the others take it from its holder
+    world.tick(3.0)
+    world.notice()
+    assert world.voters() == [0, 1, 2]
+    world.commit([0])  # hands over to the roster with three votes
+    world.commit()
+    assert_books_are_right(world)
+
+
 def _events(world: SwarmWorld) -> list[str]:
     with world.store.read() as tx:
         return [row.text for row in tx.newest_events(RUN_ID, num_events=1000)]
