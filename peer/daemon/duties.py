@@ -25,6 +25,7 @@ from protos.muster.v1 import common_pb2, duties_pb2
 _LOGGER = logging.getLogger(__name__)
 _EVALUATE_SECONDS = 900.0
 _WRITE_SECONDS = 300.0
+_RETRY_SECONDS = 2.0
 _MAX_DIGESTS = 512
 DUTY_KINDS = {
     duties_pb2.DUTY_KIND_EVALUATE: ev.DutyKind.EVALUATE,
@@ -137,7 +138,13 @@ class Duties:
 
     async def _report_trial(self, duty: duties_pb2.Duty, result: duties_pb2.TrialResult) -> None:
         request = duties_pb2.ReportDutyRequest(duty_id=duty.duty_id, fence=duty.fence, trial=result)
-        response = await self._client.report_duty(request)
+        while True:  # minutes or hours of work: a coordinator that is away does not cost them
+            try:
+                response = await self._client.report_duty(request)
+                break
+            except UnavailableError as error:
+                _LOGGER.info("%s=%s: not reported: %s", LogField.DUTY, duty.duty_id, error.found)
+                await asyncio.sleep(_RETRY_SECONDS)
         if not response.is_accepted:
             _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
 

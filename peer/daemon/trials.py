@@ -6,7 +6,6 @@ the cache, laid out like a dataset, so that the trial is trained by the code tha
 """
 
 import json
-import logging
 import shutil
 import sys
 import uuid
@@ -26,9 +25,6 @@ from protos.contract.errors import RunFailedError, UsageError
 from protos.contract.run_spec import RunSpec
 from protos.contract.schedule_order import ScheduleOrder
 from protos.muster.v1 import duties_pb2
-
-_LOGGER = logging.getLogger(__name__)
-_STOP_SECONDS = 2.0
 
 
 def needed_chunks(spec: RunSpec, manifest: Manifest) -> list[int]:
@@ -103,7 +99,7 @@ class Trials:
         try:
             end = await self._supervisor.wait(child)
         finally:
-            await self._supervisor.stop(child, grace_seconds=_STOP_SECONDS)
+            await self._supervisor.stop(child, grace_seconds=0.0)
         if not result_path.exists():
             raise RunFailedError(
                 f"the trial's process {end}: {child.last_lines()[-300:]}",

@@ -34,7 +34,7 @@ from protos.contract.digest import (
     state_digest_of_pieces,
     vector_piece_digests,
 )
-from protos.contract.errors import CorruptDataError
+from protos.contract.errors import CorruptDataError, MachineError
 from protos.contract.run_spec import RunSpec
 from protos.contract.signing import SigningKey, has_valid_signature
 from protos.muster.v1 import common_pb2, rounds_pb2
@@ -337,8 +337,17 @@ class Replica:
         ]
 
     def hold_averaged(self, averaged: AveragedVector) -> None:
-        """Keep averaged bytes of the last steps, also across a restart of this process."""
-        self.averages.hold(averaged)
+        """Keep averaged bytes of the last steps, also across a restart of this process. Raises
+        MachineError: without the bytes on disk there must be no vote.
+        """
+        try:
+            self.averages.hold(averaged)
+        except OSError as error:
+            raise MachineError(
+                f"averaged bytes cannot be written: {error}",
+                allowed="room for them in the peer's home",
+                remedy="free space there, or move the peer with --home",
+            ) from error
 
     def held_digests(self) -> tuple[bytes, ...]:
         """Digests of the averaged bytes held."""

@@ -30,7 +30,6 @@ from peer.swarm.timeline import TimelineRecorder
 from peer.swarm.transport import PeerCallError, Transport
 from peer.swarm.vote_file import VoteFile
 from protos.contract.digest import num_pieces
-from protos.contract.errors import MachineError
 from protos.contract.signing import SigningKey
 from protos.contract.telemetry import AttemptOutcome, RoundPhase
 from protos.muster.v1 import common_pb2, rounds_pb2
@@ -370,14 +369,7 @@ class RoundShell:
             watching.cancel()
         self._transport.link_meter.end()
         self.pace.add_wait(reduction.longest_wait_seconds)
-        try:
-            await asyncio.to_thread(self._replica.hold_averaged, averaged)
-        except OSError as error:  # without the bytes on disk there must be no vote
-            raise MachineError(
-                f"averaged bytes cannot be written: {error}",
-                allowed="room for them in the peer's home",
-                remedy="free space there, or move the peer with --home",
-            ) from error
+        await asyncio.to_thread(self._replica.hold_averaged, averaged)
         self._post(place, rt.ReduceDone(attempt, averaged.averaged_digest))
 
     def _exchanged(self) -> None:
