@@ -239,25 +239,43 @@ def check_need(
         )
         return Need(is_needed=True, is_stalled=True, reason=reason)
 
-    def lacks_newest(peer: str) -> bool:
-        member = by_peer[peer]
-        had_time_since = max(certify_unix_seconds, member.join_unix_seconds)
-        is_ahead = member.attested_outer_step >= certified_outer_step
-        is_holder = member.has_attested(current_incarnation) and is_ahead
-        return not is_holder and now_unix_seconds - had_time_since >= grace_seconds
-
+    able = _able_to_go_on(
+        [by_peer[peer] for peer in sorted((voters_in_force | voters_newest) & live)],
+        current_incarnation=current_incarnation,
+        certified_outer_step=certified_outer_step,
+        certify_unix_seconds=certify_unix_seconds,
+        now_unix_seconds=now_unix_seconds,
+        grace_seconds=grace_seconds,
+    )
     for voters in (voters_in_force, voters_newest):
-        able = frozenset(peer for peer in voters & live if not lacks_newest(peer))
         if not has_quorum(voters, able):
             return Need(
                 is_needed=True,
                 is_stalled=True,
-                reason=f"{len(able)} of {len(voters)} voters hold the state of outer step "
+                reason=f"{len(voters & able)} of {len(voters)} voters hold the state of outer step "
                 f"{certified_outer_step}, the others have not got it for {grace_seconds:.0f} s: "
                 "too few to prove it or to go on",
             )
     return Need(
         is_needed=False, is_stalled=False, reason=f"{len(voters_in_force & live)} voters are live"
+    )
+
+
+def _able_to_go_on(
+    voters: Sequence[Member],
+    *,
+    current_incarnation: int,
+    certified_outer_step: int,
+    certify_unix_seconds: float,
+    now_unix_seconds: float,
+    grace_seconds: float,
+) -> frozenset[str]:
+    """Those that hold the newest certified state, or may still get it within the grace."""
+    return frozenset(
+        m.peer_id
+        for m in voters
+        if (m.has_attested(current_incarnation) and m.attested_outer_step >= certified_outer_step)
+        or now_unix_seconds - max(certify_unix_seconds, m.join_unix_seconds) < grace_seconds
     )
 
 
