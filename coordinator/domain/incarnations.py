@@ -12,6 +12,7 @@ Members that were seen to end are certainly gone; silent ones are waited for (gr
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from coordinator.domain.membership import Member
 from coordinator.domain.policy import SwarmPolicy
@@ -166,6 +167,16 @@ def plan_bootstrap(
     return IncarnationPlan(base=base, reason=reason, refused=refused)
 
 
+class _Place(TypedDict):
+    """How far the chain is, and how long somebody may lag behind it."""
+
+    current_incarnation: int
+    certified_outer_step: int
+    certify_unix_seconds: float
+    now_unix_seconds: float
+    grace_seconds: float
+
+
 def check_need(
     members: Sequence[Member],
     *,
@@ -193,6 +204,59 @@ def check_need(
     live = frozenset(m.peer_id for m in members if m.is_live)
     grace_seconds = max(policy.quorum_grace_seconds, policy.peer_ttl_seconds)
 
+    quorum = _need_of_live_quorum(
+        by_peer,
+        live,
+        voters_by_roster={
+            "the roster in force": voters_in_force,
+            "the newest roster": voters_newest,
+        },
+        now_unix_seconds=now_unix_seconds,
+        grace_seconds=grace_seconds,
+    )
+    if quorum is not None:
+        return quorum
+    place: _Place = {
+        "current_incarnation": current_incarnation,
+        "certified_outer_step": certified_outer_step,
+        "certify_unix_seconds": certify_unix_seconds,
+        "now_unix_seconds": now_unix_seconds,
+        "grace_seconds": grace_seconds,
+    }
+    candidates = [m for m in members if m.peer_id in voters_in_force | voters_newest | live]
+    if not _may_hold_newest(candidates, settle_seconds=policy.settle_seconds, **place):
+        reason = (
+            f"no member holds the state of the newest certified outer step {certified_outer_step}"
+        )
+        return Need(is_needed=True, is_stalled=True, reason=reason)
+
+    able = _able_to_go_on(
+        [by_peer[peer] for peer in sorted((voters_in_force | voters_newest) & live)], **place
+    )
+    for voters in (voters_in_force, voters_newest):
+        if not has_quorum(voters, able):
+            return Need(
+                is_needed=True,
+                is_stalled=True,
+                reason=f"{len(voters & able)} of {len(voters)} voters hold the state of outer step "
+                f"{certified_outer_step}, the others have not got it for {grace_seconds:.0f} s: "
+                "too few to prove it or to go on",
+            )
+    return Need(
+        is_needed=False, is_stalled=False, reason=f"{len(voters_in_force & live)} voters are live"
+    )
+
+
+def _need_of_live_quorum(
+    by_peer: Mapping[str, Member],
+    live: frozenset[str],
+    *,
+    voters_by_roster: Mapping[str, frozenset[str]],
+    now_unix_seconds: float,
+    grace_seconds: float,
+) -> Need | None:
+    """None if every roster has a quorum of live voters."""
+
     def is_absent(peer: str, *, only_sure: bool) -> bool:
         member = by_peer.get(peer)
         if member is None or member.is_gone_for_sure:
@@ -200,10 +264,7 @@ def check_need(
         silent_seconds = now_unix_seconds - member.last_heartbeat_unix_seconds
         return not only_sure and not member.is_live and silent_seconds >= grace_seconds
 
-    for which, voters in (
-        ("the roster in force", voters_in_force),
-        ("the newest roster", voters_newest),
-    ):
+    for which, voters in voters_by_roster.items():
         if has_quorum(voters, live):
             continue
         missing = sorted(peer[:8] for peer in voters - live)
@@ -223,42 +284,7 @@ def check_need(
                     is_needed=True, is_stalled=True, reason=f"{found}, {how}: no quorum can come"
                 )
         return Need(is_needed=False, is_stalled=True, reason=f"no quorum: {found}; waits for them")
-
-    candidates = [m for m in members if m.peer_id in voters_in_force | voters_newest | live]
-    if not _may_hold_newest(
-        candidates,
-        current_incarnation=current_incarnation,
-        certified_outer_step=certified_outer_step,
-        certify_unix_seconds=certify_unix_seconds,
-        now_unix_seconds=now_unix_seconds,
-        grace_seconds=grace_seconds,
-        settle_seconds=policy.settle_seconds,
-    ):
-        reason = (
-            f"no member holds the state of the newest certified outer step {certified_outer_step}"
-        )
-        return Need(is_needed=True, is_stalled=True, reason=reason)
-
-    able = _able_to_go_on(
-        [by_peer[peer] for peer in sorted((voters_in_force | voters_newest) & live)],
-        current_incarnation=current_incarnation,
-        certified_outer_step=certified_outer_step,
-        certify_unix_seconds=certify_unix_seconds,
-        now_unix_seconds=now_unix_seconds,
-        grace_seconds=grace_seconds,
-    )
-    for voters in (voters_in_force, voters_newest):
-        if not has_quorum(voters, able):
-            return Need(
-                is_needed=True,
-                is_stalled=True,
-                reason=f"{len(voters & able)} of {len(voters)} voters hold the state of outer step "
-                f"{certified_outer_step}, the others have not got it for {grace_seconds:.0f} s: "
-                "too few to prove it or to go on",
-            )
-    return Need(
-        is_needed=False, is_stalled=False, reason=f"{len(voters_in_force & live)} voters are live"
-    )
+    return None
 
 
 def _able_to_go_on(
