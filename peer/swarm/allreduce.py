@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 PART_STREAM = "part"
 _TELL_SECONDS = 1.0
 """How long a failed reduction's streams stay open, so that the reason gets through."""
+MAX_TICK_SECONDS = 0.3
+"""Three ticks of the shell; after a longer one we were stopped ourselves."""
 
 
 class Streams(Protocol):
@@ -155,6 +157,8 @@ class Reduction:
         self.late_seconds_by_peer: defaultdict[str, float] = defaultdict(float)
         self.tokens_by_peer = tokens_by_peer
         self.begin_seconds = time.monotonic()
+        self._tick_seconds = self._heed_seconds = self.begin_seconds
+        """When `tick` was called last, and since when others' silence counts."""
         self._lock = threading.Lock()
         self._exchange_left = len(reducers) + 1
         self._failure: ReduceError | None = None
@@ -230,14 +234,16 @@ class Reduction:
         that late.
 
         Whoever owes us pieces of its own is blamed first: a reducer may be late only because it
-        waits for that one.
+        waits for that one. Nobody is, as long as we have been stopped ourselves.
         """
         now = time.monotonic()
+        if now - self._tick_seconds > MAX_TICK_SECONDS:
+            return "", 0.0
         parts: list[tuple[float, str]] = []
         reduced: list[tuple[float, str]] = []
         for (peer_id, is_reduced), (stream, since_seconds) in list(self._awaited.items()):
             last_seconds = stream.progress_seconds if stream is not None else 0.0
-            late_seconds = now - max(since_seconds, last_seconds)
+            late_seconds = now - max(since_seconds, last_seconds, self._heed_seconds)
             (reduced if is_reduced else parts).append((late_seconds, peer_id))
         for late, patience_seconds in ((parts, stall_seconds), (reduced, 1.5 * stall_seconds)):
             if late:
@@ -245,10 +251,17 @@ class Reduction:
                 return (peer_id, seconds) if seconds >= patience_seconds else ("", 0.0)
         return "", 0.0
 
-    def note_late(self, seconds: float) -> None:
-        """Book the last so many seconds on whoever is awaited while at least as many others have
+    def tick(self) -> None:
+        """Time has passed: book it on whoever is awaited while at least as many others have
         delivered: others' pieces first, then reduced ones, unless their reducer waits itself.
+
+        Call it often. After a long tick this process was stopped, or the machine slept: that says
+        nothing of others, so only a part of it is booked and their silence counts from now.
         """
+        now = time.monotonic()
+        seconds, self._tick_seconds = now - self._tick_seconds, now
+        if seconds > MAX_TICK_SECONDS:
+            seconds, self._heed_seconds = MAX_TICK_SECONDS, now
         awaited = list(self._awaited)
         late = {peer for peer, is_reduced in awaited if not is_reduced}
         num_done = len(self._sum.slots.keys() - late)

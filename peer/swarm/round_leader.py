@@ -25,6 +25,7 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 _RESYNC = rounds_pb2.REFUSAL_KIND_RESYNC
 _SUPERSEDED = rounds_pb2.REFUSAL_KIND_SUPERSEDED
 _INVALID = rounds_pb2.REFUSAL_KIND_INVALID
+_LEADING_BODIES = frozenset(("exchange_request", "form_group", "repropose", "nudge"))
 
 
 class Outcomes(Protocol):
@@ -48,6 +49,8 @@ class LeaderSide:
         self._outcomes = outcomes
         self._leaders: dict[int, str] = {}
         self._later_joins: dict[str, tuple[int, rounds_pb2.JoinGroup]] = {}
+        self._heard_attempts: set[int] = set()
+        """Attempts, after the first, that their leader has begun to lead as far as we know."""
         self.proposer: Proposer | None = None
 
     def leader(self, attempt: int) -> str:
@@ -66,12 +69,20 @@ class LeaderSide:
         """True if this member leads the attempt and has not done so before a crash."""
         return self.leader(attempt) == self._core.setup.own_peer_id
 
-    def is_passed_over(self, peer_id: str) -> bool:
-        """True for a leader that nobody should wait for: unreachable or accused, or left out
-        while another may lead.
+    def hear(self, sender: str, attempt: int, body: str | None) -> bool:
+        """True if the sender leads the attempt; if it says so itself, the attempt is heard of."""
+        is_leader = sender == self.leader(attempt)
+        if is_leader and attempt > 0 and body in _LEADING_BODIES:
+            self._heard_attempts.add(attempt)
+        return is_leader
+
+    def is_passed_over(self, attempt: int) -> bool:
+        """True if nobody should wait for an attempt's leader: unreachable or accused, or left out
+        while another may lead. Slowness alone does not pass over a leader that has been heard in
+        the attempt: two that leave each other out would overtake one another without end.
         """
-        core = self._core
-        if peer_id not in core.left_out:
+        core, peer_id = self._core, self.leader(attempt)
+        if peer_id not in core.left_out or attempt in self._heard_attempts:
             return peer_id in core.not_awaited
         leaders = {entry.peer_id for entry in possible_leaders(core.roster)}
         return bool(leaders - core.left_out - core.not_awaited)

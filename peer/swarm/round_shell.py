@@ -383,9 +383,8 @@ class RoundShell:
         num_failed = self.machine.num_failed_reductions if self.machine is not None else 0
         self._stall_seconds = self.pace.stall_seconds(num_failed)
         while True:
-            before_seconds = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
-            reduction.note_late(time.monotonic() - before_seconds)
+            reduction.tick()
             peer_id, seconds = reduction.silent_peer(self._stall_seconds)
             if peer_id:
                 reason = f"{peer_id} has sent nothing for {seconds:.1f} s"

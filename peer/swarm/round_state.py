@@ -204,7 +204,7 @@ class RoundMachine:
         if not self._is_pushing():
             return
         leader = self.leader_peer_id
-        if self._leader.is_passed_over(leader):
+        if self._leader.is_passed_over(core.attempt):
             self.supersede(core.attempt + 1, f"leader {leader} cannot be reached or is too slow")
         elif now >= self._patience_seconds():
             self.supersede(core.attempt + 1, f"leader {leader} formed no group in time")
@@ -243,14 +243,14 @@ class RoundMachine:
     # Attempts ---------------------------------------------------------------------------------
 
     def supersede(self, attempt: int, reason: str) -> None:
-        """Give the current attempt up and go on to a later one; skips leaders that cannot be
-        reached.
+        """Give the current attempt up and go on to a later one; skips leaders that nobody waits
+        for.
         """
         core = self._core
         if attempt <= core.attempt or core.phase is RoundPhase.DONE:
             return
         for _ in core.roster:
-            if not self._leader.is_passed_over(self._leader.leader(attempt)):
+            if not self._leader.is_passed_over(attempt):
                 break
             attempt += 1
         if self.is_reducing:
@@ -301,22 +301,21 @@ class RoundMachine:
             core.show(core.phase, f"message of {sender} dropped: {error}")
 
     def _on_body(self, sender: str, attempt: int, message: rounds_pb2.RoundMessage) -> None:
-        match message.WhichOneof("body"):
+        body = message.WhichOneof("body")
+        is_leader = self._leader.hear(sender, attempt, body)
+        match body:
             case "join_group":
                 self._leader.on_join(sender, attempt, message.join_group)
-            case "form_group":
-                if sender == self._leader.leader(attempt):
-                    self.accept_group(attempt, message.form_group)
+            case "form_group" if is_leader:
+                self.accept_group(attempt, message.form_group)
             case "vote":
                 self._agree.on_vote(message.vote)
-            case "exchange_request":
-                if sender == self._leader.leader(attempt):
-                    self._on_exchange_request(sender, attempt)
+            case "exchange_request" if is_leader:
+                self._on_exchange_request(sender, attempt)
             case "exchange_answer":
                 self._leader.on_exchange_answer(sender, attempt, message.exchange_answer)
-            case "repropose":
-                if sender == self._leader.leader(attempt):
-                    self._on_repropose(sender, attempt, message.repropose)
+            case "repropose" if is_leader:
+                self._on_repropose(sender, attempt, message.repropose)
             case "certificate":
                 self._agree.on_certificate(message.certificate)
             case "refusal":

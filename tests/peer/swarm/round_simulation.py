@@ -68,6 +68,12 @@ class World:
     """Members whose bytes break the rules, which everybody who averages with them sees."""
     num_slanderers: int = 0
     """Members that accuse an honest one in every group they are in."""
+    left_out_pairs: tuple[tuple[str, str], ...] = ()
+    """(who, whom): the first leaves the second out as slow, from the start."""
+    is_on_trial: bool = False
+    """Who is late once is left out for the rest of the step, not only after twice."""
+    blame_ratio: float = 0.0
+    """Share of failed reductions for which a member blames another, as slow or as down."""
 
 
 class Checks:
@@ -214,6 +220,8 @@ class Simulation:
             directive=self.directive,
             previous_state_digest=b"state 0",
             num_pieces=NUM_PIECES,
+            left_out=frozenset(q for p, q in self._world.left_out_pairs if p == peer),
+            on_trial=frozenset(self.members if self._world.is_on_trial else ()) - {peer},
         )
         member.machine = RoundMachine(
             setup=setup,
@@ -365,7 +373,7 @@ class Simulation:
 
     def _reduce(self, peer: str, effect: rt.StartReduce) -> None:
         self.members[peer].num_reductions += 1
-        key = effect.group.SerializeToString() + bytes([effect.attempt])
+        key = effect.group.SerializeToString() + effect.attempt.to_bytes(4, "big")
         started = self._reducing.setdefault(key, set())
         started.add(peer)
         if started != {member.contribution.peer_id for member in effect.group.members}:
@@ -378,12 +386,22 @@ class Simulation:
             return
         for member in sorted(started):
             is_failing = self.is_bad and self._rng.random() < self._world.reduce_failure_ratio
-            event: rt.Event = (
-                rt.ReduceFailed(effect.attempt, "simulated")
-                if is_failing
-                else rt.ReduceDone(effect.attempt, digest)
-            )
+            event: rt.Event = rt.ReduceDone(effect.attempt, digest)
+            if is_failing:
+                event = self._failed(member, effect.attempt, sorted(started - {member}))
             self._at(self._delay_seconds(), self._finishing(member, event, digest))
+
+    def _failed(self, peer: str, attempt: int, others: list[str]) -> rt.ReduceFailed:
+        """How a reduction fails at a member, which may have waited for another most of the time."""
+        ratio = self._world.blame_ratio
+        if not others or not ratio or self._rng.random() >= ratio:
+            return rt.ReduceFailed(attempt, "simulated")
+        blamed = self._rng.choice(others)
+        if self._rng.random() < 0.5:
+            self._tell(peer, rt.PeersLate(attempt, frozenset((blamed,))))
+            return rt.ReduceFailed(attempt, "simulated")
+        is_down = self._rng.random() < 0.5
+        return rt.ReduceFailed(attempt, f"{blamed} is silent", blamed, is_down=is_down)
 
     def _is_spoilt(self, started: set[str], effect: rt.StartReduce) -> bool:
         """True if somebody in the group spoils the reduction; everybody has heard of it then."""
@@ -453,8 +471,9 @@ class Simulation:
 def bad_world(seed: int, *, num_members: int | None = None) -> World:
     """A world drawn from a seed: from mild to hopeless for 20 s, then healed."""
     rng = random.Random(seed * 7919 + 13)
-    return World(
-        num_members=num_members or rng.randint(1, 5),
+    num_members = num_members or rng.randint(1, 5)
+    world = World(
+        num_members=num_members,
         loss_ratio=rng.choice([0.0, 0.1, 0.3, 0.5]),
         duplicate_ratio=rng.choice([0.0, 0.2]),
         delay_seconds=rng.choice([0.01, 0.05, 0.2]),
@@ -469,4 +488,12 @@ def bad_world(seed: int, *, num_members: int | None = None) -> World:
         restart_seconds=rng.choice([0.3, 3.0]),
         due_seconds=rng.choice([0.5, 2.0, 6.0]),
         cut_ratio=rng.choice([0.0, 0.0, 0.3]),
+    )
+    peers, left_out_ratio = range(num_members), rng.choice([0.0, 0.3, 1.0])
+    pairs = [(f"peer{p}", f"peer{q}") for p in peers for q in peers if p != q]
+    return replace(
+        world,
+        left_out_pairs=tuple(pair for pair in pairs if rng.random() < left_out_ratio),
+        is_on_trial=rng.random() < 0.5,
+        blame_ratio=rng.choice([0.0, 0.5, 1.0]),
     )

@@ -5,11 +5,19 @@ is wrong.
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from peer.swarm.allreduce import PART_STREAM, AveragedVector, ReduceError, Reduction, Streams
+from peer.swarm.allreduce import (
+    MAX_TICK_SECONDS,
+    PART_STREAM,
+    AveragedVector,
+    ReduceError,
+    Reduction,
+    Streams,
+)
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.slice_sum import SliceSum
@@ -205,6 +213,7 @@ def test_a_stopped_member_is_named_by_those_who_wait_for_it(tmp_path: Path) -> N
         runs = [asyncio.ensure_future(r.run()) for r in reductions.values()]
         while not reductions["a"].silent_peer(0.2)[0]:
             await asyncio.wait(runs, timeout=0.05)
+            reductions["a"].tick()
         peer_id, seconds = reductions["a"].silent_peer(0.2)
         assert peer_id == "b" and seconds >= 0.2
         assert reductions["a"].silent_peer(100.0) == ("", 0.0)
@@ -216,6 +225,35 @@ def test_a_stopped_member_is_named_by_those_who_wait_for_it(tmp_path: Path) -> N
         end.set()
 
     _with_hosts(tmp_path, body)
+
+
+def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    time = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("peer.swarm.allreduce.time", time)
+
+    def pass_time(reduction: Reduction, num_ticks: int, tick_seconds: float = 0.1) -> None:
+        for _ in range(num_ticks):
+            clock[0] += tick_seconds
+            reduction.tick()
+
+    async def body() -> None:
+        reduction = _reduction(_LostStreams(), "a")
+        reduction._awaited["b", False] = (None, clock[0])
+        reduction._sent_to = set(reduction._reducers)
+        pass_time(reduction, 10)
+        assert reduction.silent_peer(0.9)[0] == "b"
+        clock[0] += 30.0
+        assert reduction.silent_peer(0.9) == ("", 0.0)  # before the first tick after it as well
+        pass_time(reduction, 1, 0.0)
+        assert reduction.silent_peer(0.9) == ("", 0.0)
+        assert reduction.late_seconds_by_peer["b"] == pytest.approx(1.0 + MAX_TICK_SECONDS)
+        pass_time(reduction, 8)
+        assert reduction.silent_peer(0.9) == ("", 0.0)
+        pass_time(reduction, 2)
+        assert reduction.silent_peer(0.9)[0] == "b"
+
+    asyncio.run(body())
 
 
 async def _wait(end: asyncio.Event) -> None:

@@ -129,6 +129,33 @@ def test_liars_are_left_out_and_cost_few_attempts(
 
 
 @pytest.mark.parametrize(
+    ("num_members", "left_out", "has_coordinator"),
+    [(2, "01 10", False), (2, "01 10", True), (3, "01 12 20", True), (3, "01 12 20", False)],
+)
+def test_members_that_leave_each_other_out_do_not_overtake_one_another(
+    num_members: int, left_out: str, has_coordinator: bool
+) -> None:
+    """A leader that has been heard in an attempt is followed there, however slow it is said to
+    be.
+    """
+    for seed in range(12):
+        world = World(
+            num_members=num_members,
+            delay_seconds=(0.02, 0.1)[seed % 2],
+            due_seconds=0.05,
+            left_out_pairs=tuple((f"peer{pair[0]}", f"peer{pair[1]}") for pair in left_out.split()),
+            bad_seconds=0.0 if has_coordinator else 60.0,
+            coordinator_down_ratio=1.0,
+            late_ratio=0.0,
+        )
+        simulation = Simulation(seed, world)
+        simulation.run(until_seconds=20.0)
+        assert len(simulation.values) == 1
+        assert all(m.certificate is not None for m in simulation.members.values()), seed
+        assert simulation.num_attempts_discarded <= 2 * num_members, seed
+
+
+@pytest.mark.parametrize(
     ("weakness", "world"),
     [
         (Weakness.VOTE_NOT_DURABLE, CRASHY),
