@@ -4,6 +4,7 @@ A file is called after the digest of its bytes and the number of its values, and
 if that is what it holds.
 """
 
+import threading
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -26,20 +27,26 @@ class AveragedStore:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder, self._codec_name = folder, codec_name
         self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
+        self._guard = threading.Lock()
         self.is_serving = False
         """True while somebody downloads a state from here, who needs the way from there on too."""
 
     def hold(self, averaged: AveragedVector) -> None:
-        """Keep averaged bytes, and drop the oldest of too many."""
-        path = self._path(averaged)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(averaged.encoded.data)
-        temporary.replace(path)
-        mapped = replace(averaged.encoded, data=_mapped(path))
-        self._averaged[averaged.averaged_digest] = replace(averaged, encoded=mapped)
-        while len(self._averaged) > (_NUM_KEPT_WHILE_SERVING if self.is_serving else _NUM_KEPT):
-            _, oldest = self._averaged.popitem(last=False)
-            self._path(oldest).unlink(missing_ok=True)
+        """Keep averaged bytes, and drop the oldest of too many. Any thread: the same bytes may come
+        from the own reduction and from a member at once.
+        """
+        with self._guard:
+            if averaged.averaged_digest in self._averaged:
+                return
+            path = self._path(averaged)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(averaged.encoded.data)
+            temporary.replace(path)
+            mapped = replace(averaged.encoded, data=_mapped(path))
+            self._averaged[averaged.averaged_digest] = replace(averaged, encoded=mapped)
+            while len(self._averaged) > (_NUM_KEPT_WHILE_SERVING if self.is_serving else _NUM_KEPT):
+                _, oldest = self._averaged.popitem(last=False)
+                self._path(oldest).unlink(missing_ok=True)
 
     def load(self) -> None:
         """Take up what an earlier life has left, checked."""
