@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import pytest
-
 from protos.contract.channel import JoinString
 from tests.coordinator.cli.test_cli import ask, run_cli
 from tests.coordinator.loopback import SEQ_LEN, open_client, tiny_spec, write_dataset
@@ -112,11 +110,3 @@ def test_sigkill_loses_no_acknowledged_lease(tmp_path: Path) -> None:
         assert "Traceback" not in stderr
     assert ask("ledger", "verify", *where)["violations"] == []
     assert not (data_dir / "coordinator.json").exists()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_data_dir(tmp_path: Path) -> None:
-    data_dir = tmp_path / "data"
-    data_dir.mkdir(mode=0o500)
-    done = run_cli("serve", "--no-rendezvous", "--data-dir", str(data_dir))
-    assert done.returncode == 4 and "permission" in done.stderr
