@@ -72,7 +72,7 @@ class CoordinatorConfig:
     num_evaluations: int = 8
     """Held-out evaluations over the budget, evenly by credited tokens."""
     duty_ttl_seconds: float = 120.0
-    """A duty without a result for this long is handed to somebody else."""
+    """A duty whose holder has not said for this long that it works on it goes to somebody else."""
     num_kept_checkpoints: int = 3
     """Newest checkpoints that stay on disk, per run."""
     max_peers: int = 4096

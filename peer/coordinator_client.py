@@ -363,7 +363,7 @@ class CoordinatorClient:
         try:
             response: duties_pb2.UploadCheckpointResponse = await self._duties.UploadCheckpoint(
                 messages(),
-                timeout=channel.STREAM_DEADLINE_SECONDS,
+                timeout=channel.transfer_deadline_seconds(header.total_bytes),
                 metadata=self._metadata(method),
             )
         except grpc.aio.AioRpcError as error:

@@ -15,7 +15,7 @@ The trainer is told of a new state only when it matches an outcome it waits for:
 is held back until the swarm process has announced the state that belongs to it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peer import session_events as ev
 from peer.lease_holdings import LeaseHoldings
@@ -369,6 +369,10 @@ class SessionMachine:
             jitter_ratio=jitter_ratio,
             now_seconds=self._now_seconds,
         )
+        duty = self._facts.duty
+        if action is not None and duty is not None and duty.is_begun:
+            event = duty.event
+            action = replace(action, duty_id=event.duty_id, duty_fence=event.fence)
         if action is not None:
             self._do(action)
 

@@ -269,9 +269,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendHeartbeat:
-    """Renew these leases."""
+    """Renew these leases, and the duty that is worked on."""
 
     lease_numbers: tuple[int, ...]
+    duty_id: str = ""
+    duty_fence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from coordinator.operations.requests import (
     ReportDutyResponse,
 )
 from coordinator.store.base import Transaction
+from protos.contract.channel import STREAM_DEADLINE_SECONDS, transfer_deadline_seconds
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
 from protos.contract.model_shape import ModelShape
 from protos.muster.v1 import duties_pb2, duties_pb2_grpc
@@ -63,7 +64,8 @@ class DutiesServicer(duties_pb2_grpc.DutiesServicer):
         self, parts: AsyncIterator[duties_pb2.UploadCheckpointRequest], context: Any
     ) -> duties_pb2.UploadCheckpointResponse:
         """Header, then the file; stored only if it is the proved state."""
-        header = await anext(parts, None)
+        async with asyncio.timeout(STREAM_DEADLINE_SECONDS):
+            header = await anext(parts, None)
         if header is None or not header.HasField("header"):
             raise UsageError(
                 "an upload without header", allowed="the header first", remedy="upgrade the client"
@@ -73,7 +75,8 @@ class DutiesServicer(duties_pb2_grpc.DutiesServicer):
         accepted = await self._calls.change(begin_upload, upload)
         if not accepted.is_accepted:
             return duties_pb2.UploadCheckpointResponse(is_accepted=False, reason=accepted.reason)
-        return await self._receive(parts, header.data, upload, accepted)
+        async with asyncio.timeout(transfer_deadline_seconds(upload.total_bytes)):
+            return await self._receive(parts, header.data, upload, accepted)
 
     async def _check_size(self, upload: BeginUploadRequest) -> None:
         most_bytes = await self._calls.read(most_upload_bytes, upload.run_id)

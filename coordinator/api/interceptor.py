@@ -69,9 +69,7 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        wrap = self._wrap_unary(
-            method, handler.stream_unary or handler.unary_unary, handler.request_streaming
-        )
+        wrap = self._wrap_unary(method, handler.stream_unary or handler.unary_unary)
         make = (
             grpc.stream_unary_rpc_method_handler
             if handler.request_streaming
@@ -80,7 +78,7 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return make(wrap, handler.request_deserializer, handler.response_serializer)
 
     def _wrap_unary(
-        self, method: str, inner: Callable[[Any, Any], Awaitable[Any]], is_stream: bool
+        self, method: str, inner: Callable[[Any, Any], Awaitable[Any]]
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         name = method.rpartition("/")[2]
 
@@ -88,10 +86,7 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             begin_seconds, outcome = time.perf_counter(), ["OK"]
             try:
                 await self._admit(method, context)
-                if not is_stream:
-                    return await inner(request, context)
-                async with asyncio.timeout(STREAM_DEADLINE_SECONDS):
-                    return await inner(request, context)
+                return await inner(request, context)
             except (Exception, asyncio.CancelledError) as error:
                 await self._refuse(method, context, error, outcome)
             finally:
@@ -151,7 +146,8 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise error
         if isinstance(error, TimeoutError):
             error = UnavailableError(
-                f"{method} took longer than {STREAM_DEADLINE_SECONDS:.0f} s",
+                f"{method} took longer than a transfer may",
+                allowed=f"{STREAM_DEADLINE_SECONDS:.0f} s, and more for a large upload",
                 remedy="try again over a faster connection",
                 code=ErrorCode.NOT_READY,
             )

@@ -182,6 +182,8 @@ def heartbeat_request_from_wire(
         incarnation=message.incarnation,
         addresses=_texts(message.addresses, name="addresses"),
         has_lost_state=message.has_lost_state,
+        duty_id=checked_text(message.duty_id, name="duty_id"),
+        duty_fence=message.duty_fence,
     )
 
 

@@ -2,11 +2,13 @@
 doer.
 
 A duty is OPEN, ASSIGNED to one member under a fence, then DONE or FAILED. The fence rises with
-every hand-over, so a late result of an earlier holder is refused. Ids are made of the run and what
-the duty is for, so none is created twice. Evaluations are spaced by credited tokens, checkpoints by
-time; one of each kind is under way at most. Both end with a final one of the last certified state,
-without which a run is not over. Trials of a study need no state: any live member may do one, the
-slow ones small ones; a study makes them, many at a time.
+every hand-over, so a late result of an earlier holder is refused. Heartbeats of a holder at work
+renew it, as they do leases, so slow work is not lost; a holder that is gone, or silent about it,
+loses it, and one that takes longer than the work could on the slowest machine does too. Ids are
+made of the run and what the duty is for, so none is created twice. Evaluations are spaced by
+credited tokens, checkpoints by time; one of each kind is under way at most. Both end with a final
+one of the last certified state, without which a run is not over. Trials of a study need no state:
+any live member may do one, the slow ones small ones; a study makes them, many at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,10 @@ from protos.contract.telemetry import PeerState
 
 MAX_DUTY_ATTEMPTS = 5
 """Hand-outs of one duty before it is given up."""
+
+LEAST_PATIENCE_SECONDS = 600.0
+"""With the smallest work, however often it is renewed."""
+SLOWEST_FLOP_PER_SECOND = 1e8
 
 NUM_REMEMBERED_CHECKPOINTS = 8
 """Finished checkpoint duties that are kept, so that the list stays short in a run of weeks."""
@@ -60,6 +66,8 @@ class DutyRecord:
     assign_unix_seconds: float = 0.0
     finish_unix_seconds: float = 0.0
     reason: str = ""
+    renew_unix_seconds: float = 0.0
+    """Last time that the holder said that it works on it; first, when it got it."""
 
     @property
     def is_pending(self) -> bool:
@@ -212,24 +220,53 @@ def recover_duties(
     members: Sequence[Member],
     now_unix_seconds: float,
     policy: SwarmPolicy,
-    ttl_seconds_by_duty: Mapping[str, float] | None = None,
+    patience_seconds_by_duty: Mapping[str, float],
 ) -> list[DutyRecord]:
-    """Assigned duties whose holder is gone or has been silent about them for too long, as OPEN
-    again (or given up). Trials have their own patience, by their work.
+    """Assigned duties whose holder is gone, has been silent about them for the TTL, or has had them
+    for longer than their work may take, as OPEN again (or given up).
     """
-    patience = ttl_seconds_by_duty or {}
     live = {m.peer_id for m in members if m.is_live}
     changed = []
     for duty in duties:
         if duty.state is not DutyState.ASSIGNED:
             continue
         held_seconds = now_unix_seconds - duty.assign_unix_seconds
+        silent_seconds = now_unix_seconds - duty.renew_unix_seconds
         if duty.peer_id not in live:
             changed.append(reopen(duty, f"{duty.peer_id[:8]} is gone", now_unix_seconds))
-        elif held_seconds >= patience.get(duty.duty_id, policy.duty_ttl_seconds):
-            reason = f"{duty.peer_id[:8]} gave no result for {held_seconds:.0f} s"
+        elif silent_seconds >= policy.duty_ttl_seconds:
+            reason = f"{duty.peer_id[:8]} has not said for {silent_seconds:.0f} s that it works"
+            changed.append(reopen(duty, reason, now_unix_seconds))
+        elif held_seconds >= (most_seconds := patience_seconds_by_duty[duty.duty_id]):
+            reason = (
+                f"{duty.peer_id[:8]} gave no result for {held_seconds:.0f} s, though the slowest "
+                f"machine would need {most_seconds:.0f} s"
+            )
             changed.append(reopen(duty, reason, now_unix_seconds))
     return changed
+
+
+def patience_seconds(flop: float) -> float:
+    """Longest that work may take which is renewed: what the slowest machine would need."""
+    return max(LEAST_PATIENCE_SECONDS, flop / SLOWEST_FLOP_PER_SECOND)
+
+
+def renew(
+    duties: Sequence[DutyRecord],
+    *,
+    duty_id: str,
+    peer_id: str,
+    fence: int,
+    now_unix_seconds: float,
+) -> DutyRecord | None:
+    """The duty that a member says it works on, kept from being handed on; None if it is not the
+    holder under that fence any more.
+    """
+    for duty in duties:
+        if duty.duty_id == duty_id:
+            is_holder = check_holder(duty, peer_id=peer_id, fence=fence).is_accepted
+            return replace(duty, renew_unix_seconds=now_unix_seconds) if is_holder else None
+    return None
 
 
 def reopen(duty: DutyRecord, reason: str, now_unix_seconds: float) -> DutyRecord:
@@ -268,6 +305,7 @@ def hand_out(duty: DutyRecord, peer_id: str, *, now_unix_seconds: float) -> Duty
         peer_id=peer_id,
         fence=duty.fence + 1,
         assign_unix_seconds=now_unix_seconds,
+        renew_unix_seconds=now_unix_seconds,
     )
 
 

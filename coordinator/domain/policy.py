@@ -36,7 +36,7 @@ class SwarmPolicy:
     not; in the first two parts there are more (duties.evaluation_part).
     """
     duty_ttl_seconds: float = 120.0
-    """A duty without a result for this long is handed to somebody else."""
+    """A duty whose holder has not said for this long that it works on it goes to somebody else."""
     max_peers: int = 4096
     """Most live members of a run."""
     num_reply_certificates: int = 16

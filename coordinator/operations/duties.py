@@ -8,16 +8,19 @@ rolled back to, counted as the final one) only once its digest is proved
 """
 
 import json
+from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 
 from coordinator.domain.duties import (
+    STATE_KINDS,
     DutyKind,
     DutyRecord,
     DutyState,
     Report,
     check_holder,
     finish,
+    patience_seconds,
     reopen,
 )
 from coordinator.domain.incarnations import is_on_chain
@@ -48,6 +51,8 @@ from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from coordinator.store.rows_membership import CheckpointRow, DutyRow, EvaluationRow
 from protos.contract.certificate import Tag
+from protos.contract.channel import transfer_deadline_seconds
+from protos.contract.model_shape import ModelShape
 from protos.contract.signing import has_valid_signature
 from protos.muster.v1 import common_pb2
 
@@ -69,6 +74,7 @@ def duty_from_row(row: DutyRow) -> DutyRecord:
         assign_unix_seconds=row.assign_unix_ms / 1000,
         finish_unix_seconds=row.finish_unix_ms / 1000,
         reason=row.reason,
+        renew_unix_seconds=row.renew_unix_ms / 1000,
     )
 
 
@@ -99,8 +105,28 @@ def save_duty(tx: Transaction, run_id: str, duty: DutyRecord, *, eval_tokens: in
             assign_unix_ms=unix_ms(duty.assign_unix_seconds),
             finish_unix_ms=unix_ms(duty.finish_unix_seconds),
             reason=duty.reason,
+            renew_unix_ms=unix_ms(duty.renew_unix_seconds),
         )
     )
+
+
+def state_patience(
+    tx: Transaction, context: OperationContext, run_id: str, duties: Sequence[DutyRecord]
+) -> dict[str, float]:
+    """Seconds that each assigned evaluation's or checkpoint's holder may take."""
+    found = {}
+    for duty in duties:
+        if duty.state is not DutyState.ASSIGNED or duty.kind not in STATE_KINDS:
+            continue
+        data = load_run_data(tx, context, run_id)
+        shape = ModelShape.from_spec(data.spec.model)
+        if duty.kind is DutyKind.CHECKPOINT:
+            found[duty.duty_id] = transfer_deadline_seconds(shape.state_bytes)
+        else:
+            held_tokens = sum(chunk.num_tokens for chunk in data.manifest.heldout_chunks)
+            flop = shape.flop_per_token() * (data.spec.data.eval_tokens or held_tokens)
+            found[duty.duty_id] = patience_seconds(flop)
+    return found
 
 
 def eval_tokens_of(tx: Transaction, context: OperationContext, run_id: str) -> int:

@@ -8,7 +8,7 @@ needs no request memory.
 from dataclasses import fields, replace
 from itertools import islice
 
-from coordinator.domain.duties import assign
+from coordinator.domain.duties import assign, renew
 from coordinator.domain.membership import (
     after_end,
     after_heartbeat,
@@ -150,7 +150,7 @@ def heartbeat(
     )
     renewed = renew_leases(tx, renewal, context=context, now_unix_seconds=now_unix_seconds)
     is_over = run.state in FINAL_STATES
-    duty = None if is_over else _duty_for(tx, run, row, now_unix_seconds=now_unix_seconds)
+    duty = None if is_over else _duty_for(tx, run, row, request, now_unix_seconds=now_unix_seconds)
     return HeartbeatResponse(
         directive=_newer_directive(tx, run, request),
         incarnation_record=_other_incarnation(tx, run, request),
@@ -263,12 +263,27 @@ def _lacking_certificates(
 
 
 def _duty_for(
-    tx: Transaction, run: RunRow, row: PeerRow, *, now_unix_seconds: float
+    tx: Transaction,
+    run: RunRow,
+    row: PeerRow,
+    request: HeartbeatRequest,
+    *,
+    now_unix_seconds: float,
 ) -> DutyOrder | None:
     """The duty that the peer holds or gets now; told again with every heartbeat until its result is
-    here.
+    here. The one that it says it works on is renewed.
     """
     duties = load_pending_duties(tx, run.run_id)
+    renewed = renew(
+        duties,
+        duty_id=request.duty_id,
+        peer_id=row.peer_id,
+        fence=request.duty_fence,
+        now_unix_seconds=now_unix_seconds,
+    )
+    if renewed is not None:
+        save_duty(tx, run.run_id, renewed)
+        return order_from_duty(tx, renewed)
     duty = assign(
         duties,
         member_from_row(row),

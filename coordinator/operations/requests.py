@@ -133,6 +133,8 @@ class HeartbeatRequest:
     incarnation: int = 0
     addresses: tuple[str, ...] = ()
     has_lost_state: bool = False
+    duty_id: str = ""
+    duty_fence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

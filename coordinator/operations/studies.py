@@ -10,7 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.domain.duties import DutyKind, DutyRecord, DutyState, hand_out
+from coordinator.domain.duties import (
+    DutyKind,
+    DutyRecord,
+    DutyState,
+    hand_out,
+    patience_seconds,
+)
 from coordinator.domain.run_state import FINAL_STATES
 from coordinator.operations.common import OperationContext, load_run_data, unix_ms
 from coordinator.operations.duties import load_duties, save_duty
@@ -47,8 +53,6 @@ from protos.contract.run_spec import RunSpec
 from protos.contract.telemetry import RunState
 
 _HANDING_STATES = frozenset({RunState.PAUSED.value, RunState.WAITING_FOR_PEERS.value})
-_LEAST_PATIENCE_SECONDS = 600.0
-_SLOWEST_FLOP_PER_SECOND = 1e8
 _PATIENCE_FACTOR = 10.0
 
 
@@ -229,9 +233,7 @@ def trial_patience(tx: Transaction, duties: Sequence[DutyRecord]) -> dict[str, f
         if duty.kind is DutyKind.TRIAL and duty.state is DutyState.ASSIGNED:
             trial = tx.trial(duty.duty_id)
             flop = 0.0 if trial is None else trial.flop
-            patience[duty.duty_id] = max(
-                _LEAST_PATIENCE_SECONDS, _PATIENCE_FACTOR * flop / _SLOWEST_FLOP_PER_SECOND
-            )
+            patience[duty.duty_id] = patience_seconds(_PATIENCE_FACTOR * flop)
     return patience
 
 

@@ -40,7 +40,12 @@ from coordinator.operations.common import (
     load_run,
     unix_ms,
 )
-from coordinator.operations.duties import eval_tokens_of, load_duties, save_duty
+from coordinator.operations.duties import (
+    eval_tokens_of,
+    load_duties,
+    save_duty,
+    state_patience,
+)
 from coordinator.operations.epochs import (
     begin_incarnation,
     content_from_directive,
@@ -340,12 +345,14 @@ class _RunTick:
         progress = self._progress()
         duties = load_duties(self._tx, run_id)
         withdrawn = withdraw_outdated(duties, progress=progress, now_unix_seconds=self._now)
+        over = {one.duty_id for one in withdrawn}
         recovered = recover_duties(
-            [duty for duty in duties if duty.duty_id not in {one.duty_id for one in withdrawn}],
+            [] if self._recovering else [duty for duty in duties if duty.duty_id not in over],
             members=load_members(self._tx, run_id),
             now_unix_seconds=self._now,
             policy=self._context.policy,
-            ttl_seconds_by_duty=trial_patience(self._tx, duties),
+            patience_seconds_by_duty=state_patience(self._tx, self._context, run_id, duties)
+            | trial_patience(self._tx, duties),
         )
         for duty in (*withdrawn, *recovered):
             save_duty(self._tx, run_id, duty)

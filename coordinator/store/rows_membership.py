@@ -73,6 +73,7 @@ class DutyRow:
     assign_unix_ms: int
     finish_unix_ms: int
     reason: str
+    renew_unix_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ async def _strike_all(
         for phase, sent in faults:
             recovery = await swarm.strike(phase, sent)
             recoveries.append(vars(recovery) | {"noticed_seconds": recovery.noticed_seconds})
-            await swarm.round()
+            await swarm.round_with_all()
         grown = swarm.num_open_files() - num_fds
         await swarm.stop()
         if grown > MOST_GROWN_FILES:

@@ -109,6 +109,8 @@ class CoordinatorTasks:
             incarnation=membership.incarnation,
             addresses=self._numbers.addresses,
             has_lost_state=has_lost_state,
+            duty_id=action.duty_id,
+            duty_fence=action.duty_fence,
         )
         try:
             response, clock = await self._client.heartbeat(request)

@@ -2,7 +2,8 @@
 when no member has the state.
 
 A duty ends in a report, whatever happens; its fence lets the coordinator refuse one that it has
-given to somebody else since.
+given to somebody else since. How long it may take is not bounded here: a child that makes no
+progress is killed by its watch (child_watch.py), and heartbeats renew the duty meanwhile.
 """
 
 import asyncio
@@ -23,8 +24,6 @@ from protos.contract.telemetry import PEER_DUTIES, LogField
 from protos.muster.v1 import common_pb2, duties_pb2
 
 _LOGGER = logging.getLogger(__name__)
-_EVALUATE_SECONDS = 900.0
-_WRITE_SECONDS = 300.0
 _RETRY_SECONDS = 2.0
 _MAX_DIGESTS = 512
 DUTY_KINDS = {
@@ -94,8 +93,6 @@ class Duties:
                 await self._report_trial(duty, await self._run_trial(duty))
             else:
                 await self._upload_checkpoint(duty)
-        except TimeoutError:
-            reason = "it took too long"
         except (MusterError, OSError) as error:
             reason = str(error)
         outcome = "failed" if reason else "done"
@@ -110,7 +107,6 @@ class Duties:
             ChildName.TRAINER,
             "evaluate",
             request_id=duty.duty_id,
-            wait_seconds=_EVALUATE_SECONDS,
             duty_id=duty.duty_id,
             eval_tokens=duty.eval_tokens,
             heldout_paths=[str(path) for path in heldout_paths],
@@ -155,7 +151,6 @@ class Duties:
                 ChildName.SWARM,
                 "write_checkpoint",
                 request_id=path.stem,
-                wait_seconds=_WRITE_SECONDS,
                 path=str(path),
             )
             if not answer["path"]:
@@ -184,17 +179,14 @@ class Duties:
                 "%s=%s: failure not reported: %s", LogField.DUTY, duty.duty_id, error.found
             )
 
-    async def _ask(
-        self, child: ChildName, kind: str, *, request_id: str, wait_seconds: float, **fields: Any
-    ) -> Message:
+    async def _ask(self, child: ChildName, kind: str, *, request_id: str, **fields: Any) -> Message:
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._answer_by_id[request_id] = child, answer
         if kind == "write_checkpoint":
             fields["request_id"] = request_id
         self._send(child, kind, **fields)
         try:
-            async with asyncio.timeout(wait_seconds):
-                return await answer
+            return await answer
         finally:
             if self._answer_by_id.get(request_id) == (child, answer):
                 del self._answer_by_id[request_id]

@@ -17,7 +17,7 @@ from peer import session_events as ev
 from peer.background import BackgroundTasks
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CoordinatorClient
-from peer.daemon.child_watch import ChildWatch
+from peer.daemon.child_watch import ChildWatch, start_seconds
 from peer.daemon.children import ChildFailure, Children, swarm_settings, trainer_settings
 from peer.daemon.coordinator_tasks import CoordinatorTasks, Hooks
 from peer.daemon.core import Core
@@ -99,6 +99,7 @@ class RunningSession:
             on_death=self._on_death,
         )
         self._watches = {child: ChildWatch() for child in ChildName}
+        self._start_seconds = start_seconds(shape.vector_bytes)
         self._limits = TrainerLimits()
         self._outbox = Outbox()
         self._calls = CoordinatorTasks(
@@ -398,6 +399,7 @@ class RunningSession:
             config=self._config, identity=self._identity, membership=self._membership
         )
         self._children.configure(ChildName.SWARM, **settings)
+        self._watches[ChildName.SWARM].begin(self._start_seconds)
 
     def _configure_trainer(self) -> None:
         settings = trainer_settings(
@@ -408,6 +410,7 @@ class RunningSession:
             limits=self._limits,
         )
         self._children.configure(ChildName.TRAINER, **settings)
+        self._watches[ChildName.TRAINER].begin(self._start_seconds)
 
     # Small things.
 

@@ -32,6 +32,8 @@ from protos.contract.run_spec import ModelSpec, OptimizerSpec
 _START_SECONDS = 120.0
 _BLAME_SECONDS = 2.0
 """How long ranks may take to say what went wrong with them."""
+_START = "start"
+_LOADER_EXIT_CODE = 127
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -115,7 +117,7 @@ class LocalRanks:
             if not self._is_started.get(rank):
                 if self._answer(rank, deadline_seconds) is None:
                     self.is_broken = True
-                    raise self._blame("start", f"rank {rank} did not start")
+                    raise self._blame(_START, f"rank {rank} did not start")
                 self._is_started[rank] = True
 
     def run(self, examples: Examples, *, is_bf16: bool = False) -> tuple[float, bool]:
@@ -197,9 +199,11 @@ class LocalRanks:
                 continue
             try:
                 process.wait(0.2)
-                reasons.append(f"local rank {rank} {_end_of(process)}")
             except subprocess.TimeoutExpired:
                 reasons.append(f"local rank {rank} does not answer")
+            else:
+                has_no_memory |= is_loader_out_of_memory(process.returncode, during=kind)
+                reasons.append(f"local rank {rank} {end_of_rank(process.returncode, during=kind)}")
             lost.append(self._positions[rank])
         if has_no_memory:
             lost = []
@@ -218,6 +222,18 @@ class LocalRanks:
         os.close(self._store_fd)
 
 
-def _end_of(process: subprocess.Popen[bytes]) -> str:
-    code = process.returncode
-    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+def is_loader_out_of_memory(exit_code: int, *, during: str) -> bool:
+    """True for the only way in which glibc's loader ends a process that was already running: no
+    memory for a thread's own variables, where no exception can be raised (elf/dl-tls.c,
+    `oom`). A process that does not start ends with the same code for other reasons.
+    """
+    return exit_code == _LOADER_EXIT_CODE and during != _START
+
+
+def end_of_rank(exit_code: int, *, during: str) -> str:
+    """How a rank ended, in words that follow its number."""
+    if is_loader_out_of_memory(exit_code, during=during):
+        return f"is out of memory: the loader ended it with exit code {exit_code}"
+    if exit_code < 0:
+        return f"was ended by signal {-exit_code}"
+    return f"ended with exit code {exit_code}"

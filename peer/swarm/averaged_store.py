@@ -1,7 +1,7 @@
 """Averaged bytes of the last steps, on disk and mapped: for laggards, and over a restart.
 
 A file is called after the digest of its bytes and the number of its values, and is believed only
-if that is what it holds.
+if that is what it holds. A vote promises that the bytes can be had, so they are on disk before it.
 """
 
 import threading
@@ -13,6 +13,7 @@ import numpy as np
 
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.codecs import EncodedVector
+from peer.swarm.durable_file import replace_durably, sync_folder
 from protos.contract.codecs_wire import result_codec_of_bytes
 from protos.contract.errors import CorruptDataError
 
@@ -25,6 +26,8 @@ class AveragedStore:
 
     def __init__(self, folder: Path, *, codec_name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for entered in folder.parents[:2]:
+            sync_folder(entered)
         self._folder, self._codec_name = folder, codec_name
         self._averaged: OrderedDict[bytes, AveragedVector] = OrderedDict()
         self._guard = threading.Lock()
@@ -32,16 +35,14 @@ class AveragedStore:
         """True while somebody downloads a state from here, who needs the way from there on too."""
 
     def hold(self, averaged: AveragedVector) -> None:
-        """Keep averaged bytes, and drop the oldest of too many. Any thread: the same bytes may come
-        from the own reduction and from a member at once.
+        """Keep averaged bytes durably, and drop the oldest of too many. Any thread: the same bytes
+        may come from the own reduction and from a member at once.
         """
         with self._guard:
             if averaged.averaged_digest in self._averaged:
                 return
             path = self._path(averaged)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(averaged.encoded.data)
-            temporary.replace(path)
+            replace_durably(path, averaged.encoded.data)
             mapped = replace(averaged.encoded, data=_mapped(path))
             self._averaged[averaged.averaged_digest] = replace(averaged, encoded=mapped)
             while len(self._averaged) > (_NUM_KEPT_WHILE_SERVING if self.is_serving else _NUM_KEPT):

@@ -232,7 +232,8 @@ class CatchUp:
             if signed is None:
                 continue
             directive = common_pb2.Directive.FromString(signed.payload)
-            if not check_certificate(
+            is_present = value.incarnation == self._replica.incarnation
+            if is_present and not check_certificate(
                 info.newest_certificate,
                 directive=directive,
                 coordinator_public_key=self._replica.coordinator_public_key,
@@ -250,6 +251,7 @@ class CatchUp:
             incarnation=replica.incarnation,
             directive=newest,
             own_peer_id=self._own_peer_id,
+            base_outer_step=replica.record_content.to_outer_step,
             certifiers=self._certifiers(infos),
         )
         if proven is None:

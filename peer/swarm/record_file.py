@@ -1,11 +1,11 @@
 """The newest incarnation record, on disk before it is acted on; and how a home keeps runs apart."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from peer.swarm.durable_file import replace_durably
 from protos.contract.errors import ErrorCode, MachineError
 from protos.muster.v1 import common_pb2
 
@@ -29,18 +29,8 @@ def load_record(folder: Path) -> common_pb2.Signed | None:
 def save_record(folder: Path, record: common_pb2.Signed) -> None:
     """Store a record durably. Raises MachineError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = folder / f".{_NAME}.tmp"
     try:
-        with temporary.open("wb") as file:
-            file.write(record.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / _NAME)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        replace_durably(folder / _NAME, record.SerializeToString())
     except OSError as error:
         raise MachineError(
             f"cannot write {folder / _NAME}: {error}",

@@ -261,7 +261,12 @@ class Replica:
             for target, source in zip(self.vectors.state_vectors(), vectors, strict=True):
                 np.copyto(target, source)
         held = {certificate.value for certificate in self.unreported}
-        self.unreported.extend(c for c in unreported if c.value not in held)
+        for certificate in unreported:
+            if certificate.value not in held:
+                self.unreported.append(certificate)
+            value = rounds_pb2.RoundValue.FromString(certificate.value)
+            if (value.incarnation, value.outer_step) == (meta.incarnation, meta.outer_step):
+                self.keep_certificate(certificate)
         self._publish(meta, directive, self._hash_vectors())
 
     def _hash_vectors(self) -> tuple[tuple[bytes, ...], ...]:
@@ -429,13 +434,23 @@ class Replica:
     def checkpoint_header(self) -> CheckpointHeader:
         """Header of a checkpoint of the state held."""
         assert self.meta is not None and self.directive is not None and self.record is not None
+        certificates = self.carried_certificates()
         return CheckpointHeader(
             meta=self.meta,
             state_digest=self.state_digest,
             directive=self.directive.SerializeToString(),
             incarnation_record=self.record.SerializeToString(),
-            unreported_certificates=tuple(c.SerializeToString() for c in self.unreported),
+            unreported_certificates=tuple(c.SerializeToString() for c in certificates),
         )
+
+    def carried_certificates(self) -> list[rounds_pb2.Certificate]:
+        """What goes with the state wherever it goes: what the coordinator has not acknowledged, and
+        the certificate of its own step, by which others believe that the step has happened.
+        """
+        own = self.certificate_by_step.get(self.position[1]) if self.is_current else None
+        if own is None or any(own.value == c.value for c in self.unreported):
+            return list(self.unreported)
+        return [*self.unreported, own]
 
     def save_local(self) -> None:
         """Write a checkpoint of the state held into the own home, and the private residual."""

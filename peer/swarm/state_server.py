@@ -107,6 +107,7 @@ class StateServer:
         response.attestations.extend(attestations)
         response.certificates.extend(certificates)
         response.directives.extend(directives)
+        response.directives.extend(replica.recent_directives)
         newest = next(reversed(replica.certificate_by_step.values()), None)
         if newest is not None:
             response.newest_certificate.CopyFrom(newest)
@@ -142,7 +143,7 @@ class StateServer:
                     state_meta=image.snapshot.meta.to_json(),
                     piece_digests=[d for digests in image.snapshot.piece_digests for d in digests],
                     total_bytes=image.layout.total_bytes,
-                    unreported_certificates=self._replica.unreported,
+                    unreported_certificates=self._replica.carried_certificates(),
                     directive=image.snapshot.directive,
                 )
             )

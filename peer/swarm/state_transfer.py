@@ -67,6 +67,7 @@ def newest_proven_state(
     incarnation: int,
     directive: common_pb2.Directive,
     own_peer_id: str,
+    base_outer_step: int,
     certifiers: Mapping[int, common_pb2.Directive],
 ) -> ProvenState | None:
     """Highest state whose equal signed attestations are more than half of the members' votes.
@@ -76,8 +77,9 @@ def newest_proven_state(
     of a larger roster too many may be behind.
 
     With at most two voters the own vote counts along with the other's when nobody contradicts it:
-    taking a state is agreeing to it. So one of two voters can bring the other back; among more, the
-    others alone must be enough.
+    taking a state is agreeing to it. So one of two voters can bring the other back, but only to an
+    outer step that a quorum has certified (it is in `certifiers`) or that the incarnation's signed
+    record names as its base; among more voters, the others alone must be enough.
     """
     key_by_peer = {entry.peer_id: entry.public_key for entry in directive.roster}
     backers: dict[tuple[int, bytes], set[str]] = {}
@@ -96,9 +98,10 @@ def newest_proven_state(
     may_count_own = sum(entry.has_vote for entry in directive.roster) <= 2
     for (outer_step, digest), peers in sorted(backers.items(), reverse=True):
         voters = set(peers)
-        if may_count_own and num_digests[outer_step] == 1:
-            voters.add(own_peer_id)
         certifier = certifiers.get(outer_step)
+        has_happened = certifier is not None or outer_step == base_outer_step
+        if may_count_own and has_happened and num_digests[outer_step] == 1:
+            voters.add(own_peer_id)
         if _have_most_votes(voters, directive) or (
             certifier is not None and _have_most_votes(peers, certifier)
         ):

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from peer.swarm.durable_file import sync_folder
 from peer.swarm.round_types import RoundRecord
 from protos.contract.errors import ErrorCode, MachineError
 from protos.muster.v1 import common_pb2, rounds_pb2
@@ -40,7 +41,7 @@ class VoteFile:
         os.ftruncate(self._fd, num_good_bytes)
         os.lseek(self._fd, num_good_bytes, os.SEEK_SET)
         for entered in (folder, *folder.parents[:2]):
-            _sync_folder(entered)
+            sync_folder(entered)
 
     def record(self, outer_step: int) -> RoundRecord:
         """What was promised, led and voted for a step; blank if nothing."""
@@ -89,7 +90,7 @@ class VoteFile:
             _write_all(fd, _line(self._record_by_step[step]))
         os.fdatasync(fd)
         os.replace(temporary, self._path)
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
         os.close(self._fd)
         self._fd = fd
 
@@ -133,11 +134,3 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -70,12 +70,19 @@ UNARY_DEADLINE_SECONDS = 10.0
 JOIN_DEADLINE_SECONDS = 20.0
 STREAM_DEADLINE_SECONDS = 600.0
 CONNECT_DEADLINE_SECONDS = 10.0
+SLOWEST_LINK_BYTES_PER_SECOND = 125_000.0
+"""1 Mbit/s: a transfer that is slower is given up."""
 
 _JOIN_PREFIX = "muster1:"
 _VALIDITY_DAYS = 3650
 _MAX_JOIN_STRING_CHARACTERS = 2048
 
 ChannelOptions = list[tuple[str, int | str]]
+
+
+def transfer_deadline_seconds(num_bytes: int) -> float:
+    """Longest that the upload of a file of this size may take, for both sides."""
+    return STREAM_DEADLINE_SECONDS + num_bytes / SLOWEST_LINK_BYTES_PER_SECOND
 
 
 def request_mac(session_key: bytes, *, method: str, peer_id: str, unix_ms: int) -> str:

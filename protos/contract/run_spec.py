@@ -2,7 +2,9 @@
 
 Two forms: TOML for people, canonical JSON for the wire; `run_digest` is the SHA-256 of the latter.
 Reading is strict: unknown keys are refused with the nearest match, missing ones by name, values by
-type and range; integers serve as floats. What may change during a run (budget, roster, pause) is in
+type and range; integers serve as floats. A field that is added later has a default and is marked
+ADDED_LATER: it is left out of the wire form while it has that default, so specs that are stored
+keep their digest. What may change during a run (budget, roster, pause) is in
 directives; `budget_tokens` here is what the run began with.
 """
 
@@ -19,9 +21,9 @@ from typing import Any, TypeVar
 from protos.contract.digest import canonical_json
 from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape, NormKind
+from protos.contract.strategy_spec import ADDED_LATER, check_setting
 from protos.contract.strategy_spec import STRATEGIES as STRATEGIES
 from protos.contract.strategy_spec import StrategySpec as StrategySpec
-from protos.contract.strategy_spec import check_setting
 
 
 class Objective(StrEnum):
@@ -234,9 +236,9 @@ class RunSpec:
     """Decides initial values and the order of data."""
     budget_tokens: int
     """Tokens to be credited; whole windows."""
-    initial_digest: str = ""
+    initial_digest: str = field(default="", metadata=ADDED_LATER)
     """Hex SHA-256 of the imported model that the run starts from (contract/initial_file.py); empty:
-    the seed gives the initial values, and the key is left out of the wire form.
+    the seed gives the initial values.
     """
     model: ModelSpec
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
@@ -297,10 +299,7 @@ class RunSpec:
 
     def to_wire(self) -> bytes:
         """Canonical JSON."""
-        plain = plain_fields(self)
-        if not self.initial_digest:
-            del plain["initial_digest"]
-        return canonical_json(plain)
+        return canonical_json(_wire_fields(self))
 
     @classmethod
     def from_wire(cls, data: bytes) -> "RunSpec":
@@ -365,6 +364,18 @@ def plain_fields(spec: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             value = plain_fields(value)
         plain[spec_field.name] = float(value) if spec_field.type is float else value
+    return plain
+
+
+def _wire_fields(spec: Any) -> dict[str, Any]:
+    """`plain_fields` without the fields that were added later and have their default."""
+    plain = plain_fields(spec)
+    for spec_field in dataclasses.fields(spec):
+        value = getattr(spec, spec_field.name)
+        if spec_field.metadata == ADDED_LATER and value == spec_field.default:
+            del plain[spec_field.name]
+        elif dataclasses.is_dataclass(value):
+            plain[spec_field.name] = _wire_fields(value)
     return plain
 
 

@@ -16,6 +16,8 @@ STRATEGIES: tuple[str, ...] = ("sync", "diloco")
 FRAGMENT_ORDERS: tuple[str, ...] = ("strided", "sequential")
 OVERLAP_MIX_RATIO = 0.5
 """alpha with which Streaming DiLoCo (arXiv 2501.18512) trains while a fragment travels."""
+ADDED_LATER = {"is_added_later": True}
+"""Metadata of a field of the RunSpec that the first runs did not have; see run_spec.py."""
 _LEFT_OUT = float("nan")
 """Known by its identity; a spec never holds it."""
 

@@ -19,7 +19,9 @@ from protos.contract.run_spec import (
     StrategySpec,
     floor_to_windows,
     parse_fields,
+    plain_fields,
 )
+from protos.contract.strategy_spec import ADDED_LATER
 
 GOLDEN_SPEC = RunSpec(
     seed=7,
@@ -52,6 +54,46 @@ def test_digest_is_golden() -> None:
     PROTOCOL_VERSION.
     """
     assert GOLDEN_SPEC.run_digest == GOLDEN_DIGEST
+
+
+DEFAULT_SPEC = RunSpec(
+    seed=0,
+    budget_tokens=1024 * 256,
+    model=MODEL_PRESETS["tiny"],
+    data=DataSpec(dataset_id="0" * 64),
+)
+DEFAULT_DIGEST = "8b3f272d9e65b6a554f64d5eb1da131f67c26d9436015d34faf289978564cae1"
+
+
+def test_digest_of_the_default_spec_is_golden() -> None:
+    """If this fails, runs stored by earlier versions have lost their digest: mark a new field as
+    ADDED_LATER, and never change a default.
+    """
+    assert DEFAULT_SPEC.run_digest == DEFAULT_DIGEST
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _LaterModel(ModelSpec):
+    num_more: int = dataclasses.field(default=3, metadata=ADDED_LATER)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _LaterSpec(RunSpec):
+    """RunSpec of a later version, with a new key at the top and one in a table."""
+
+    more: float = dataclasses.field(default=0.5, metadata=ADDED_LATER)
+
+
+def test_a_field_that_is_added_later_changes_only_specs_that_use_it() -> None:
+    values = {f.name: getattr(DEFAULT_SPEC, f.name) for f in dataclasses.fields(DEFAULT_SPEC)}
+    later_model = _LaterModel(**plain_fields(DEFAULT_SPEC.model))
+    later = _LaterSpec(**values | {"model": later_model})
+    assert later.to_wire() == DEFAULT_SPEC.to_wire() and later.run_digest == DEFAULT_DIGEST
+    used = [
+        dataclasses.replace(later, more=0.25),
+        dataclasses.replace(later, model=dataclasses.replace(later_model, num_more=4)),
+    ]
+    assert len({spec.run_digest for spec in (*used, DEFAULT_SPEC)}) == 3
 
 
 def test_forms_give_the_spec_back() -> None:

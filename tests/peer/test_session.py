@@ -454,6 +454,8 @@ def test_duties_wait_for_their_step_and_are_done_once(training: Timeline) -> Non
     decision = training.feed(state_reached(6))
     assert len(training.take(ev.PerformDuty)) == 1
     assert decision.state is SessionState.ON_DUTY
+    training.wait(60.0)
+    assert [(b.duty_id, b.duty_fence) for b in training.take(ev.SendHeartbeat)] == [("d1", 1)]
     training.feed(ev.DutyEnded(duty_id="d1", fence=1), offer)
     assert training.take(ev.PerformDuty) == []
     training.feed(

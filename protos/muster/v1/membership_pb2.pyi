@@ -154,7 +154,7 @@ class PeerClaims(_message.Message):
     def __init__(self, state: _Optional[str] = ..., state_reason: _Optional[str] = ..., outer_step: _Optional[int] = ..., loss_nats: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., num_rounds_committed: _Optional[int] = ..., num_attempts_discarded: _Optional[int] = ..., round_seconds: _Optional[float] = ..., clock_offset_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., upload_bytes_per_second: _Optional[float] = ..., download_bytes_per_second: _Optional[float] = ..., form_seconds: _Optional[float] = ..., exchange_seconds: _Optional[float] = ..., reduce_seconds: _Optional[float] = ..., agree_seconds: _Optional[float] = ..., apply_seconds: _Optional[float] = ..., averaging_bytes_per_second: _Optional[float] = ..., discard_reason: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("request_id", "claims", "attestations", "lease_numbers", "directive_number", "incarnation", "addresses", "has_lost_state")
+    __slots__ = ("request_id", "claims", "attestations", "lease_numbers", "directive_number", "incarnation", "addresses", "has_lost_state", "duty_id", "duty_fence")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CLAIMS_FIELD_NUMBER: _ClassVar[int]
     ATTESTATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,8 @@ class HeartbeatRequest(_message.Message):
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     HAS_LOST_STATE_FIELD_NUMBER: _ClassVar[int]
+    DUTY_ID_FIELD_NUMBER: _ClassVar[int]
+    DUTY_FENCE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     claims: PeerClaims
     attestations: _containers.RepeatedCompositeFieldContainer[_common_pb2.Signed]
@@ -171,7 +173,9 @@ class HeartbeatRequest(_message.Message):
     incarnation: int
     addresses: _containers.RepeatedScalarFieldContainer[str]
     has_lost_state: bool
-    def __init__(self, request_id: _Optional[str] = ..., claims: _Optional[_Union[PeerClaims, _Mapping]] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ..., lease_numbers: _Optional[_Iterable[int]] = ..., directive_number: _Optional[int] = ..., incarnation: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., has_lost_state: bool = ...) -> None: ...
+    duty_id: str
+    duty_fence: int
+    def __init__(self, request_id: _Optional[str] = ..., claims: _Optional[_Union[PeerClaims, _Mapping]] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ..., lease_numbers: _Optional[_Iterable[int]] = ..., directive_number: _Optional[int] = ..., incarnation: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., has_lost_state: bool = ..., duty_id: _Optional[str] = ..., duty_fence: _Optional[int] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("directive", "incarnation_record", "certificates", "lost_lease_numbers", "duty", "heartbeat_interval_duration", "now_time", "is_run_over", "run_state", "run_state_reason", "initial_peers", "outer_step")

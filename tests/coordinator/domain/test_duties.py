@@ -17,8 +17,10 @@ from coordinator.domain.duties import (
     final_duty_id,
     finish,
     forgettable_duties,
+    patience_seconds,
     plan_duties,
     recover_duties,
+    renew,
     reopen,
     withdraw_outdated,
 )
@@ -143,12 +145,52 @@ def test_a_duty_goes_to_one_member_whose_state_serves() -> None:
     assert give([given_out], member("a")) == given_out, "told again until the result is here"
 
 
-def test_a_lost_or_slow_holder_is_replaced_and_its_result_refused() -> None:
+def recovered(
+    duty: DutyRecord, members: list[Member], now: float, *, patience_seconds: float = 600.0
+) -> list[DutyRecord]:
+    return recover_duties(
+        [duty],
+        members=members,
+        now_unix_seconds=now,
+        policy=POLICY,
+        patience_seconds_by_duty={duty.duty_id: patience_seconds},
+    )
+
+
+def test_a_holder_that_says_that_it_works_keeps_a_duty_until_no_machine_would_need_longer() -> None:
     held = give([open_duty()], member("a"))
     assert held is not None
-    assert not recover_duties([held], members=[member("a")], now_unix_seconds=20.0, policy=POLICY)
+    for now in range(100, 1000, 100):
+        assert renew([held], duty_id="other", peer_id="a", fence=1, now_unix_seconds=now) is None
+        assert (
+            renew([held], duty_id="run/evaluate/0", peer_id="b", fence=1, now_unix_seconds=now)
+            is None
+        )
+        assert (
+            renew([held], duty_id="run/evaluate/0", peer_id="a", fence=2, now_unix_seconds=now)
+            is None
+        )
+        held = renew([held], duty_id="run/evaluate/0", peer_id="a", fence=1, now_unix_seconds=now)
+        assert held is not None
+        assert not recovered(held, [member("a")], now + 119.0, patience_seconds=1100.0)
+    (silent,) = recovered(held, [member("a")], 1020.0, patience_seconds=1100.0)
+    assert "has not said for 120 s" in silent.reason
+    (slow,) = recovered(held, [member("a")], 905.0, patience_seconds=800.0)
+    assert "gave no result for 895 s" in slow.reason and "would need 800 s" in slow.reason
+    assert slow.state is DutyState.OPEN
+    assert (
+        renew([slow], duty_id="run/evaluate/0", peer_id="a", fence=1, now_unix_seconds=906.0)
+        is None
+    )
+    assert patience_seconds(1.0) == 600.0 and patience_seconds(1e12) == 10_000.0
+
+
+def test_a_lost_or_silent_holder_is_replaced_and_its_result_refused() -> None:
+    held = give([open_duty()], member("a"))
+    assert held is not None
+    assert not recovered(held, [member("a")], 20.0)
     for members, now in (([member("b")], 20.0), ([member("a"), member("b")], 130.0)):
-        free = recover_duties([held], members=members, now_unix_seconds=now, policy=POLICY)[0]
+        free = recovered(held, members, now)[0]
         assert free.state is DutyState.OPEN and free.fence == 1
         second = give([free], member("b"))
         assert second is not None and second.fence == 2
@@ -166,10 +208,10 @@ def test_a_duty_is_given_up_after_some_hand_outs() -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(events=st.lists(st.tuples(st.sampled_from("gtlf"), st.sampled_from("ab")), max_size=30))
+@given(events=st.lists(st.tuples(st.sampled_from("gtrlf"), st.sampled_from("ab")), max_size=30))
 def test_at_most_one_hand_out_ever_counts(events: list[tuple[str, str]]) -> None:
-    """g: the peer asks; t: time passes beyond the TTL; l: the peer is gone; f: it reports under
-    each fence it was given.
+    """g: the peer asks; t: time passes beyond the TTL; r: it says that it works, under each fence;
+    l: the peer is gone; f: it reports under each fence it was given.
     """
     duty, now = open_duty(), 0.0
     fences: dict[str, list[int]] = {"a": [], "b": []}
@@ -181,6 +223,18 @@ def test_at_most_one_hand_out_ever_counts(events: list[tuple[str, str]]) -> None
                 assert all(got.fence > fence for known in fences.values() for fence in known)
                 fences[peer].append(got.fence)
             duty = got or duty
+        elif event == "r":
+            for fence in fences[peer]:
+                duty = (
+                    renew(
+                        [duty],
+                        duty_id=duty.duty_id,
+                        peer_id=peer,
+                        fence=fence,
+                        now_unix_seconds=now,
+                    )
+                    or duty
+                )
         elif event == "f":
             for fence in fences[peer]:
                 if check_holder(duty, peer_id=peer, fence=fence).is_accepted:
@@ -189,8 +243,6 @@ def test_at_most_one_hand_out_ever_counts(events: list[tuple[str, str]]) -> None
         else:
             now += POLICY.duty_ttl_seconds if event == "t" else 0.0
             live = [member(p) for p in "ab" if event == "t" or p != peer]
-            for changed in recover_duties(
-                [duty], members=live, now_unix_seconds=now, policy=POLICY
-            ):
+            for changed in recovered(duty, live, now):
                 duty = changed
     assert accepted <= 1

@@ -222,9 +222,13 @@ class SwarmWorld:
         return next(peer for peer in self.peers if peer.index == index)
 
     def beat(
-        self, index: int, *attestations: common_pb2.Signed, lease_numbers: tuple[int, ...] = ()
+        self,
+        index: int,
+        *attestations: common_pb2.Signed,
+        lease_numbers: tuple[int, ...] = (),
+        works_on: tuple[str, int] = ("", 0),
     ) -> HeartbeatResponse:
-        """A heartbeat; the peer follows what the answer says."""
+        """A heartbeat; the peer follows what the answer says. `works_on`: a duty and its fence."""
         peer = self.peer(index)
         request = HeartbeatRequest(
             run_id=RUN_ID,
@@ -238,6 +242,8 @@ class SwarmWorld:
             lease_numbers=lease_numbers,
             directive_number=peer.directive_number,
             incarnation=peer.incarnation,
+            duty_id=works_on[0],
+            duty_fence=works_on[1],
         )
         peer.reply = self.do(membership.heartbeat, request)
         if peer.reply.directive is not None:

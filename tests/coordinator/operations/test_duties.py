@@ -92,6 +92,25 @@ def test_a_lost_holder_is_replaced_and_its_late_result_refused() -> None:
     assert world.finish_evaluation(second).is_accepted
 
 
+def test_slow_work_is_kept_by_heartbeats_and_handed_on_without_them() -> None:
+    world = started(peer_ttl_seconds=600.0, checkpoint_interval_seconds=1e6)
+    first, second = (0, 1) if world.peer(0).reply.duty else (1, 0)
+    duty = world.peer(first).reply.duty
+    for _ in range(5):  # more than twice the TTL of 120 s
+        world.tick(55.0)
+        assert world.beat(second).duty is None
+        assert world.beat(first, works_on=(duty.duty_id, duty.fence)).duty == duty
+    for _ in range(2):
+        world.tick(55.0)
+        assert world.beat(first).duty == duty, "alive, but it does not say that it works"
+    assert any("has not said for 125 s" in change for change in world.tick(15.0))
+    taken = world.beat(second).duty
+    assert taken is not None and (taken.duty_id, taken.fence) == (duty.duty_id, 2)
+    assert not world.finish_evaluation(first).is_accepted
+    assert world.beat(first, works_on=(duty.duty_id, duty.fence)).duty is None
+    assert world.finish_evaluation(second).is_accepted
+
+
 def test_a_failure_is_handed_on() -> None:
     world = started(num_peers=1)
     duty = world.peer(0).reply.duty

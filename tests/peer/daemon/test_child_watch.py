@@ -1,6 +1,6 @@
 """When a silent child is killed: never before ten of its own turns, and only in awake time."""
 
-from peer.daemon.child_watch import ChildWatch
+from peer.daemon.child_watch import ChildWatch, start_seconds
 
 
 def silence(watch: ChildWatch, *, begin: float, seconds: float, tick_seconds: float) -> float:
@@ -31,7 +31,26 @@ def test_the_verdict_has_the_numbers() -> None:
     assert "took 2.0 s (20 s are allowed)" in next(filter(None, verdicts))
 
 
-def test_a_child_that_starts_or_is_told_to_end_is_not_watched() -> None:
+def test_a_start_has_time_by_the_models_size_and_more_after_one_that_was_too_short() -> None:
+    assert start_seconds(0) == 300.0
+    assert start_seconds(8_000_000_000) == 700.0
+    watch = ChildWatch()
+    watch.tick(0.0)
+    for now, allowed in ((0.0, 300.0), (2000.0, 600.0), (4000.0, 1200.0)):
+        watch.begin(start_seconds(0))
+        found = silence(watch, begin=now, seconds=1500.0, tick_seconds=0.5)
+        assert allowed - 1.0 < found <= allowed + 1.0
+        watch.forget()
+    watch.begin(start_seconds(0))
+    watch.turn(0.1)
+    watch.forget()
+    watch.begin(start_seconds(0))
+    verdicts = [watch.tick(6000.0 + now) for now in range(310)]
+    assert next(filter(None, verdicts)).startswith("not ready 301 s after it was told what to do")
+    assert "(300 s are allowed for a model of this size" in next(filter(None, verdicts))
+
+
+def test_a_child_that_waits_or_is_told_to_end_is_not_watched() -> None:
     watch = ChildWatch()
     assert silence(watch, begin=0.0, seconds=1000.0, tick_seconds=0.5) == float("inf")
     watch.turn(0.1)

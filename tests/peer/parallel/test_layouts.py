@@ -19,14 +19,11 @@ from peer.model.objectives import IGNORED, Examples
 from peer.parallel.faults import LocalRankError
 from peer.parallel.inner_steps import inner_optimizer
 from peer.parallel.layout import Layout, Schedule
-from peer.parallel.ranks import LocalRanks
+from peer.parallel.ranks import LocalRanks, end_of_rank, is_loader_out_of_memory
 from protos.contract.digest import Float32Vector
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import ModelSpec, OptimizerSpec
 from tests.peer.model.tiny import BASE, build
-
-OUT_OF_MEMORY = r"local rank 1 (is out of memory|ended with exit code 127)"
-"""127: the limit was met where no exception can be raised, in a thread or the loader."""
 
 pytestmark = pytest.mark.slow
 
@@ -234,16 +231,26 @@ def test_a_rank_that_dies_or_hangs_is_named_in_time(
 
 @pytest.mark.parametrize("axis", ["tp", "pp"])
 def test_a_rank_without_memory_is_told_from_one_that_is_lost(node: LocalRanks, axis: str) -> None:
-    """The limit is the kernel's, so the words are torch's own."""
-    spec = replace(BASE, vocab_size=1024, seq_len=64)
+    """The limit is the kernel's, so the words are torch's own: threads and libraries fit into what
+    is left, a rank's logits (128 MiB at least) do not.
+    """
+    spec = replace(BASE, vocab_size=2**15, seq_len=64)
     layout = replace(Layout(micro_batch_sequences=32, num_micro_batches=2), **{axis: 2})
     configure(node, spec, layout)
     node.call("load")
     pid = node.processes[1].pid
     size_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-    limit_bytes = size_pages * resource.getpagesize() + 2**20
+    limit_bytes = size_pages * resource.getpagesize() + 64 * 2**20
     resource.prlimit(pid, resource.RLIMIT_AS, (limit_bytes, limit_bytes))
-    with pytest.raises(LocalRankError, match=OUT_OF_MEMORY) as failure:
+    with pytest.raises(LocalRankError, match="local rank 1 is out of memory") as failure:
         node.run(examples_for(spec, num_windows=64, is_plain=True))
-    if "exit code 127" not in str(failure.value):
-        assert failure.value.has_no_memory and failure.value.lost_devices == ()
+    assert failure.value.has_no_memory and failure.value.lost_devices == ()
+
+
+def test_an_end_by_the_loader_is_lack_of_memory_once_a_rank_runs() -> None:
+    """glibc exits with 127 where a thread finds no memory for its own variables."""
+    assert is_loader_out_of_memory(127, during="run")
+    assert end_of_rank(127, during="run").startswith("is out of memory")
+    for code, kind in ((127, "start"), (126, "run"), (-9, "run"), (1, "run")):
+        assert not is_loader_out_of_memory(code, during=kind)
+        assert "memory" not in end_of_rank(code, during=kind)

@@ -21,10 +21,8 @@ from protos.muster.v1 import rounds_pb2
 from tests.peer.swarm.single_process import Expected
 from tests.peer.swarm.swarm_hub import NUM_VALUES, SEQ_LEN, WINDOWS, Daemon, Hub
 
-NOTICED_SECONDS = 2.2
-"""From a kill to the next committed round, one undisturbed round not counted: torchft's figure."""
-
 _MOST_TRIES = 5
+_NUM_RECENT_ROUNDS = 3
 
 Parts = dict[str, tuple[Float32Vector, int]]
 
@@ -39,10 +37,14 @@ class Recovery:
     attempt_struck: int
     attempts_lost: int
     """The most that any survivor gave up for this step."""
+    innocent_attempts_lost: int
+    """Those of them for which another survivor was blamed, as on a busy machine."""
     seconds: float
     """From the signal to the last survivor's outcome."""
     round_seconds: float
     """Of an undisturbed round: median of those so far."""
+    slow_round_seconds: float
+    """The longest of the newest undisturbed rounds: how busy the machine is now."""
     victim_credited: bool
 
     @property
@@ -187,24 +189,30 @@ class FaultedSwarm:
     async def round_with_all(self, *, most_rounds: int = 4) -> None:
         """Rounds until everybody is asked again: who was late twice is left out for two steps."""
         for _ in range(most_rounds):
+            begin_seconds = time.monotonic()
             self.offer(self.members)
             brought = await self.committed(self.members)
             if brought == {daemon.peer_id for daemon in self.members}:
+                self.round_seconds.append(time.monotonic() - begin_seconds)
                 return
         raise AssertionError(f"after {most_rounds} rounds only {brought} are asked")
 
-    def lost_attempts(self, daemons: list[Daemon], step: int) -> int:
-        """The most attempts of a step that any of these gave up after averaging had begun."""
+    def lost_attempts(self, daemons: list[Daemon], step: int, *, blamed: str = "") -> int:
+        """The most attempts of a step that any of these gave up after averaging had begun; with
+        `blamed`, only those for which another of them was blamed, and not that peer.
+        """
 
-        def is_lost(message: dict[str, Any]) -> bool:
+        def is_lost(daemon: Daemon, message: dict[str, Any]) -> bool:
             if message["kind"] != "attempt_timeline" or message["outer_step"] != step:
                 return False
             phases = {span["phase"] for span in message["spans"]}
-            return message["outcome"] == AttemptOutcome.DISCARDED and bool(
-                phases - {RoundPhase.FORM}
-            )
+            if message["outcome"] != AttemptOutcome.DISCARDED or not phases - {RoundPhase.FORM}:
+                return False
+            others = [d.peer_id for d in daemons if d is not daemon]
+            named = any(peer_id in message["reason"] for peer_id in others)
+            return not blamed or (named and blamed not in message["reason"])
 
-        return max(sum(map(is_lost, daemon.messages)) for daemon in daemons)
+        return max(sum(is_lost(d, message) for message in d.messages) for d in daemons)
 
     async def strike(self, phase: RoundPhase, sent: signal.Signals) -> Recovery:
         """The last member gets a signal when a phase begins; the others must go on, and it must
@@ -236,8 +244,10 @@ class FaultedSwarm:
             outer_step=self.step,
             attempt_struck=done["attempt"],
             attempts_lost=self.lost_attempts(survivors, self.step),
+            innocent_attempts_lost=self.lost_attempts(survivors, self.step, blamed=victim.peer_id),
             seconds=max(float(str(t["received_seconds"])) for t in told) - done["done_seconds"],
             round_seconds=statistics.median(self.round_seconds),
+            slow_round_seconds=max(self.round_seconds[-_NUM_RECENT_ROUNDS:]),
             victim_credited=victim.peer_id in brought,
         )
         assert all(t["outcome"] == "COMMITTED" for t in told), told

@@ -48,6 +48,8 @@ SPEC = RunSpec(
     strategy=StrategySpec(global_batch_tokens=640),
     data=DataSpec(dataset_id="0" * 64),
 )
+_LAUNCH_SECONDS = 90.0
+"""Imports of torch and hivemind take seconds, on a busy machine a minute."""
 NUM_VALUES = ModelShape.from_spec(SPEC.model).num_parameters
 WINDOWS = 20
 """Windows that a member is asked to train per round."""
@@ -295,7 +297,9 @@ class Hub:
             outer_step=self.outer_step,
             checkpoint_interval_seconds=3600.0,
         )
-        ready = await self.wait(lambda: daemon.newest("ready"), f"{daemon.name} ready")
+        ready = await self.wait(
+            lambda: daemon.newest("ready"), f"{daemon.name} ready", _LAUNCH_SECONDS
+        )
         daemon.addresses = ready["addresses"]
 
     async def _read(self, daemon: Daemon) -> None:

@@ -1,9 +1,11 @@
-"""Averaged bytes on disk: kept once, whoever brings them, and the oldest go."""
+"""Averaged bytes on disk: kept once and durably, whoever brings them, and the oldest go."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.averaged_store import AveragedStore
@@ -30,3 +32,27 @@ def test_the_same_bytes_from_two_sides_at_once(tmp_path: Path) -> None:
     again = AveragedStore(tmp_path / "averaged", codec_name="fp32")
     again.load()
     assert set(again.digests) == set(store.digests)
+
+
+def test_bytes_and_their_name_are_on_disk_before_they_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a vote promises must outlive power loss: the file is synced before it gets its name, the
+    folder after, and the bytes are held only then.
+    """
+    folder, brought = tmp_path / "averaged", averaged(1)
+    store = AveragedStore(folder, codec_name="fp32")
+    seen: list[tuple[str, list[str], bool]] = []
+    fsync = os.fsync
+
+    def recorded(fd: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        there = sorted(path.suffix for path in folder.iterdir())
+        seen.append((name, there, store.find(brought.averaged_digest) is not None))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    store.hold(brought)
+    temporary = f"{brought.averaged_digest.hex()[:32]}-{50_000}.tmp"
+    assert seen == [(temporary, [".tmp"], False), ("averaged", [".bin"], False)]
+    assert store.find(brought.averaged_digest) is not None

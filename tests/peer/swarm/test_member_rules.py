@@ -91,22 +91,32 @@ def _info(peer: SigningKey, digest: bytes) -> state_pb2.StateInfoResponse:
     return state_pb2.StateInfoResponse(attestations=[signed])
 
 
-@pytest.mark.parametrize(("num_voters", "is_proven"), [(2, True), (3, False)])
-def test_own_vote_proves_a_state_only_among_two(num_voters: int, is_proven: bool) -> None:
+@pytest.mark.parametrize("num_voters", [2, 3])
+@pytest.mark.parametrize(
+    ("certified_step", "base_outer_step", "has_happened"),
+    [(5, 0, True), (0, 5, True), (4, 0, False), (6, 4, False)],
+    ids=["certified", "base", "the one before", "another"],
+)
+def test_own_vote_proves_a_state_only_among_two_and_only_a_step_that_has_happened(
+    num_voters: int, certified_step: int, base_outer_step: int, has_happened: bool
+) -> None:
+    """One attestation of two is no quorum: its signer could make up a step."""
     keys = [SigningKey.generate() for _ in range(num_voters)]
     roster = [
         common_pb2.RosterEntry(peer_id=k.peer_id, public_key=k.public_key, has_vote=True)
         for k in keys
     ]
+    directive = common_pb2.Directive(roster=roster)
     proven = newest_proven_state(
         {keys[1].peer_id: _info(keys[1], b"digest")},
         run_id="run",
         incarnation=1,
-        directive=common_pb2.Directive(roster=roster),
+        directive=directive,
         own_peer_id=keys[0].peer_id,
-        certifiers={},
+        base_outer_step=base_outer_step,
+        certifiers={certified_step: directive},
     )
-    assert (proven is not None) == is_proven
+    assert (proven is not None) == (has_happened and num_voters == 2)
 
 
 def test_who_certified_a_step_proves_its_state_to_voters_that_are_behind() -> None:
@@ -124,6 +134,7 @@ def test_who_certified_a_step_proves_its_state_to_voters_that_are_behind() -> No
             incarnation=1,
             directive=common_pb2.Directive(roster=roster),
             own_peer_id=keys[1].peer_id,
+            base_outer_step=0,
             certifiers=certifiers,
         )
         assert (proven is not None) == is_proven

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from peer.swarm.latecomers import MAX_LATE_ATTEMPTS
 from peer.swarm.state_transfer import AVERAGED_STREAM, SNAPSHOT_STREAM, STATE_INFO_CALL
 from peer.swarm.transport import PeerCallError, StreamError, Transport
 from protos.contract.telemetry import ATTEMPT_PHASES, RoundPhase
@@ -16,9 +17,12 @@ from protos.muster.v1 import rounds_pb2, state_pb2
 from tests.peer.swarm.faulted_swarm import FaultedSwarm
 from tests.peer.swarm.swarm_hub import Daemon, write_p2p_key
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
-BUSY_NOTICED_SECONDS = 20.0
+NOTICED_SECONDS, NOTICED_ROUNDS = 2.2, 10
+"""From a signal to the next committed round, an undisturbed round not counted: torchft's figure,
+which ops/bench/soak holds the swarm to on a quiet machine, and so many rounds as they are now.
+"""
 
 
 class Running:
@@ -46,9 +50,10 @@ def test_survivors_go_on_in_one_state(
     async def story() -> None:
         swarm = running.swarm
         recovery = await swarm.strike(phase, sent)
-        # How soon is the soak's figure (ops/bench/soak --parts phases); here others use the cores.
-        assert recovery.attempts_lost <= 3, recovery
-        assert recovery.noticed_seconds <= BUSY_NOTICED_SECONDS, recovery
+        assert recovery.attempts_lost - recovery.innocent_attempts_lost <= 1, recovery
+        allowed_seconds = NOTICED_SECONDS + NOTICED_ROUNDS * recovery.slow_round_seconds
+        allowed_seconds *= 1 + recovery.innocent_attempts_lost
+        assert recovery.noticed_seconds <= allowed_seconds, recovery
         if phase is RoundPhase.APPLY:  # it voted, and died before it could report
             assert recovery.victim_credited, "another member's certificate credits it"
         await swarm.round_with_all()
@@ -78,7 +83,9 @@ def test_member_that_breaks_the_rules_is_out_of_the_attempt(running: Running, ki
         await swarm.hub.wait(lambda: _is_told(bad, num_before, REASONS[kind]), "the reason")
         for daemon in honest:
             assert (await swarm.outcome(daemon, swarm.step))["outcome"] == "COMMITTED"
-        assert swarm.lost_attempts(honest, swarm.step) <= 4
+        innocent = swarm.lost_attempts(honest, swarm.step, blamed=bad.peer_id)
+        most_lost = MAX_LATE_ATTEMPTS if kind == "nothing" else 1
+        assert swarm.lost_attempts(honest, swarm.step) - innocent <= most_lost
         swarm.heal(bad)
         await swarm.hub.wait_state(swarm.members, (1, swarm.step))
         swarm.check_state(bad)
@@ -110,17 +117,18 @@ def test_stranger_gets_no_byte_and_changes_nothing(running: Running, tmp_path: P
             stranger.set_members({d.peer_id: d.p2p_peer_id for d in swarm.members})
             for daemon in swarm.members:
                 stranger.add_addresses(daemon.peer_id, daemon.addresses)
-            tries: list[str] = []
-            pestering = asyncio.ensure_future(_pester(stranger, swarm, tries))
+            tried: set[str] = set()
             everybody = {daemon.peer_id for daemon in swarm.members}
+            pestering = asyncio.ensure_future(_pester(stranger, swarm, tried))
             num_rounds = 0
-            while num_rounds < 3 or (set(tries) != everybody and num_rounds < 100):
+            while num_rounds < 3 or tried != everybody:
                 await swarm.round_with_all()
                 num_rounds += 1
+                if pestering.done():
+                    pestering.result()  # what it met that it should not have
             pestering.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await pestering
-            assert set(tries) == everybody
             assert stranger.received_bytes == 0
         finally:
             await stranger.close()
@@ -128,15 +136,19 @@ def test_stranger_gets_no_byte_and_changes_nothing(running: Running, tmp_path: P
     running.runner.run(story())
 
 
-async def _pester(stranger: Transport, swarm: FaultedSwarm, tries: list[str]) -> None:
-    """Ask, join, vote and send parts, as fast as it goes, until cancelled."""
+async def _pester(stranger: Transport, swarm: FaultedSwarm, tried: set[str]) -> None:
+    """Ask, join, vote and send parts, as fast as it goes, until cancelled; `tried` are those that
+    have refused everything. No answer in time, as on a busy machine, is no byte either.
+    """
     while True:
         for daemon in swarm.members:
-            await _try_everything(stranger, daemon, swarm.step + 1)
-            tries.append(daemon.peer_id)
+            step = swarm.step + 1
+            if await _is_refused(stranger, daemon, step) and await _is_cut(stranger, daemon, step):
+                tried.add(daemon.peer_id)
 
 
-async def _try_everything(stranger: Transport, daemon: Daemon, step: int) -> None:
+async def _is_refused(stranger: Transport, daemon: Daemon, step: int) -> bool:
+    """True if the member has refused all messages by name; False if it was too slow to."""
     join = rounds_pb2.JoinGroup(contribution=rounds_pb2.Contribution(peer_id=daemon.peer_id))
     vote = rounds_pb2.Vote(value=b"x", voter=daemon.peer_id)
     calls = [
@@ -145,19 +157,32 @@ async def _try_everything(stranger: Transport, daemon: Daemon, step: int) -> Non
         (STATE_INFO_CALL, state_pb2.StateInfoRequest(incarnation=1)),
     ]
     for name, message in calls:
-        with pytest.raises(PeerCallError, match="not a member"):
+        with pytest.raises(PeerCallError) as refusal:
             await stranger.call(daemon.peer_id, name, message, state_pb2.StateInfoResponse)
+        if refusal.value.is_down:
+            return False
+        assert "not a member" in str(refusal.value)
+    return True
+
+
+async def _is_cut(stranger: Transport, daemon: Daemon, step: int) -> bool:
+    """True if every stream ended without a byte; False if one could not be opened in time."""
     streams = [
         (SNAPSHOT_STREAM, state_pb2.SnapshotRequest(incarnation=1, outer_step=step - 1)),
         (AVERAGED_STREAM, state_pb2.AveragedRequest(averaged_digest=bytes(32))),
         ("part", state_pb2.PartHeader(incarnation=1, outer_step=step, end_piece=4)),
     ]
     for name, header in streams:
-        stream = await stranger.open_stream(daemon.peer_id, name)
+        try:
+            stream = await stranger.open_stream(daemon.peer_id, name)
+        except PeerCallError as error:
+            assert error.is_down, error
+            return False
         with pytest.raises(StreamError):
             await stream.send_message(header)
             await stream.read_bytes(1)
         stream.close()
+    return True
 
 
 def test_cut_in_two_only_the_side_of_the_coordinator_commits(running: Running) -> None:
