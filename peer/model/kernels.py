@@ -35,7 +35,7 @@ FLAGS = (
 )
 MAX_POSITIONS = 8192
 """Longest sequence; MUSTER_MAX_POSITIONS of the source."""
-_BUILD_SECONDS = 120.0
+_BUILD_SECONDS = 60.0
 _PYTHON_ERROR = 1
 _DEFINES: dict[torch.dtype, tuple[str, ...]] = {
     torch.bfloat16: (),

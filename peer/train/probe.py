@@ -51,7 +51,7 @@ _GEMM_RUNS = 8
 _MAX_ERROR_RATIO = {Precision.FP32: 1e-3, Precision.BF16: 0.1}
 """Of native gradients against eager fp32 ones; rounding gives 1e-6 and 0.01."""
 _MAX_COMPARED_VALUES = 2**22
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 90.0
 """Longest wait for another peer that builds and measures."""
 _LOOK_SECONDS = 0.1
 _LOGGER = logging.getLogger(__name__)
