@@ -27,6 +27,7 @@ _UNIT_BYTES = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
 _SIZE_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+EXECUTIONS = ("auto", "eager", "native", "compiled")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -54,6 +55,21 @@ def format_bytes(num_bytes: float) -> str:
 def default_home() -> Path:
     """Directory that a peer uses when nobody names one."""
     return Path.home() / ".local" / "share" / "muster"
+
+
+def num_physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Cores that this process may use, hardware threads of one core counted once: a second one
+    adds nothing to matrix products. All logical ones where the system does not tell.
+    """
+    logical = os.sched_getaffinity(0)
+    cores = set()
+    for number in logical:
+        siblings = topology / f"cpu{number}" / "topology" / "thread_siblings_list"
+        try:
+            cores.add(siblings.read_text(encoding="ascii").strip())
+        except OSError:
+            return max(1, len(logical))
+    return max(1, len(cores))
 
 
 def _default_name() -> str:
@@ -90,8 +106,8 @@ class PeerConfig:
     """Name for people; the identity is the key under `home`."""
     home: Path = field(default_factory=default_home)
     """Identity, cache, local checkpoints and logs; locked while a peer runs."""
-    threads: int = field(default_factory=lambda: max(1, len(os.sched_getaffinity(0))))
-    """CPU threads that training may use."""
+    threads: int = field(default_factory=num_physical_cores)
+    """CPU threads that training may use; one per physical core that this process may run on."""
     memory_limit_bytes: int | None = None
     """Memory of all processes together above which the peer stops training; None: no limit of its
     own.
@@ -112,6 +128,14 @@ class PeerConfig:
     """Loopback port of /metrics; 0 lets the system choose; None: no server."""
     device: str = "auto"
     """Where to train: auto, cpu or cuda."""
+    execution: str = "auto"
+    """What runs the training step: auto (measured), eager (torch), native (kernels built here),
+    compiled (torch.compile: slow to start).
+    """
+    shared_step_cache: Path | None = None
+    """Where the training step keeps kernels and plans, which peers of one machine and owner may
+    share; None: under `home`.
+    """
     devices: str = ""
     """Several devices: cpu:N, N shares of the CPU, or cuda:0,1; empty: what `device` says."""
     layout: str = "auto"
@@ -144,6 +168,8 @@ class PeerConfig:
             raise _not_one_of("log_level", self.log_level, LOG_LEVELS)
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise _not_one_of("device", self.device, ("auto", "cpu", "cuda", "cuda:N"))
+        if self.execution not in EXECUTIONS:
+            raise _not_one_of("execution", self.execution, EXECUTIONS)
         if not re.fullmatch(r"|auto|cpu(:[1-9][0-9]{0,2})?|cuda(:[0-9]+(,[0-9]+)*)?", self.devices):
             raise _not_one_of("devices", self.devices, ("auto", "cpu:N", "cuda:0,1"))
         if self.devices and self.device != "auto":
@@ -152,6 +178,11 @@ class PeerConfig:
                 allowed="one of them",
                 remedy="leave --device out",
             )
+
+    @property
+    def step_cache(self) -> Path:
+        """What the training step keeps: kernels, plans, compiled code."""
+        return self.shared_step_cache or self.home / "step"
 
 
 def check_announced(address: str) -> None:
@@ -199,6 +230,8 @@ _KEYS: dict[str, _Key] = {
     "announce": _Key("announce", _parse_list),
     "metrics_port": _Key("metrics_port", _parse_whole),
     "device": _Key("device", str),
+    "execution": _Key("execution", str),
+    "step_cache": _Key("shared_step_cache", _parse_path),
     "devices": _Key("devices", str),
     "layout": _Key("layout", str),
     "probe_interval_seconds": _Key("probe_interval_seconds", float),
@@ -304,7 +337,7 @@ _PASSIVE_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 """Waiting threads sleep: on a busy machine two spinning ones trained 9 times slower (measured)."""
 
 
-def child_environment(*, threads: int, log_level: str) -> dict[str, str]:
+def child_environment(config: PeerConfig) -> dict[str, str]:
     """Environment of the swarm and trainer processes: ours, with thread counts that libraries read
     at import.
     """
@@ -312,9 +345,10 @@ def child_environment(*, threads: int, log_level: str) -> dict[str, str]:
         key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)
     }
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        environment[variable] = str(threads)
-    environment["HIVEMIND_LOGLEVEL"] = "INFO" if log_level == "DEBUG" else "WARNING"
+        environment[variable] = str(config.threads)
+    environment["HIVEMIND_LOGLEVEL"] = "INFO" if config.log_level == "DEBUG" else "WARNING"
     environment["PYTHONUNBUFFERED"] = "1"
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.step_cache / "inductor"))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks talk on this machine only
     environment.setdefault(*_PASSIVE_WAIT)
     return environment

@@ -7,6 +7,8 @@ lock                    flock held by the daemon; holds its pid
 run/                    status.json, children.json: of no use after the daemon's death
 state/                  local checkpoints and durable votes (swarm process)
 cache/                  datasets by id, digest-checked
+bad_batches/            micro-batches whose loss was not finite, the newest few
+step/                   kernels built for this processor, chosen step plans, compiled code
 logs/                   output of the children
 """
 
@@ -23,6 +25,8 @@ from typing import Any, Self
 
 from protos.contract.errors import ErrorCode, MachineError
 
+BAD_BATCHES = "bad_batches"
+"""Directory under a home for micro-batches whose loss was not finite."""
 _OWNER_VARIABLE = "MUSTER_OWNER_HOME"
 """In the environment of every descendant of a daemon: its home, resolved."""
 _DIRECTORIES = ("run", "state", "cache", "logs", "tmp")
@@ -219,7 +223,15 @@ def find_leftover_files(home: Path) -> list[Path]:
     found = [path for path in (home / "tmp").glob("*") if path.is_file()]
     if (home / "run").is_dir():
         found += [path for path in (home / "run").iterdir() if path.is_socket()]
-    for pattern in ("*.tmp", "run/*.tmp", "state/*.tmp", "state/**/*.tmp", "cache/**/*.tmp"):
+    for pattern in (
+        "*.tmp",
+        "step/*.tmp",
+        "bad_batches/*.tmp",
+        "run/*.tmp",
+        "state/*.tmp",
+        "state/**/*.tmp",
+        "cache/**/*.tmp",
+    ):
         found += [path for path in home.glob(pattern) if path.is_file()]
     return sorted(set(found))
 

@@ -246,10 +246,21 @@ class _Up:
             self._peers.append(await self._start_peer(name))
 
     async def _start_peer(self, name: str) -> PeerChild:
-        home = (self._options.data_dir / "peers" / name).absolute()
         return await PeerChild.start(
-            name=name, home=home, join_string=self._join_string, num_threads=1
+            name=name,
+            home=self._home_of(name),
+            join_string=self._join_string,
+            num_threads=1,
+            step_cache=self._step_cache,
         )
+
+    def _home_of(self, name: str) -> Path:
+        return (self._options.data_dir / "peers" / name).absolute()
+
+    @property
+    def _step_cache(self) -> Path:
+        """Kernels and step plan, made once for all peers and the one-process comparison."""
+        return (self._options.data_dir / "step").absolute()
 
     async def _wait_for_peers(self) -> None:
         """Peers leave by themselves once they hear that the run is over."""
@@ -334,7 +345,7 @@ class _Up:
         reference = await run_peer_json(
             "reference", "--spec", str(spec_path), "--dataset", str(dataset_dir),
             "--num-tokens", str(status.schedule_tokens), "--eval-tokens", "0", "--threads", "2",
-            "--json",
+            "--home", str(self._home_of("peer-1")), "--step-cache", str(self._step_cache), "--json",
         )  # fmt: skip
         baselines = await asyncio.to_thread(compute_baselines, dataset_dir)
         export_dir = (options.data_dir / "export").absolute()

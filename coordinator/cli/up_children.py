@@ -35,7 +35,7 @@ class PeerChild:
 
     @classmethod
     async def start(
-        cls, *, name: str, home: Path, join_string: str, num_threads: int
+        cls, *, name: str, home: Path, join_string: str, num_threads: int, step_cache: Path
     ) -> "PeerChild":
         """Start a peer that logs into its home. The join string goes through a pipe: arguments of
         processes can be read by everybody on the machine.
@@ -44,6 +44,7 @@ class PeerChild:
         command = peer_command(
             "join", "-", "--name", name, "--home", str(home), "--threads", str(num_threads),
             "--listen-host", "127.0.0.1", "--metrics-port", "0",
+            "--step-cache", str(step_cache),
         )  # fmt: skip
         with (home / "join.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(

@@ -46,7 +46,7 @@ _FRESH_REMOVES = (
     SPEC_FILE,
     FLAGS_FILE, "checkpoints", "export", "credits.json", "peers",
 )  # fmt: skip
-"""What --fresh removes; datasets and keys stay, so the corpus need not be built again."""
+"""What --fresh removes; datasets, keys and step plans stay: nothing is built or measured again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

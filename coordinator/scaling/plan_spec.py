@@ -33,7 +33,7 @@ def run_spec(plan: Plan, *, dataset_id: str = "", seed: int = 0) -> RunSpec:
         optimizer=OptimizerSpec(
             peak_lr=plan.recipe.peak_lr,
             weight_decay=plan.recipe.weight_decay,
-            **({"beta2": _DILOCO_BETA2} if plan.strategy_name == "diloco" else {}),
+            beta2=_DILOCO_BETA2 if plan.strategy_name == "diloco" else OptimizerSpec().beta2,
         ),
         schedule=ScheduleSpec(lr_warmup_tokens=plan.lr_warmup_tokens),
         strategy=_strategy_spec(plan),

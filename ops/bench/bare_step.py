@@ -18,7 +18,8 @@ from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
 from peer.model.objectives import Examples
 from peer.parallel.devices import keep_freed_memory
-from peer.train.step import MicroStep, Precision, probe_plan
+from peer.train.probe import probe_plan
+from peer.train.step import MicroStep, Precision
 from protos.contract.chunk_format import (
     MANIFEST_FILE,
     Manifest,

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +24,12 @@ from peer.cli.ports import require_free_port
 from peer.config import PeerConfig, child_environment, format_bytes
 from peer.coordinator_client import CLOCK_REFUSE_SECONDS, CLOCK_WARN_SECONDS, CoordinatorClient
 from peer.daemon.membership import load_membership, package_version
-from peer.home import find_leftover_files, holder_of_lock, load_child_records, write_atomically
+from peer.home import (
+    find_leftover_files,
+    holder_of_lock,
+    load_child_records,
+    write_atomically,
+)
 from protos.contract.channel import JoinString
 from protos.contract.errors import MachineError, MusterError
 from protos.contract.ids import PROTOCOL_VERSION, PeerId
@@ -46,6 +51,8 @@ class Check:
     found: str
     allowed: str = ""
     remedy: str = ""
+    details: dict[str, object] = field(default_factory=dict)
+    """Figures behind `found`, for --json."""
 
 
 def check_versions() -> Check:
@@ -291,6 +298,7 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
     key = {
         "threads": config.threads,
         "asked_device": config.device,
+        "asked_execution": config.execution,
         "torch": metadata.version("torch"),
     }
     cache = config.home / _PROBE_FILE
@@ -315,13 +323,35 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
         is_ok=speed > 0,
         found=(
             f"{probe['device']} ({probe['device_name']}, {probe['threads']} threads, "
-            f"{probe['precision']}): "
+            f"{probe['precision']}, {probe['execution']}): "
             f"{speed / 1e9:.1f} GFLOP/s in training, "
+            f"{100 * float(str(probe['mfu_ratio'])):.0f} % of what matrix products reach here "
+            f"({float(str(probe['product_flop_per_second'])) / 1e9:.0f}), "
             f"{float(str(probe['tokens_per_second'])):,.0f} tokens/s of the tiny "
-            f"preset{' (measured before)' if is_cached else ''}"
+            f"preset{' (measured before)' if is_cached else ''}; {probe['reason']}"
         ),
         allowed="a device that torch can use",
+        details=probe,
     )
+
+
+def check_step_plan(config: PeerConfig) -> Check:
+    """What the trainer chose for the model of the last run on this home, and why."""
+    plans = config.step_cache.glob("plan-*.json")
+    newest = max(plans, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return Check(name="step", is_ok=True, found="no run's model was measured on this home yet")
+    try:
+        plan = json.loads(newest.read_bytes())
+        return Check(name="step", is_ok=True, found=str(plan["reason"]), details=plan)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Check(
+            name="step",
+            is_ok=False,
+            found=f"{newest} cannot be read: {error}",
+            allowed="what the trainer wrote",
+            remedy="remove it; the next trainer measures again",
+        )
 
 
 def _load_probe(path: Path, key: dict[str, object]) -> dict[str, object] | None:
@@ -336,8 +366,10 @@ def _load_probe(path: Path, key: dict[str, object]) -> dict[str, object] | None:
 def run_probe(config: PeerConfig) -> dict[str, object]:
     """Measure in a process of its own. Raises MachineError."""
     command = [sys.executable, "-m", "peer.cli.probe", "--threads", str(config.threads)]
-    command += ["--device", config.device]
-    environment = child_environment(threads=config.threads, log_level=config.log_level)
+    command += ["--device", config.device, "--execution", config.execution]
+    if config.home.is_dir():
+        command += ["--cache", str(config.step_cache / "doctor")]
+    environment = child_environment(config)
     try:
         done = subprocess.run(
             command, capture_output=True, timeout=PROBE_SECONDS, env=environment, check=False
@@ -361,6 +393,7 @@ def all_checks(
         check_memory,
         check_disk,
         check_port,
+        check_step_plan,
     ]
     checks = [check_versions(), *(check(config) for check in local), check_network()]
     checks += check_coordinator(config, join_string)

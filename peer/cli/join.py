@@ -7,8 +7,12 @@ import typer
 
 from peer.cli.options import (
     ConfigPath,
+    DeviceNames,
+    ExecutionName,
     HomeDir,
     JoinFile,
+    LayoutName,
+    StepCache,
     print_json,
     print_line,
     read_join_text,
@@ -35,7 +39,7 @@ def join(
     join_file: JoinFile = None,
     name: Annotated[str | None, typer.Option(help="Name for people. [default: host name]")] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads for training. [default: all]")
+        int | None, typer.Option(help="CPU threads for training. [default: one per core]")
     ] = None,
     memory_limit: Annotated[
         str | None, typer.Option(help="Memory of all processes, such as 8GiB. [default: no limit]")
@@ -61,13 +65,10 @@ def join(
         int | None, typer.Option(help="Serve /metrics on this loopback port; 0: any.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    devices: Annotated[
-        str | None, typer.Option(help="Several devices: cpu:N (shares of the CPU) or cuda:0,1.")
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(help="How a model lies on them: auto, or such as tp=2,pp=2. [default: auto]"),
-    ] = None,
+    execution: ExecutionName = None,
+    step_cache: StepCache = None,
+    devices: DeviceNames = None,
+    layout: LayoutName = None,
     config_path: ConfigPath = None,
     log_level: Annotated[
         str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR. [default: INFO]")
@@ -95,6 +96,8 @@ def join(
         "announce": tuple(announce) if announce else None,
         "metrics_port": metrics_port,
         "device": device,
+        "execution": execution,
+        "step_cache": step_cache,
         "devices": devices,
         "layout": layout,
         "log_level": log_level,

@@ -24,6 +24,20 @@ ConfigPath = Annotated[
     typer.Option("--config", help="TOML file. [default: peer.toml in the home]", readable=False),
 ]
 
+DeviceNames = Annotated[
+    str | None, typer.Option(help="Several devices: cpu:N (shares of the CPU) or cuda:0,1.")
+]
+LayoutName = Annotated[
+    str | None,
+    typer.Option(help="How a model lies on them: auto, or such as tp=2,pp=2. [default: auto]"),
+]
+ExecutionName = Annotated[
+    str | None, typer.Option(help="auto, eager, native or compiled. [default: auto]")
+]
+StepCache = Annotated[
+    Path | None,
+    typer.Option(help="Directory for kernels and step plans. [default: step in the home]"),
+]
 Checkpoint = Annotated[
     Path,
     typer.Argument(help="State file (*.safetensors), or a folder that `export` wrote."),

@@ -2,14 +2,17 @@
 --threads N --device D`.
 
 Prints one JSON object. The figure is what the trainer itself reaches on the tiny preset (its own
-choice of precision and micro-batch, forward and backward), so it includes everything that training
-includes but the optimizer.
+choice of execution, precision and micro-batch, forward and backward), so it includes everything
+that training includes but the optimizer. Beside it the ceiling: what one large matrix product of
+that precision reaches on the same threads, and the ratio of both, the model FLOP utilisation.
 """
 
 import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ import torch
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.objectives import Examples
 from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
-from peer.train.step import MicroStep, probe_plan
+from peer.train.probe import AUTO, measure_product_flop_per_second, set_up_step
+from peer.train.step import MicroStep
 from protos.contract.errors import MusterError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import TINY_MODEL
@@ -30,17 +34,20 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m peer.cli.probe", description=__doc__)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--execution", default=AUTO)
+    parser.add_argument("--cache", type=Path, default=None, help="keeps what is built")
     options = parser.parse_args(arguments)
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     try:
         device = choose_device(options.device)
+        model = Decoder(TINY_MODEL, device=device)
+        step = MicroStep(model, FlatParameters(model, device=device))
+        plan = set_up_step(step, wanted=options.execution, cache_dir=options.cache)
     except MusterError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    model = Decoder(TINY_MODEL, device=device)
-    step = MicroStep(model, FlatParameters(model, device=device))
-    plan = probe_plan(step)
+    ceiling = measure_product_flop_per_second(device, plan.precision)
     shape = (plan.micro_batch_sequences, TINY_MODEL.seq_len)
     tokens_BT = np.random.default_rng(0).integers(0, TINY_MODEL.vocab_size, shape)
     examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
@@ -49,6 +56,7 @@ def main(arguments: list[str]) -> int:
         num_tokens += step.run(examples).num_tokens
     tokens_per_second = num_tokens / (time.monotonic() - began_seconds)
     info = describe_device(device, num_threads=torch.get_num_threads())
+    flop_per_second = tokens_per_second * ModelShape.from_spec(TINY_MODEL).flop_per_token()
     plain = {
         "device": info.device,
         "device_name": info.name,
@@ -56,7 +64,12 @@ def main(arguments: list[str]) -> int:
         "threads": options.threads,
         "precision": plan.precision.value,
         "tokens_per_second": tokens_per_second,
-        "flop_per_second": tokens_per_second * ModelShape.from_spec(TINY_MODEL).flop_per_token(),
+        "flop_per_second": flop_per_second,
+        "product_flop_per_second": ceiling,
+        "mfu_ratio": flop_per_second / ceiling,
+        "execution": plan.execution.value,
+        "reason": str(plan),
+        "tried": [asdict(trial) for trial in plan.trials],
         "torch_version": torch.__version__,
     }
     sys.stdout.write(json.dumps(plain) + "\n")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peer.cli.options import AsJson, print_json, print_line
+from peer.cli.options import AsJson, ExecutionName, HomeDir, StepCache, print_json, print_line
 
 
 def reference(
@@ -14,12 +14,15 @@ def reference(
     num_tokens: Annotated[int, typer.Option(help="Tokens to train; 0: the spec's budget.")] = 0,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens; 0: all.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    home: HomeDir = None,
+    execution: ExecutionName = None,
+    step_cache: StepCache = None,
     is_json: AsJson = False,
 ) -> None:
     """Train one process in the order of the data and evaluate it."""
     from dataclasses import asdict, replace
 
-    from peer.config import quiet_libraries
+    from peer.config import load_config, quiet_libraries
 
     quiet_libraries()
     import torch
@@ -32,7 +35,14 @@ def reference(
     torch.set_num_threads(threads)
     spec = load_spec(spec_path)
     spec = replace(spec, data=replace(spec.data, eval_tokens=eval_tokens))
-    result = run_reference(spec, dataset, num_tokens=num_tokens)
+    config = load_config(flags={"home": home, "execution": execution, "step_cache": step_cache})
+    result = run_reference(
+        spec,
+        dataset,
+        num_tokens=num_tokens,
+        execution=config.execution,
+        step_cache=config.shared_step_cache,
+    )
     plain = asdict(result)
     del plain["loss_nats_by_step"]
     if is_json:

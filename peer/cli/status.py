@@ -38,6 +38,7 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
                 f"{found['tokens_per_second']:,.0f} tokens/s on {found['device'] or '-'}, "
                 f"{found.get('micro_batch_sequences', 0)} windows a micro-batch",
             ),
+            *([("step plan", found["step_plan"])] if found.get("step_plan") else []),
             (
                 "tokens",
                 f"{found['trained_tokens']:,} trained, {found['committed_tokens']:,} committed",

@@ -20,6 +20,7 @@ from peer.background import BackgroundTasks
 from peer.config import PeerConfig
 from peer.daemon.membership import Membership
 from peer.daemon.trainer_limits import TrainerLimits
+from peer.home import BAD_BATCHES
 from peer.identity import Identity
 from peer.ipc import ChannelClosed, Message
 from peer.session_events import ChildName
@@ -205,6 +206,9 @@ def trainer_settings(
         "run_spec": membership.response.run_spec,
         "num_threads": config.threads,
         "device": config.device,
+        "execution": config.execution,
+        "bad_batch_path": str(config.home / BAD_BATCHES),
+        "step_cache_path": str(config.step_cache),
         "devices": config.devices,
         "layout": config.layout,
         "probe_interval_seconds": config.probe_interval_seconds,

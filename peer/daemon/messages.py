@@ -193,6 +193,7 @@ class MessageDesk:
         match message["kind"]:
             case "ready":
                 core.numbers.device = message["device"]
+                core.numbers.step_plan = message["reason"]
                 core.numbers.micro_batch_sequences = sequences = message["micro_batch_sequences"]
                 if message["num_ranks"] > 1:
                     core.note(f"layout: {message['reason']}")
@@ -205,6 +206,9 @@ class MessageDesk:
                 )
             case "progress":
                 self._take_progress(message)
+            case "bad_batch":
+                core.metrics.add(telemetry.PEER_BAD_BATCHES, 1)
+                _LOGGER.warning("micro-batch skipped: %(reason)s; kept %(kept)s", message)
             case "layer_stats":
                 self._show_layers(message["layers"])
             case "need_leases":

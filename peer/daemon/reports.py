@@ -81,6 +81,8 @@ class SessionNumbers:
     is_coordinator_reachable: bool = True
     metrics_port: int | None = None
     device: str = ""
+    step_plan: str = ""
+    """How micro-batches are run, and why."""
     micro_batch_sequences: int = 0
     addresses: list[str] = field(default_factory=list)
 

@@ -83,8 +83,7 @@ class RunningSession:
         self._tasks = BackgroundTasks(on_failure)
         self._supervisor = Supervisor(
             logs=home.logs,
-            environment=child_environment(threads=config.threads, log_level=config.log_level)
-            | home.owner_mark,
+            environment=child_environment(config) | home.owner_mark,
             record_children=home.record_children,
         )
         shape = check_can_honour(membership.spec, config)

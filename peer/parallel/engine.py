@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from peer.model.decoder import Decoder, DecoderPart
+from peer.model.inner_optimizer import adamw
 from peer.model.loss import examples_on, summed_loss
 from peer.model.objectives import Examples
 from peer.parallel.bridge import CanonicalVector, Piece, collect, scatter
-from peer.parallel.inner_steps import inner_optimizer
 from peer.parallel.layout import Layout, Schedule, stage_layers, stages_of_rank
 from peer.parallel.mesh import Groups, Place
 from peer.parallel.pipeline import Batch, StageModule, build_schedule, run_schedule
@@ -272,7 +272,7 @@ class RankEngine:
         factor = min(1.0, spec.clip_norm / (norm + 1e-6)) / num_tokens
         if self._optimizer is None:
             self._locals = [nn.Parameter(held.values) for held in self._held]
-            self._optimizer = inner_optimizer(spec, self._locals)
+            self._optimizer = adamw(spec, self._locals)
         for held, local in zip(self._held, self._locals, strict=True):
             local.grad = held.grad.mul_(factor)
         for group in self._optimizer.param_groups:

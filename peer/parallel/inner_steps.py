@@ -5,9 +5,9 @@ steps on their shards (engine.py).
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from peer.model.decoder import Decoder, FlatParameters
+from peer.model.inner_optimizer import InnerOptimizer
 from protos.contract.run_spec import OptimizerSpec
 
 
@@ -19,24 +19,8 @@ class InnerSteps(Protocol):
         ...
 
     def step(self, *, num_tokens: int, learning_rate: float) -> None:
-        """Divide the sum by its tokens, clip, one AdamW step."""
+        """Divide the sum by its tokens, clip, one step of the spec's optimizer."""
         ...
-
-
-def inner_optimizer(spec: OptimizerSpec, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with decoupled decay of matrices only; fused where torch has it."""
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": spec.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=spec.peak_lr,
-        betas=(spec.beta1, spec.beta2),
-        eps=spec.epsilon,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
-    )
 
 
 class FlatInnerSteps:
@@ -44,7 +28,7 @@ class FlatInnerSteps:
 
     def __init__(self, spec: OptimizerSpec, model: Decoder, parameters: FlatParameters) -> None:
         self._spec, self._grads = spec, parameters.grads
-        self._optimizer = inner_optimizer(spec, list(model.parameters()))
+        self._optimizer = InnerOptimizer(spec, list(model.named_parameters()))
         self._summed: torch.Tensor | None = None
         self._is_summed = False
 
@@ -70,6 +54,4 @@ class FlatInnerSteps:
         clip = self._spec.clip_norm / (norm + 1e-6)
         if clip < 1.0:
             grads.mul_(clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        self._optimizer.step(lr=learning_rate)

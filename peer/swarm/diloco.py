@@ -7,7 +7,7 @@ local parameters that stays when it arrives (Streaming DiLoCo, Douillard et al. 
 2501.18512, algorithm 2).
 
 Order of things in one outer step. Inner steps of `inner_batch_tokens` each (gradient accumulated
-over micro-batches, divided by its tokens, clipped, fused AdamW) until the own token budget of the
+over micro-batches, divided by its tokens, clipped, AdamW or Muon) until the own token budget of the
 directive is done; a faster peer has a larger budget. Then the fragment whose turn it is goes out as
 a packed pseudo-gradient, weighed by the tokens trained since the last one, and training goes on for
 up to tau inner steps, which count towards the next round. When the round is committed, the new

@@ -27,6 +27,7 @@ from peer.parallel.devices import describe_device, is_out_of_memory, keep_freed_
 from peer.parallel.faults import LocalRankError
 from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
+from peer.train.bad_batches import BadBatches
 from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.loop import TrainLoop
@@ -70,6 +71,7 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
             bench.step, vectors=vectors, link=link, byte_lengths=byte_lengths, builder=builder
         ),
         micro_batch_sequences=bench.turn_sequences,
+        bad_batches=BadBatches(Path(message["bad_batch_path"])),
     )
     loop.reports.least_turn_seconds = bench.least_turn_seconds
     loop.reports.expect_batches_of(bench.turn_seconds)
@@ -77,7 +79,7 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
     link.send(
         "ready",
         torch_version=torch.__version__,
-        device=f"{bench.devices_text} {info.name} {bench.step.precision.value}",
+        device=f"{bench.devices_text} {info.name} {bench.step.how}",
         num_threads=info.num_threads,
         micro_batch_sequences=bench.turn_sequences,
         layout=bench.layout.text,

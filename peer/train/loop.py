@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from peer.data.feed import Feed, LeaseUnreadableError, MicroBatch, TrainedRange
 from peer.shared_vectors import SharedVectors, StatePosition
 from peer.swarm.strategy import OfferedContribution, Outcome, Strategy
+from peer.train.bad_batches import BadBatches
 from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.node_step import NodeStep
@@ -49,6 +50,7 @@ class TrainLoop:
         link: DaemonLink,
         desk: EvaluationDesk,
         micro_batch_sequences: int,
+        bad_batches: BadBatches,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.step = step
@@ -58,6 +60,7 @@ class TrainLoop:
         self.link = link
         self.desk = desk
         self.micro_batch_sequences = micro_batch_sequences
+        self.bad_batches = bad_batches
         self.state = TrainerState()
         self.base: StatePosition | None = None
         self._clock = clock
@@ -130,7 +133,7 @@ class TrainLoop:
         begin_seconds = self._clock()
         result = self.step.run(batch.examples)
         if not result.is_finite:
-            self._drop_bad(result.total_nats)
+            self._drop_bad(batch, result.total_nats)
             return
         self._num_bad = 0
         self.strategy.after_micro_batch(num_tokens=result.num_tokens, total_nats=result.total_nats)
@@ -142,17 +145,25 @@ class TrainLoop:
             seconds=self._clock() - begin_seconds,
         )
 
-    def _drop_bad(self, total_nats: float) -> None:
-        """The gradient is lost with its data; RunFailedError when that happens again and again."""
+    def _drop_bad(self, batch: MicroBatch, total_nats: float) -> None:
+        """The gradient is lost with its data, which is kept in a file; RunFailedError when that
+        happens again and again.
+        """
+        assert self.base is not None
         self._num_bad += 1
         reason = f"loss or gradient not finite, {self._num_bad} in a row"
-        _LOGGER.warning("micro-batch dropped: %s (loss sum %s)", reason, total_nats)
+        kept = self.bad_batches.keep(
+            batch.examples, total_nats=total_nats, base=self.base, how=self.step.how
+        )
+        _LOGGER.warning("micro-batch skipped: %s (loss sum %s); kept %s", reason, total_nats, kept)
+        self.link.send("bad_batch", kept=kept, reason=reason)
         self._drop_work(reason)
         if self._num_bad >= MAX_BAD_MICRO_BATCHES:
             raise RunFailedError(
                 reason,
                 allowed=f"fewer than {MAX_BAD_MICRO_BATCHES}",
-                remedy="lower optimizer.peak_lr in a new run, or check this machine's memory",
+                remedy=f"look at what was kept ({kept}); lower optimizer.peak_lr in a new run, or "
+                "check this machine's memory",
             )
 
     def _after_round(self, outcome: Outcome) -> None:

@@ -45,6 +45,11 @@ class NodeStep:
             total_nats=total_nats, num_tokens=examples.num_tokens, is_finite=is_finite
         )
 
+    @property
+    def how(self) -> str:
+        """Precision and execution, for people."""
+        return f"{self.precision.value} eager"
+
     def probe_precision(self, *, num_windows: int) -> tuple[float, str]:
         """Choose bf16 where it is clearly quicker; returns (seconds of a turn, reason)."""
         generator = np.random.default_rng(0)

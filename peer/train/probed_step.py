@@ -21,18 +21,19 @@ class ProbedStep(MicroStep):
         report: OnStats,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(step.model, step.parameters, precision=step.precision)
+        super().__init__(step.model, step.parameters)
+        self.run_like(step)
         self._interval_seconds, self._report, self._clock = interval_seconds, report, clock
         self._next_seconds = 0.0
 
-    def run(self, examples: Examples) -> StepResult:
+    def run(self, examples: Examples, *, is_watched: bool = False) -> StepResult:
         """As MicroStep.run; reports after a watched micro-batch with finite gradients."""
         now_seconds = self._clock()
-        if now_seconds < self._next_seconds:
+        if not is_watched and now_seconds < self._next_seconds:
             return super().run(examples)
         self._next_seconds = now_seconds + self._interval_seconds
         with LayerProbe(self.model) as probe:
-            result = super().run(examples)
+            result = super().run(examples, is_watched=True)
         if result.is_finite:
             self._report(probe.stats(num_tokens=result.num_tokens))
         return result

@@ -23,7 +23,8 @@ from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import planned_cooldown_start_tokens
 from peer.parallel.devices import keep_freed_memory
 from peer.swarm.exact_update import SyncUpdate
-from peer.train.step import MicroStep, Precision, probe_plan
+from peer.train.probe import AUTO, set_up_step
+from peer.train.step import MicroStep, Precision
 from protos.contract.chunk_format import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -50,6 +51,7 @@ class ReferenceResult:
     heldout_bits_per_byte: float
     train_seconds: float
     precision: str
+    execution: str
     loss_nats_by_step: list[float] = field(default_factory=list)
     """Mean training loss of each update's batch."""
 
@@ -192,12 +194,16 @@ def run_reference(
     *,
     num_tokens: int = 0,
     precision: Precision | None = None,
+    execution: str = AUTO,
+    step_cache: Path | None = None,
     imported: Path | None = None,
 ) -> ReferenceResult:
-    """Train for `num_tokens` (0 = the budget) and evaluate; precision as probed if not given."""
+    """Train for `num_tokens` (0 = the budget) and evaluate. A given precision is run eager; else
+    the step is chosen as a trainer chooses it, which is that of the peers whose `step_cache` it is.
+    """
     run = ReferenceRun(spec, dataset_dir, num_tokens=num_tokens, imported=imported)
     if precision is None:
-        probe_plan(run.step)
+        set_up_step(run.step, wanted=execution, cache_dir=step_cache)
     else:
         run.step.precision = precision
     losses_nats: list[float] = []
@@ -213,6 +219,7 @@ def run_reference(
         heldout_bits_per_byte=result.bits_per_byte,
         train_seconds=train_seconds,
         precision=run.step.precision.value,
+        execution=run.step.execution.value,
         loss_nats_by_step=losses_nats,
     )
 

@@ -1,34 +1,26 @@
-"""One micro-batch: forward and backward into the flat gradient, in the precision and size that pay
-on this device.
+"""One micro-batch: forward and backward into the flat gradient.
 
-Gradients are sums over tokens in fp32. Precision and micro-batch size are chosen once, at the
-start, by running single sequences: bf16 autocast where it is clearly faster (some CPUs emulate it
-10x slower), else fp32; as many sequences as take about half a second and a bounded amount of
-memory, so that a stop is obeyed at once. Parameters, gradients, norms and the loss are fp32 in
-either case.
+Gradients are sums over tokens in fp32. Parameters, gradients, norms and the loss are fp32 whatever
+computes them; how products are computed, and by which code, is chosen once, at the start
+(probe.py). The default, eager fp32, is what golden losses are of.
 
 Letters: B sequences, T positions.
 """
 
-import time
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from peer.model.decoder import Decoder, FlatParameters
+from peer.model.kernels import BuiltKernels, Kernels
 from peer.model.loss import examples_on, summed_loss
+from peer.model.native import NativeDecoder
 from peer.model.objectives import Examples
-from peer.parallel.devices import available_memory_bytes
 from protos.contract.run_spec import ModelSpec
-
-_MIN_SPEEDUP_RATIO = 1.15
-_TARGET_SECONDS = 0.5
-_MAX_SEQUENCES_BY_DEVICE = {"cpu": 8, "cuda": 64}
-_MAX_MEMORY_RATIO = 0.25
-_SLOW_SECONDS = 2.0
-_MIN_SECONDS = 1e-6
 
 
 class Precision(StrEnum):
@@ -38,15 +30,15 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """How this trainer runs its micro-batches, and why."""
+class Execution(StrEnum):
+    """What runs a micro-batch."""
 
-    precision: Precision
-    micro_batch_sequences: int
-    sequence_seconds: float
-    """What one sequence took alone, of one thread's CPU time on CPU."""
-    reason: str
+    EAGER = "eager"
+    """torch's own operations and autograd: the reference that the others are compared with."""
+    NATIVE = "native"
+    """Forward and backward by hand over kernels.c; CPUs with a C compiler."""
+    COMPILED = "compiled"
+    """torch.compile of each layer; takes a C++ compiler, or Triton, and time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +64,42 @@ class MicroStep:
         self.parameters = parameters
         self.precision = precision
         self.device = parameters.values.device
+        self.execution = Execution.EAGER
+        self._kernels: BuiltKernels | None = None
+        self._native_by_precision: dict[Precision, NativeDecoder] = {}
+        self._compiled_sequences = 0
+
+    @property
+    def how(self) -> str:
+        """Precision and execution, for people."""
+        return f"{self.precision.value} {self.execution.value}"
+
+    def use_native(self, kernels: BuiltKernels) -> None:
+        """Run through kernels.c from now on."""
+        assert kernels and self.device.type == "cpu"
+        self.execution, self._kernels = Execution.NATIVE, kernels
+
+    def use_eager(self) -> None:
+        """Run through torch's operations from now on."""
+        self.execution = Execution.EAGER
+
+    def use_compiled(self, *, num_sequences: int) -> None:
+        """Compile the layers for micro-batches of so many sequences, now; others run eager.
+
+        All layers share one compiled function. Takes seconds, or minutes on a busy machine, unless
+        torch's cache has it, so call it before others wait for this peer.
+        """
+        for layer in self.model.layers.values():
+            layer.compile(dynamic=False)
+        self.execution, self._compiled_sequences = Execution.COMPILED, num_sequences
+        shape = (num_sequences, self.model.spec.seq_len)
+        tokens_BT = np.zeros(shape, dtype=np.int64)
+        self.run(Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT))
+
+    def run_like(self, other: "MicroStep") -> None:
+        """Take over another step's precision and execution."""
+        self.precision, self.execution = other.precision, other.execution
+        self._kernels, self._compiled_sequences = other._kernels, other._compiled_sequences
 
     @property
     def spec(self) -> ModelSpec:
@@ -83,81 +111,43 @@ class MicroStep:
         is_bf16 = self.precision is Precision.BF16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
-    def run(self, examples: Examples) -> StepResult:
-        """Forward and backward; replaces the gradients of the micro-batch before."""
-        inputs_BT, labels_BT, weights_B, mask = examples_on(examples, self.device)
-        self.parameters.grads.zero_()
-        with self.autocast():
-            loss = summed_loss(self.model(inputs_BT, mask=mask), labels_BT, weights_B)
-        total_nats = float(loss.detach())
-        is_finite = bool(torch.isfinite(loss.detach()))
-        if is_finite:
-            loss.backward()
-            is_finite = bool(torch.isfinite(self.parameters.grads.sum()))
+    def run(self, examples: Examples, *, is_watched: bool = False) -> StepResult:
+        """Forward and backward; replaces the gradients of the micro-batch before. With `is_watched`
+        by torch's own operations, because hooks of the model's modules see no others.
+        """
+        batch = examples_on(examples, self.device)
+        if self.execution is Execution.NATIVE and not is_watched:
+            nats = torch.tensor(self._native().run(*batch), dtype=torch.float64)
+        elif self.execution is Execution.COMPILED:
+            is_warm = examples.inputs_BT.shape[0] == self._compiled_sequences and batch[3] is None
+            is_warm = is_warm and not is_watched
+            with torch.compiler.set_stance("default" if is_warm else "force_eager"):
+                nats = self._run_autograd(*batch)
+        else:
+            nats = self._run_autograd(*batch)
+        sums = torch.stack((nats.double(), self.parameters.grads.sum().double()))
+        total_nats, sum_grads = sums.tolist()  # the only wait for the device
+        is_finite = math.isfinite(total_nats) and math.isfinite(sum_grads)
         return StepResult(
             total_nats=total_nats, num_tokens=examples.num_tokens, is_finite=is_finite
         )
 
+    def _native(self) -> NativeDecoder:
+        if self.precision not in self._native_by_precision:
+            assert self._kernels is not None
+            dtype = torch.bfloat16 if self.precision is Precision.BF16 else torch.float32
+            self._native_by_precision = {
+                self.precision: NativeDecoder(
+                    self.model, self.parameters, Kernels(self._kernels, dtype)
+                )
+            }
+        return self._native_by_precision[self.precision]
 
-def sequence_bytes(spec: ModelSpec, *, is_cpu: bool) -> int:
-    """Rough peak memory of one sequence's forward and backward (fp32 bytes; bf16 needs less)."""
-    d_attention = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    per_token = 4 * (8 * spec.d_model + 2 * d_attention + 4 * spec.d_ff)
-    scores = 3 * 4 * spec.num_heads * spec.seq_len if is_cpu else 0
-    return spec.seq_len * (spec.num_layers * (per_token + scores) + 14 * spec.vocab_size)
-
-
-def probe_plan(step: MicroStep) -> StepPlan:
-    """Measure both precisions on single sequences and choose; leaves the step set to the choice.
-
-    On CPU one thread's own CPU time is measured, which does not depend on what else is running.
-    """
-    spec = step.model.spec
-    generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(spec.vocab_size, (1, spec.seq_len), generator=generator).numpy()
-    examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
-    num_threads = torch.get_num_threads()
-    is_cpu = step.device.type == "cpu"
-    if is_cpu:
-        torch.set_num_threads(1)
-    seconds_by_precision: dict[Precision, float] = {}
-    for precision in (Precision.BF16, Precision.FP32):
-        step.precision = precision
-        clock = time.thread_time if is_cpu else time.perf_counter
-        seconds_by_precision[precision] = _measure_seconds(step, examples, clock=clock)
-    torch.set_num_threads(num_threads)
-    bf16_seconds = seconds_by_precision[Precision.BF16]
-    fp32_seconds = seconds_by_precision[Precision.FP32]
-    is_bf16 = fp32_seconds > _MIN_SPEEDUP_RATIO * bf16_seconds
-    step.precision = Precision.BF16 if is_bf16 else Precision.FP32
-    seconds = max(seconds_by_precision[step.precision], _MIN_SECONDS)
-    by_time = max(1, int(_TARGET_SECONDS * (num_threads if is_cpu else 1) / seconds))
-    budget_bytes = _MAX_MEMORY_RATIO * available_memory_bytes(step.device)
-    by_memory = max(1, int(budget_bytes / sequence_bytes(spec, is_cpu=is_cpu)))
-    sequences = min(by_time, by_memory, _MAX_SEQUENCES_BY_DEVICE.get(step.device.type, 8))
-    reason = (
-        f"one sequence of {spec.seq_len} tokens takes {1000 * fp32_seconds:.0f} ms in fp32 and "
-        f"{1000 * bf16_seconds:.0f} ms in bf16: {step.precision.value}, {sequences} sequences "
-        f"(time allows {by_time}, memory {by_memory})"
-    )
-    step.parameters.grads.zero_()
-    return StepPlan(
-        precision=step.precision,
-        micro_batch_sequences=sequences,
-        sequence_seconds=seconds,
-        reason=reason,
-    )
-
-
-def _measure_seconds(step: MicroStep, examples: Examples, *, clock: Callable[[], float]) -> float:
-    """Best of two runs after one to warm up; only the first if that is slow already."""
-    best_seconds = float("inf")
-    for index in range(3):
-        begin = clock()
-        step.run(examples)
-        seconds = clock() - begin
-        if index > 0 or seconds > _SLOW_SECONDS:
-            best_seconds = min(best_seconds, seconds)
-        if seconds > _SLOW_SECONDS:
-            break
-    return best_seconds
+    def _run_autograd(
+        self, inputs_BT: Tensor, labels_BT: Tensor, weights_B: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        self.parameters.grads.zero_()
+        with self.autocast():
+            loss = summed_loss(self.model(inputs_BT, mask=mask), labels_BT, weights_B)
+        loss.backward()
+        return loss.detach()

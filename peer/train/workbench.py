@@ -9,6 +9,7 @@ a plan for what is left.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -27,8 +28,10 @@ from peer.parallel.plan import Device, Node, Plan, plan_layout
 from peer.shared_vectors import SharedVectors
 from peer.swarm.strategy import Strategy
 from peer.train.node_step import NodeInnerSteps, NodeParameters, NodeStep
-from peer.train.step import MicroStep, probe_plan
+from peer.train.probe import set_up_step
+from peer.train.step import Execution, MicroStep
 from peer.train.strategies import build_strategy, flat_strategy, has_inner_optimizer
+from protos.contract.errors import MachineError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import RunSpec
 
@@ -172,9 +175,14 @@ def _on_one_device(
     model.has_checkpointing = plan.layout.has_checkpointing
     parameters = FlatParameters(model, device=device)
     step = MicroStep(model, parameters)
-    probe = probe_plan(step)
-    bound = message["max_micro_batch_sequences"] or probe.micro_batch_sequences
-    sequences = min(probe.micro_batch_sequences, bound)
+    bound = message["max_micro_batch_sequences"] or 0
+    probe = set_up_step(
+        step,
+        wanted=message["execution"],
+        cache_dir=Path(message["step_cache_path"]),
+        bound=bound,
+    )
+    sequences = min(probe.micro_batch_sequences, bound or probe.micro_batch_sequences)
     return Workbench(
         step=step,
         strategy=flat_strategy(spec, model, parameters, vectors),
@@ -182,7 +190,7 @@ def _on_one_device(
         turn_sequences=sequences,
         turn_seconds=sequences * probe.sequence_seconds,
         least_turn_seconds=0.0,
-        reason=f"{plan.reason}; {probe.reason}",
+        reason=f"{plan.reason}; {probe}",
         devices_text=str(device),
     )
 
@@ -199,6 +207,7 @@ def _on_ranks(
     )
 
     layout = plan.layout
+    _check_ranks_can(spec, message, layout)
     ranks = LocalRanks(layout.num_ranks, num_values=vectors.num_values, positions=positions)
     is_cpu = plan.devices[0].name == "cpu"
     num_threads = message["num_threads"]
@@ -226,3 +235,19 @@ def _on_ranks(
         reason=f"{plan.reason}; {probe_reason}",
         devices_text=f"{layout.num_ranks} x {plan.devices[0].name} {layout.text}",
     )
+
+
+def _check_ranks_can(spec: RunSpec, message: Message, layout: Layout) -> None:
+    """Raise MachineError for what only one device can do."""
+    if spec.optimizer.name == "muon":
+        raise MachineError(
+            f"layout {layout.text} and optimizer.name = 'muon'",
+            allowed="one device: muon needs whole matrices",
+            remedy="join with one --device, or with one that holds the model",
+        )
+    if message["execution"] not in (AUTO, Execution.EAGER):
+        raise MachineError(
+            f"layout {layout.text} and execution {message['execution']}",
+            allowed="auto or eager with several devices",
+            remedy="leave out --execution, or join with one --device",
+        )

@@ -36,6 +36,7 @@ class Objective(StrEnum):
 
 
 OBJECTIVES: tuple[str, ...] = tuple(Objective)
+OPTIMIZERS: tuple[str, ...] = ("adamw", "muon")
 _DIGEST_TAG = b"muster run spec 1\n"
 MIN_SPAN_SEQ_LEN = 16
 
@@ -105,8 +106,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSpec:
-    """AdamW on the averaged gradient."""
+    """What turns gradients into steps: of the averaged gradient (sync), or of each inner step
+    (diloco).
+    """
 
+    name: str = field(default="adamw", metadata=ADDED_LATER)
+    """adamw, or muon: hidden matrices by orthogonalised momentum, the rest by AdamW. muon is for
+    the inner steps of diloco only: its products have no exact form that is the same on every CPU.
+    """
     peak_lr: float = 4e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -117,6 +124,9 @@ class OptimizerSpec:
     """Largest global norm of the averaged gradient."""
 
     def __post_init__(self) -> None:
+        check_setting(
+            self.name in OPTIMIZERS, "optimizer.name", self.name, "one of " + ", ".join(OPTIMIZERS)
+        )
         for name in ("peak_lr", "epsilon", "clip_norm"):
             check_setting(
                 getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0"
@@ -276,6 +286,13 @@ class RunSpec:
             "strategy.global_batch_tokens",
             batch_tokens,
             f"at least model.seq_len = {seq_len}",
+        )
+        check_setting(
+            self.optimizer.name == "adamw" or self.strategy.name == "diloco",
+            "optimizer.name",
+            self.optimizer.name,
+            f"adamw with strategy.name = {self.strategy.name!r}: every member repeats its "
+            "update to the bit; muon goes with diloco",
         )
         if self.strategy.name == "diloco":
             self._check_diloco()

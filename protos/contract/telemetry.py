@@ -153,6 +153,10 @@ PEER_LOSS_NATS = _gauge(
 PEER_TRAINED_TOKENS = _counter(
     "muster_peer_trained_tokens_total", "Tokens trained locally, credited or not."
 )
+PEER_BAD_BATCHES = _counter(
+    "muster_peer_bad_batches_total",
+    "Micro-batches skipped because loss or gradient was not finite.",
+)
 PEER_COMMITTED_TOKENS = _counter(
     "muster_peer_committed_tokens_total", "Tokens of this peer in rounds that committed."
 )
@@ -230,6 +234,7 @@ PEER_METRICS: tuple[Metric, ...] = (
     PEER_LAYER_GRADIENT,
     PEER_LOSS_NATS,
     PEER_TRAINED_TOKENS,
+    PEER_BAD_BATCHES,
     PEER_COMMITTED_TOKENS,
     PEER_TOKENS_PER_SECOND,
     PEER_OUTER_STEP,

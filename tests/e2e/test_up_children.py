@@ -21,7 +21,9 @@ async def command_line(process: asyncio.subprocess.Process) -> bytes:
 def test_the_join_string_is_read_and_does_not_show_in_ps(tmp_path: Path) -> None:
     async def scenario() -> tuple[bytes, int | None, str]:
         home = tmp_path / "home"
-        child = await PeerChild.start(name="ps", home=home, join_string=SECRET, num_threads=1)
+        child = await PeerChild.start(
+            name="ps", home=home, join_string=SECRET, num_threads=1, step_cache=home / "step"
+        )
         arguments = await command_line(child.process)
         async with asyncio.timeout(60):
             await child.process.wait()

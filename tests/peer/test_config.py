@@ -1,10 +1,18 @@
 """PeerConfig: where values come from, what is refused and how."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from peer.config import PeerConfig, child_environment, format_bytes, load_config, parse_bytes
+from peer.config import (
+    PeerConfig,
+    child_environment,
+    format_bytes,
+    load_config,
+    num_physical_cores,
+    parse_bytes,
+)
 from protos.contract.errors import MachineError, UsageError
 
 
@@ -115,9 +123,21 @@ def test_a_file_that_is_not_toml_or_not_there(tmp_path: Path) -> None:
 
 def test_children_inherit_no_settings_and_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUSTER_PEER_NAME", "x")
-    environment = child_environment(threads=3, log_level="INFO")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it at import
+    environment = child_environment(PeerConfig(home=Path("/home/x"), threads=3))
     assert "MUSTER_PEER_NAME" not in environment
     assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/home/x/step/inductor"
+
+
+def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
+    numbers = sorted(os.sched_getaffinity(0))
+    assert num_physical_cores(tmp_path) == len(numbers), "nothing is known"
+    for number in numbers:
+        siblings = tmp_path / f"cpu{number}" / "topology" / "thread_siblings_list"
+        siblings.parent.mkdir(parents=True)
+        siblings.write_text(f"{number // 2 * 2}-{number // 2 * 2 + 1}\n")
+    assert num_physical_cores(tmp_path) == len({number // 2 for number in numbers})
 
 
 def test_defaults_are_valid() -> None:

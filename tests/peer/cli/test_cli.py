@@ -22,7 +22,7 @@ JOIN_FLAGS = {
     "--name", "--threads", "--memory-limit", "--disk-limit", "--upload-limit-mbit", "--home",
     "--listen-host", "--join-file",
     "--listen-port", "--announce", "--metrics-port", "--device", "--devices", "--layout",
-    "--config", "--log-level",
+    "--execution", "--step-cache", "--config", "--log-level",
     "--json-events", "--help",
 }  # fmt: skip
 COMMANDS = (
@@ -131,11 +131,27 @@ def test_status_and_doctor_in_json(tmp_path: Path) -> None:
         "memory",
         "disk",
         "port",
+        "step",
         "network",
         "coordinator",
     ]
     assert (doctor.returncode == 0) is report["is_ok"]
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.slow
+def test_doctor_measures_the_step_and_keeps_it(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "home")
+    home.close()
+    for is_again in (False, True):
+        doctor = muster_peer("doctor", "--json", "--home", str(home.path))
+        (device,) = (c for c in json.loads(doctor.stdout)["checks"] if c["name"] == "device")
+        found = device["details"]
+        assert device["is_ok"] and ("measured before" in device["found"]) is is_again
+        ratio = found["flop_per_second"] / found["product_flop_per_second"]
+        assert found["mfu_ratio"] == pytest.approx(ratio) and found["tokens_per_second"] > 100
+        ways = {(tried["execution"], tried["precision"]) for tried in found["tried"]}
+        assert len(ways) == 4 and (found["execution"], found["precision"]) in ways
 
 
 def test_doctor_finds_seeded_faults(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """The probe sees what a layer put out and what its gradient is, and only while it is entered."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from peer.model.kernels import find_kernels
 from peer.model.loss import summed_loss
 from peer.model.objectives import Examples
 from peer.model.probe import LayerProbe, LayerStats
 from peer.train.probed_step import ProbedStep
-from peer.train.step import MicroStep
-from tests.peer.model.tiny import VARIANTS, build, random_windows
+from peer.train.step import MicroStep, Precision
+from tests.peer.model.tiny import BASE, VARIANTS, build, random_windows
 
 
 @pytest.mark.parametrize("variant", ["tied", "untied"])
@@ -55,3 +57,22 @@ def test_a_probed_step_trains_the_same_and_reports_at_its_interval() -> None:
         assert step.run(examples) == expected
         assert torch.equal(flat.grads, grads)
     assert len(reports) == 2 and all(math.isfinite(s.gradient_max) for s in reports[0])
+
+
+def test_a_probed_step_goes_on_natively_between_its_looks(tmp_path: Path) -> None:
+    model, flat = build(BASE)
+    inputs_BT, labels_BT = random_windows(BASE, num_windows=2)
+    examples = Examples(inputs_BT=inputs_BT.numpy(), labels_BT=labels_BT.numpy())
+    plain = MicroStep(model, flat, precision=Precision.BF16)
+    eager = plain.run(examples).total_nats
+    plain.use_native(find_kernels(tmp_path))
+    native = plain.run(examples).total_nats
+    assert native != eager, "rounding tells who ran"
+    now, reports = [0.0], list[tuple[LayerStats, ...]]()
+    step = ProbedStep(plain, interval_seconds=10, report=reports.append, clock=lambda: now[0])
+    assert step.how == "bf16 native"
+    found = []
+    for now[0] in (0.0, 5.0, 10.0):
+        found.append(step.run(examples).total_nats)
+    assert found == [eager, native, eager]
+    assert all(stats.activation_rms > 0 for report in reports for stats in report)

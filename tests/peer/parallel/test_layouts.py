@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from peer.model.inner_optimizer import adamw
 from peer.model.loss import examples_on, summed_loss
 from peer.model.objectives import IGNORED, Examples
 from peer.parallel.faults import LocalRankError
-from peer.parallel.inner_steps import inner_optimizer
 from peer.parallel.layout import Layout, Schedule
 from peer.parallel.ranks import LocalRanks, end_of_rank, is_loader_out_of_memory
 from protos.contract.digest import Float32Vector
@@ -175,7 +175,7 @@ def test_inner_steps_and_turns_that_add_up_are_those_of_one_process(
     spec, layout = CASES[name]
     turns = [examples_for(spec, num_windows=n, is_plain=False) for n in (4, 1, 3, 2)]
     model, flat = build(spec)
-    optimizer = inner_optimizer(SMOOTH, list(model.parameters()))
+    optimizer = adamw(SMOOTH, list(model.parameters()))
     size = configure(node, spec, layout)
     node.vector[:size] = flat.values.numpy()
     node.call("load")

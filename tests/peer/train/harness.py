@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +29,15 @@ from peer.swarm.fragments import FragmentPlan
 from peer.swarm.outer_update import exact_update_for
 from peer.train.__main__ import build_loop
 from peer.train.link import DaemonLink
-from peer.train.step import Precision
+from peer.train.step import MicroStep, Precision
 from protos.contract.chunk_format import chunk_from_tokens
 from protos.contract.digest import Float32Vector
 from protos.contract.run_spec import RunSpec
 from protos.muster.v1 import common_pb2
 from tests.peer.model.tiny import SPEC
 
+STEP_CACHE = tempfile.TemporaryDirectory(prefix="muster-test-step-")
+"""Kernels and step plans, built and measured once for all tests of a process."""
 ROOT = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 90.0
 CHUNK_WINDOWS = 40
@@ -78,6 +81,9 @@ class FakeDaemon:
             "tokenizer_path": str(self.folder / "tokenizer.json"),
             "seed": 1,
             "max_micro_batch_sequences": None,
+            "bad_batch_path": str(self.folder / "bad"),
+            "execution": "auto",
+            "step_cache_path": STEP_CACHE.name,
         }
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -248,6 +254,8 @@ def trainer_thread(
         try:
             loop = build_loop(daemon.configuration, vectors=attached, link=link)
             loop.step.precision = Precision.FP32
+            if isinstance(loop.step, MicroStep):
+                loop.step.use_eager()
             loop.micro_batch_sequences = micro_batch_sequences
             daemon.end_reasons.append(loop.run())
         except BaseException as error:

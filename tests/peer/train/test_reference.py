@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from peer.model.kernels import find_kernels
+from peer.train.probe import probe_plan, sequence_bytes
 from peer.train.reference import ReferenceRun, main, run_reference
-from peer.train.step import Precision, probe_plan, sequence_bytes
+from peer.train.step import Precision
 from protos.contract.run_spec import RunSpec
 from tests.peer.model.tiny import SPEC, build
+from tests.peer.train.harness import STEP_CACHE
 from tests.peer.train.toy_dataset import build_toy_dataset
 
 
@@ -68,9 +71,9 @@ def test_probe_chooses_and_says_why() -> None:
 
     model, flat = build(SPEC.model)
     step = MicroStep(model, flat)
-    plan = probe_plan(step)
+    plan = probe_plan(step, kernels=find_kernels(Path(STEP_CACHE.name)))
     assert plan.precision is step.precision
     assert 1 <= plan.micro_batch_sequences <= 8
-    assert "fp32" in plan.reason and "memory" in plan.reason
+    assert "fp32" in plan.reason and "memory" in str(plan)
     assert not flat.grads.any()
     assert sequence_bytes(SPEC.model, is_cpu=True) > sequence_bytes(SPEC.model, is_cpu=False)

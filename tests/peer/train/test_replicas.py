@@ -241,7 +241,7 @@ class Peer:
 
     @property
     def lr(self) -> float:
-        return float(self.inner._optimizer.param_groups[0]["lr"])
+        return self.inner._optimizer.lr
 
 
 def tokens_of(windows: float) -> int:

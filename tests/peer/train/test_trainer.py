@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from peer.ipc import ChannelClosed
+from peer.model.objectives import Examples
 from peer.parallel.devices import is_out_of_memory
+from peer.shared_vectors import StatePosition
+from peer.train.bad_batches import MAX_KEPT, BadBatches
 from protos.contract.errors import RunFailedError
 from protos.contract.run_spec import StrategySpec
 from tests.peer.model.tiny import SPEC
@@ -187,6 +192,37 @@ def test_gradients_that_stay_non_finite_end_the_trainer(tmp_path: Path) -> None:
         assert not daemon.vectors.contribution.any()
         error = daemon.end_reasons[0]
         assert isinstance(error, RunFailedError) and "5 in a row" in str(error)
+        kept = sorted((tmp_path / "bad").iterdir())
+        told = [m["kept"] for m in daemon.seen if m["kind"] == "bad_batch"]
+        assert [str(path) for path in kept] == told and len(told) == 5
+        assert kept[-1].name in error.remedy
+        batch = load_file(kept[0])
+        inputs_BT, labels_BT = batch["inputs_BT"], batch["labels_BT"]
+        assert inputs_BT.shape == (2, SPEC.model.seq_len)
+        steps = (labels_BT - inputs_BT) % SPEC.model.vocab_size
+        assert (steps == 7).all(), "the chunk's token i is 7 i"
+
+
+def test_only_the_newest_bad_batches_are_kept(tmp_path: Path) -> None:
+    position = StatePosition(
+        incarnation=1, outer_step=2, schedule_tokens=3, directive_number=1,
+        cooldown_start_tokens=4, budget_tokens=5,
+    )  # fmt: skip
+    tokens_BT = np.zeros((1, 4), np.int64)
+    examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
+    bad = BadBatches(tmp_path / "bad")
+    paths = [
+        bad.keep(examples, total_nats=float("nan"), base=position, how="bf16 native")
+        for _ in range(MAX_KEPT + 3)
+    ]
+    assert sorted(map(str, (tmp_path / "bad").iterdir())) == paths[3:]
+    with safe_open(paths[-1], framework="np") as file:
+        found = file.metadata()
+    assert found["outer_step"] == "2" and found["total_nats"] == "nan"
+    (tmp_path / "file").write_text("")
+    nowhere = BadBatches(tmp_path / "file" / "bad")
+    kept = nowhere.keep(examples, total_nats=0.0, base=position, how="bf16 native")
+    assert kept.startswith("nowhere: ")
 
 
 def test_stop_releases_what_is_not_in_a_round(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The plan that a trainer makes of its configuration, and the plan after a fault."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from peer.train.workbench import plan_for
+from peer.shared_vectors import SharedVectors
+from peer.train.workbench import build_workbench, plan_for
 from protos.contract.errors import MachineError
+from protos.contract.run_spec import OptimizerSpec, StrategySpec
 from tests.peer.model.tiny import SPEC
 
 MESSAGE: dict[str, Any] = {
@@ -46,3 +49,13 @@ def test_too_little_memory_names_the_missing_gigabytes() -> None:
 def test_one_device_is_planned_as_ever() -> None:
     plan, _ = plan_for(SPEC, MESSAGE | {"device": "cpu", "devices": "", "layout": "auto"})
     assert plan.layout.num_ranks == 1 and not plan.layout.has_checkpointing
+
+
+def test_ranks_refuse_what_needs_one_device() -> None:
+    strategy = StrategySpec(name="diloco", inner_steps=2, inner_batch_tokens=SPEC.model.seq_len)
+    muon = replace(SPEC, strategy=strategy, optimizer=OptimizerSpec(name="muon"))
+    vectors = SharedVectors.create(1, muon.strategy.state_vectors)
+    with pytest.raises(MachineError, match="muon"):
+        build_workbench(muon, MESSAGE | {"execution": "auto"}, vectors)
+    with pytest.raises(MachineError, match="execution native"):
+        build_workbench(SPEC, MESSAGE | {"execution": "native"}, vectors)

@@ -1,0 +1,387 @@
+"""How this trainer runs its micro-batches: measured once, chosen, and kept with its reason.
+
+Everything that the machine can run is timed on single sequences: torch's own operations and the
+native kernels, in fp32 and bf16 (some CPUs emulate bf16 ten times slower). The fastest is taken,
+bf16 and kernels only if they are clearly faster. What cannot be tried is listed with the reason, as
+are kernels whose gradients are not those of torch. Then as many sequences as take about half a
+second and a bounded amount of memory, so that a stop is obeyed at once. torch.compile is never
+tried here, because that takes from half a minute to minutes: only if its owner asks for it
+(`execution = compiled`), before the trainer says that it is ready.
+
+A choice depends on model, torch, device and kernels; it is kept in a cache directory under their
+hash, so a restart measures nothing. Peers of one machine may share that directory: the first builds
+and measures while the others wait, because peers that measure at the same time measure each other.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peer.model.kernels import MAX_POSITIONS, BuiltKernels, find_kernels
+from peer.model.objectives import Examples
+from peer.parallel.devices import available_memory_bytes, describe_device
+from peer.train.step import Execution, MicroStep, Precision
+from protos.contract.errors import MachineError
+from protos.contract.run_spec import ModelSpec, plain_fields
+
+AUTO = "auto"
+_MIN_SPEEDUP_RATIO = 1.15
+_TARGET_SECONDS = 0.5
+_MAX_SEQUENCES_BY_DEVICE = {"cpu": 8, "cuda": 64}
+_MAX_MEMORY_RATIO = 0.25
+_SLOW_SECONDS = 2.0
+_MIN_SECONDS = 1e-6
+_NOISE = 0.05
+_NUM_NOISE_VALUES = 1_000_003
+"""Repeated; a prime, so that no two rows of a matrix are the same."""
+_GEMM_SIZES = (2048, 768, 2048)
+_GEMM_RUNS = 8
+_MAX_ERROR_RATIO = {Precision.FP32: 1e-3, Precision.BF16: 0.1}
+"""Of native gradients against eager fp32 ones; rounding gives 1e-6 and 0.01."""
+_MAX_COMPARED_VALUES = 2**22
+_PATIENCE_SECONDS = 90.0
+"""Longest wait for another peer that builds and measures."""
+_LOOK_SECONDS = 0.1
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One way to run a sequence, and what it took."""
+
+    execution: Execution
+    precision: Precision
+    sequence_seconds: float | None
+    """Of one thread's CPU time on CPU; None if it was not tried."""
+    reason: str = ""
+    """Why it was not tried."""
+
+    def __str__(self) -> str:
+        name = f"{self.execution.value} {self.precision.value}"
+        if self.sequence_seconds is None:
+            return f"{name} not tried: {self.reason}"
+        return f"{name} {1000 * self.sequence_seconds:.0f} ms"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """How this trainer runs its micro-batches, and why."""
+
+    execution: Execution
+    precision: Precision
+    sequence_seconds: float
+    """What one sequence took alone, of one thread's CPU time on CPU."""
+    reason: str
+    trials: tuple[Trial, ...]
+    micro_batch_sequences: int = 1
+    """As time and memory allow now; not kept."""
+    size_reason: str = ""
+    """Of the micro-batch; not kept."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}, {self.size_reason}"
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "StepPlan":
+        """Read `asdict` of a plan."""
+        trials = tuple(Trial(**_with_enums(trial)) for trial in plain["trials"])
+        return cls(**(_with_enums(plain) | {"trials": trials}))
+
+
+def _with_enums(plain: dict[str, Any]) -> dict[str, Any]:
+    return plain | {
+        "execution": Execution(plain["execution"]),
+        "precision": Precision(plain["precision"]),
+    }
+
+
+def choose(trials: Sequence[Trial], *, wanted: str = AUTO) -> Trial:
+    """The trial to run as: the fastest, where bf16 and anything but eager must be faster by a
+    margin. Raises MachineError if what is wanted could not be tried.
+    """
+    measured = [trial for trial in trials if trial.sequence_seconds is not None]
+    allowed = [trial for trial in measured if wanted in (AUTO, trial.execution)]
+    if not allowed:
+        found = "; ".join(str(trial) for trial in trials if trial.execution == wanted)
+        raise MachineError(
+            f"execution {wanted}: {found or 'not to be had on this device'}",
+            allowed="what this machine can run: "
+            + ", ".join(sorted({trial.execution.value for trial in measured})),
+            remedy="install what is missing, or leave out --execution",
+        )
+
+    def weighed_seconds(trial: Trial) -> float:
+        assert trial.sequence_seconds is not None
+        extras = (trial.precision is Precision.BF16) + (trial.execution is not Execution.EAGER)
+        return trial.sequence_seconds * _MIN_SPEEDUP_RATIO**extras
+
+    return min(allowed, key=weighed_seconds)
+
+
+def sequence_bytes(spec: ModelSpec, *, is_cpu: bool) -> int:
+    """Rough peak memory of one sequence's forward and backward (fp32 bytes; bf16 needs less)."""
+    d_attention = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    per_token = 4 * (8 * spec.d_model + 2 * d_attention + 4 * spec.d_ff)
+    scores = 3 * 4 * spec.num_heads * spec.seq_len if is_cpu else 0
+    return spec.seq_len * (spec.num_layers * (per_token + scores) + 14 * spec.vocab_size)
+
+
+def set_up_step(
+    step: MicroStep, *, wanted: str = AUTO, cache_dir: Path | None = None, bound: int = 0
+) -> StepPlan:
+    """Choose, or read what was chosen before, and leave the step set to it.
+
+    `cache_dir` keeps kernels and choices; `bound` is the most sequences of a micro-batch, 0 = none.
+    Compiles if that is wanted. Raises MachineError for what cannot be had.
+    """
+    with _turn(cache_dir):
+        kernels = _usable_kernels(step, cache_dir)
+        path = None if cache_dir is None else cache_dir / f"plan-{_key(step, wanted, kernels)}.json"
+        plan = None if path is None else load_plan(path)
+        if plan is None:
+            plan = probe_plan(step, kernels=kernels, wanted=wanted)
+            if path is not None:
+                _keep_plan(plan, path)
+    plan = _with_size(plan, step)
+    step.precision = plan.precision
+    if plan.execution is Execution.NATIVE:
+        step.use_native(kernels)
+    elif plan.execution is Execution.COMPILED:
+        sequences = min(plan.micro_batch_sequences, bound or plan.micro_batch_sequences)
+        step.use_compiled(num_sequences=sequences)
+    return plan
+
+
+@contextlib.contextmanager
+def _turn(cache_dir: Path | None) -> Iterator[None]:
+    """Held by one process of those that share the directory. Where that cannot be had (a directory
+    that cannot be written, a holder that does not end) the work is done beside the others'.
+    """
+    with contextlib.ExitStack() as stack:
+        if cache_dir is not None:
+            try:
+                cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                file = stack.enter_context((cache_dir / "lock").open("a"))
+                _wait_for_lock(file.fileno())
+            except OSError as error:
+                _LOGGER.warning("not measured in turn with others in %s: %s", cache_dir, error)
+        yield
+
+
+def _wait_for_lock(fd: int) -> None:
+    deadline_seconds = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline_seconds:
+                raise
+            time.sleep(_LOOK_SECONDS)
+
+
+def _keep_plan(plan: StepPlan, path: Path) -> None:
+    """Write it whole or not at all; training does not depend on it."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(asdict(replace(plan, micro_batch_sequences=1, size_reason="")), file)
+        os.replace(file.name, path)
+    except OSError as error:
+        _LOGGER.warning("the step plan is measured again next time: %s", error)
+
+
+def load_plan(path: Path) -> StepPlan | None:
+    """A plan that was kept; None if there is none that can be read."""
+    try:
+        return StepPlan.from_plain(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(step: MicroStep, wanted: str, kernels: BuiltKernels) -> str:
+    """Everything that a choice depends on: not the threads, because one is measured."""
+    info = replace(describe_device(step.device, num_threads=1), total_memory_bytes=0)
+    model = [plain_fields(step.model.spec), step.model.has_checkpointing]
+    parts = [*model, asdict(info), torch.__version__, wanted, kernels.key]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _usable_kernels(step: MicroStep, cache_dir: Path | None) -> BuiltKernels:
+    if step.device.type != "cpu":
+        return BuiltKernels(by_dtype={}, reason="the kernels are for CPUs")
+    if step.model.has_checkpointing:
+        return BuiltKernels(by_dtype={}, reason="activations are recomputed to save memory")
+    if step.model.spec.seq_len > MAX_POSITIONS:
+        return BuiltKernels(by_dtype={}, reason=f"sequences are longer than {MAX_POSITIONS}")
+    return find_kernels(cache_dir)
+
+
+def probe_plan(
+    step: MicroStep, *, kernels: BuiltKernels | None = None, wanted: str = AUTO
+) -> StepPlan:
+    """Measure what the machine can run on single sequences and choose; leaves the step set to the
+    choice, but does not compile.
+
+    On CPU one thread's own CPU time is measured, which does not depend on what else is running.
+    """
+    kernels = _usable_kernels(step, None) if kernels is None else kernels
+    num_threads = torch.get_num_threads()
+    is_cpu = step.device.type == "cpu"
+    if is_cpu:
+        torch.set_num_threads(1)
+    try:
+        trials = _measure_all(step, kernels, clock=time.thread_time if is_cpu else _device_clock)
+    finally:
+        torch.set_num_threads(num_threads)
+    is_compiled = wanted == Execution.COMPILED
+    chosen = choose(trials, wanted=Execution.EAGER if is_compiled else wanted)
+    step.precision = chosen.precision
+    if chosen.execution is Execution.NATIVE:
+        step.use_native(kernels)
+    else:
+        step.use_eager()
+    execution = Execution.COMPILED if is_compiled else chosen.execution
+    plan = StepPlan(
+        execution=execution,
+        precision=chosen.precision,
+        sequence_seconds=max(chosen.sequence_seconds or 0.0, _MIN_SECONDS),
+        reason=f"one sequence of {step.model.spec.seq_len} tokens takes "
+        f"{', '.join(map(str, trials))}: {execution.value}"
+        f"{', as asked for' if wanted != AUTO else ''}, {chosen.precision.value}",
+        trials=trials,
+    )
+    return _with_size(plan, step)
+
+
+def _with_size(plan: StepPlan, step: MicroStep) -> StepPlan:
+    """The plan with a micro-batch for the threads and the memory that there are now."""
+    num_threads = torch.get_num_threads() if step.device.type == "cpu" else 1
+    by_time = max(1, int(_TARGET_SECONDS * num_threads / plan.sequence_seconds))
+    by_memory = _sequences_that_fit(step)
+    sequences = min(by_time, by_memory, _MAX_SEQUENCES_BY_DEVICE.get(step.device.type, 8))
+    return replace(
+        plan,
+        micro_batch_sequences=sequences,
+        size_reason=f"{sequences} sequences (time allows {by_time}, memory {by_memory})",
+    )
+
+
+def _sequences_that_fit(step: MicroStep) -> int:
+    budget_bytes = _MAX_MEMORY_RATIO * available_memory_bytes(step.device)
+    needed_bytes = sequence_bytes(step.model.spec, is_cpu=step.device.type == "cpu")
+    return max(1, int(budget_bytes / needed_bytes))
+
+
+def _device_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _measure_all(
+    step: MicroStep, kernels: BuiltKernels, *, clock: Callable[[], float]
+) -> tuple[Trial, ...]:
+    """Every way on the same sequence; parameters that are still blank are filled meanwhile, and
+    gradients are left zero.
+    """
+    spec, parameters = step.model.spec, step.parameters
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(spec.vocab_size, (1, spec.seq_len), generator=generator).numpy()
+    examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
+    is_blank = not bool(parameters.values.any())
+    if is_blank:
+        _fill(parameters.values, generator)
+    trials: list[Trial] = []
+    expected: Tensor | None = None
+    for execution in (Execution.EAGER, Execution.NATIVE):
+        for precision in (Precision.BF16, Precision.FP32):
+            step.precision = precision
+            seconds, reason = None, ""
+            if execution is Execution.NATIVE and not kernels:
+                reason = kernels.reason
+            else:
+                if execution is Execution.NATIVE:
+                    step.use_native(kernels)
+                else:
+                    step.use_eager()
+                seconds = _measure_seconds(lambda: step.run(examples), clock=clock)
+                found = _sample(parameters.grads)
+                if execution is Execution.NATIVE and expected is not None:
+                    reason = _difference(found, expected, precision)
+                    seconds = None if reason else seconds
+                expected = found if execution is Execution.EAGER else expected
+            trials.append(
+                Trial(
+                    execution=execution,
+                    precision=precision,
+                    sequence_seconds=seconds,
+                    reason=reason,
+                )
+            )
+    if is_blank:
+        parameters.values.zero_()
+    parameters.grads.zero_()
+    return tuple(trials)
+
+
+def _fill(values: Tensor, generator: torch.Generator) -> None:
+    noise = (_NOISE * torch.randn(_NUM_NOISE_VALUES, generator=generator)).to(values.device)
+    for part in values.split(_NUM_NOISE_VALUES):
+        part.copy_(noise[: part.numel()])
+
+
+def _sample(grads: Tensor) -> Tensor:
+    """Evenly spaced values, few enough to be kept beside everything else."""
+    return grads[:: 1 + grads.numel() // _MAX_COMPARED_VALUES].clone()
+
+
+def _difference(found: Tensor, expected: Tensor, precision: Precision) -> str:
+    """Why these gradients cannot be trusted; "" if they can be. `expected` is of eager fp32."""
+    ratio = float((found - expected).norm() / expected.norm())
+    allowed = _MAX_ERROR_RATIO[precision]
+    if ratio <= allowed:
+        return ""
+    return f"its gradients differ from torch's by {ratio:.2g}, {allowed:g} is allowed"
+
+
+def _measure_seconds(run: Callable[[], object], *, clock: Callable[[], float]) -> float:
+    """Best of two runs after one to warm up; only the first if that is slow already."""
+    best_seconds = float("inf")
+    for index in range(3):
+        begin = clock()
+        run()
+        seconds = clock() - begin
+        if index > 0 or seconds > _SLOW_SECONDS:
+            best_seconds = min(best_seconds, seconds)
+        if seconds > _SLOW_SECONDS:
+            break
+    return best_seconds
+
+
+def measure_product_flop_per_second(device: torch.device, precision: Precision) -> float:
+    """What one matrix product reaches here, on as many threads as torch uses: the ceiling that
+    model FLOP utilisation is given against. Best of a few, of CPU time times threads on CPU.
+    """
+    rows, inner, columns = _GEMM_SIZES
+    dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(columns, inner, device=device).to(dtype)
+    clock = time.perf_counter if device.type == "cpu" else _device_clock
+    best_seconds = float("inf")
+    for _ in range(_GEMM_RUNS):
+        begin = clock()
+        torch.mm(left, right.t())
+        best_seconds = min(best_seconds, clock() - begin)
+    return 2.0 * rows * inner * columns / best_seconds
