@@ -95,3 +95,18 @@ class StudyStatus:
     """Standard deviation of ln loss between seeds, from the repeats; 0 without any."""
     create_unix_seconds: float
     finish_unix_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStudiesRequest:
+    """The newest studies of one run."""
+
+    run_id: str
+    max_studies: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStudiesResponse:
+    """Newest first."""
+
+    studies: tuple[StudyStatus, ...]

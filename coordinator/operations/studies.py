@@ -18,6 +18,8 @@ from coordinator.operations.members import member_from_row, speed_from_row
 from coordinator.operations.requests_studies import (
     CreateStudyRequest,
     CreateStudyResponse,
+    RunStudiesRequest,
+    RunStudiesResponse,
     StudyRequest,
     StudyStatus,
     TrialStatus,
@@ -245,6 +247,30 @@ def study_status(
     )
 
 
+def run_studies(
+    tx: Transaction,
+    request: RunStudiesRequest,
+    /,
+    *,
+    context: OperationContext,
+    now_unix_seconds: float,
+) -> RunStudiesResponse:
+    """The newest studies of a run, each with its trials. Only reads."""
+    own = [study for study in tx.studies() if study.run_id == request.run_id]
+    newest = own[::-1][: request.max_studies]
+    return RunStudiesResponse(
+        studies=tuple(
+            study_status(
+                tx,
+                StudyRequest(study_id=study.study_id),
+                context=context,
+                now_unix_seconds=now_unix_seconds,
+            )
+            for study in newest
+        )
+    )
+
+
 def _why_trials_wait(tx: Transaction, run: RunRow) -> str:
     """Why open trials are not handed out; "" if they are."""
     if run.state not in _HANDING_STATES:
@@ -279,7 +305,7 @@ def _trial_status(trial: TrialRow, duty: DutyRecord | None, names: dict[str, str
     plan = json.loads(trial.plan_json)
     spec = json.loads(plan["spec"])
     result = json.loads(trial.result_json) if trial.result_json else None
-    is_measured = result is not None and not divergence_of(trial)
+    measured = result if _is_usable(trial) else None
     peer_id = trial.peer_id or ("" if duty is None else duty.peer_id)
     return TrialStatus(
         trial_number=trial.trial_number,
@@ -294,9 +320,9 @@ def _trial_status(trial: TrialRow, duty: DutyRecord | None, names: dict[str, str
         seed=spec["seed"],
         peer_id=peer_id,
         peer_name=names.get(peer_id, ""),
-        loss_nats=result["points"][-1]["loss"] if is_measured else 0.0,
-        flop_per_second=trial.flop / result["train_seconds"]
-        if is_measured and result["train_seconds"]
+        loss_nats=measured["points"][-1]["loss"] if measured else 0.0,
+        flop_per_second=trial.flop / measured["train_seconds"]
+        if measured and measured["train_seconds"]
         else 0.0,
         divergence=divergence_of(trial),
         params_digest="" if result is None else result["params_digest"],
