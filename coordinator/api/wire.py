@@ -270,6 +270,7 @@ def _trial_from_wire(message: duties_pb2.TrialResult) -> TrialResult:
         ),
         params_digest=checked_length(message.params_digest, name="params_digest", most=32),
         train_seconds=message.train_seconds,
+        divergence=checked_text(message.divergence, name="divergence"),
     )
 
 

@@ -84,7 +84,8 @@ def status(
         print_json(plain_from_response(found))
         return
     typer.echo(f"{found.study_id} on run {found.run_id}: {found.stage}: {found.stage_reason}")
-    typer.echo(f"{found.num_done} of {found.num_trials} trials are done")
+    diverged = f", {found.num_diverged} of them diverged" if found.num_diverged else ""
+    typer.echo(f"{found.num_done} of {found.num_trials} trials are done{diverged}")
     if found.waiting_reason:
         typer.echo(found.waiting_reason)
     if found.seed_noise_ratio:

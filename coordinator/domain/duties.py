@@ -328,6 +328,11 @@ def finish(duty: DutyRecord, reason: str, *, now_unix_seconds: float) -> DutyRec
     return _finished(duty, DutyState.DONE, reason, now_unix_seconds)
 
 
+def give_up(duty: DutyRecord, reason: str, *, now_unix_seconds: float) -> DutyRecord:
+    """The duty, which nobody is to do any more."""
+    return _finished(duty, DutyState.FAILED, reason, now_unix_seconds)
+
+
 def _finished(
     duty: DutyRecord, state: DutyState, reason: str, now_unix_seconds: float
 ) -> DutyRecord:

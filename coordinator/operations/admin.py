@@ -21,6 +21,7 @@ from coordinator.operations.requests_admin import (
     RunSummary,
 )
 from coordinator.operations.runs import find_run, summarise_run
+from coordinator.operations.study_stages import end_studies
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from protos.contract.chunk_format import Manifest
@@ -258,7 +259,9 @@ def stop_run(
         return summarise_run(tx, run)
     run = replace(run, finish_unix_ms=unix_ms(now_unix_seconds))
     reason = f"stopped: {request.reason}"
-    return _set_state(tx, run, RunState.STOPPED, reason, now_unix_seconds=now_unix_seconds)
+    summary = _set_state(tx, run, RunState.STOPPED, reason, now_unix_seconds=now_unix_seconds)
+    end_studies(tx, find_run(tx, run.run_id), now_unix_seconds=now_unix_seconds)
+    return summary
 
 
 def _active_run(tx: Transaction, run_id: str) -> RunRow:

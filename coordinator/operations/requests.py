@@ -238,6 +238,7 @@ class TrialResult:
     points: tuple[TrialPointResult, ...]
     params_digest: bytes
     train_seconds: float
+    divergence: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,8 @@ class CreateStudyResponse:
     num_trials: int
     """Of the first stage."""
     reason: str
+    waiting_reason: str
+    """Why its trials are not handed out yet; "" if they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ class TrialStatus:
     flop_per_second: float
     """Measured while it trained; 0 before there is a result."""
     params_digest: str
+    divergence: str
+    """Why it was stopped early; "" if it was not. It is then no observation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +88,25 @@ class StudyStatus:
     """Why open trials are not handed out; "" if they are."""
     num_trials: int
     num_done: int
+    num_diverged: int
+    """Of the done ones."""
     trials: tuple[TrialStatus, ...]
     seed_noise_ratio: float
     """Standard deviation of ln loss between seeds, from the repeats; 0 without any."""
     create_unix_seconds: float
     finish_unix_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStudiesRequest:
+    """The newest studies of one run."""
+
+    run_id: str
+    max_studies: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStudiesResponse:
+    """Newest first."""
+
+    studies: tuple[StudyStatus, ...]

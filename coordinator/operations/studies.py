@@ -19,17 +19,20 @@ from coordinator.domain.duties import (
 )
 from coordinator.domain.run_state import FINAL_STATES
 from coordinator.operations.common import OperationContext, load_run_data, unix_ms
-from coordinator.operations.duties import load_duties, save_duty
+from coordinator.operations.duties import load_duties
 from coordinator.operations.members import member_from_row, speed_from_row
 from coordinator.operations.requests_studies import (
     CreateStudyRequest,
     CreateStudyResponse,
+    RunStudiesRequest,
+    RunStudiesResponse,
     StudyRequest,
     StudyStatus,
     TrialStatus,
 )
 from coordinator.operations.runs import find_run
-from coordinator.operations.study_results import observations_of
+from coordinator.operations.study_results import divergence_of, observations_of
+from coordinator.operations.study_stages import note, open_trials
 from coordinator.scaling.observations import Observations
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
@@ -37,14 +40,9 @@ from coordinator.store.rows_membership import PeerRow
 from coordinator.store.rows_studies import StudyRow, TrialRow
 from coordinator.study.design import (
     OpenTrial,
-    Purpose,
     StudyDesign,
-    StudyStage,
-    TrialPlan,
-    best_rate,
     choose_trial,
     first_stage,
-    size_plans,
 )
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
 from protos.contract.ids import is_valid_run_id
@@ -99,10 +97,14 @@ def create_study(
         finish_unix_ms=0,
     )
     tx.put_study(study)
-    _open_trials(tx, study, plans, now_unix_seconds=now_unix_seconds)
-    _note(tx, study, f"study {study_id} created: {reason}", now_unix_seconds)
+    open_trials(tx, study, plans, now_unix_seconds=now_unix_seconds)
+    note(tx, study, f"study {study_id} created: {reason}", now_unix_seconds)
     return CreateStudyResponse(
-        study_id=study_id, run_id=run.run_id, num_trials=len(plans), reason=reason
+        study_id=study_id,
+        run_id=run.run_id,
+        num_trials=len(plans),
+        reason=reason,
+        waiting_reason=_why_trials_wait(tx, run),
     )
 
 
@@ -120,47 +122,6 @@ def _check_new(tx: Transaction, study_id: str) -> None:
             remedy="choose another --study",
             code=ErrorCode.ALREADY_EXISTS,
         )
-
-
-def _open_trials(
-    tx: Transaction,
-    study: StudyRow,
-    plans: Sequence[TrialPlan],
-    *,
-    now_unix_seconds: float,
-) -> None:
-    """Add trials after those that there are; each is a duty of the same id."""
-    first = len(tx.trials(study.study_id))
-    for number, plan in enumerate(plans, start=first):
-        trial_id = f"{study.run_id}/trial/{study.study_id}-{number}"
-        if plan.original_number >= 0:
-            plan = replace(plan, original_number=first + plan.original_number)
-        tx.put_trial(
-            TrialRow(
-                trial_id=trial_id,
-                study_id=study.study_id,
-                trial_number=number,
-                purpose=plan.purpose,
-                plan_json=plan.to_json(),
-                flop=plan.flop,
-                params_n=float(plan.shape.num_matmul_parameters),
-                first_peer_id="",
-                peer_id="",
-                fence=0,
-                result_json="",
-                finish_unix_ms=0,
-            )
-        )
-        duty = DutyRecord(
-            duty_id=trial_id,
-            kind=DutyKind.TRIAL,
-            state=DutyState.OPEN,
-            fence=0,
-            min_outer_step=0,
-            create_unix_seconds=now_unix_seconds,
-            reason=f"trial {number} of study {study.study_id}",
-        )
-        save_duty(tx, study.run_id, duty)
 
 
 def assign_trial(
@@ -217,7 +178,7 @@ def _speeds(tx: Transaction, run: RunRow) -> dict[str, float]:
         if member_from_row(row).is_live
     }
     done = [
-        trial for study in tx.studies() for trial in tx.trials(study.study_id) if trial.result_json
+        trial for study in tx.studies() for trial in tx.trials(study.study_id) if _is_usable(trial)
     ]
     for trial in sorted(done, key=lambda trial: trial.finish_unix_ms):
         seconds = json.loads(trial.result_json)["train_seconds"]
@@ -235,73 +196,6 @@ def trial_patience(tx: Transaction, duties: Sequence[DutyRecord]) -> dict[str, f
             flop = 0.0 if trial is None else trial.flop
             patience[duty.duty_id] = patience_seconds(_PATIENCE_FACTOR * flop)
     return patience
-
-
-def advance_studies(tx: Transaction, run: RunRow, *, now_unix_seconds: float) -> list[str]:
-    """Move the studies of a run on whose trials are all over; returns what changed."""
-    changes = []
-    for study in tx.studies():
-        is_over = study.stage in (StudyStage.DONE, StudyStage.FAILED)
-        if study.run_id != run.run_id or is_over:
-            continue
-        trials = tx.trials(study.study_id)
-        state_by_id = {duty.duty_id: duty.state for duty in load_duties(tx, run.run_id)}
-        over = (DutyState.DONE, DutyState.FAILED)
-        if not all(state_by_id.get(trial.trial_id) in over for trial in trials):
-            continue
-        changes.append(_advance(tx, study, trials, now_unix_seconds=now_unix_seconds))
-    return changes
-
-
-def _advance(
-    tx: Transaction, study: StudyRow, trials: Sequence[TrialRow], *, now_unix_seconds: float
-) -> str:
-    design = StudyDesign.from_json(study.design_json)
-    missing = [trial for trial in trials if not trial.result_json]
-    lacks = f"; {len(missing)} trials were given up" if missing else ""
-    if study.stage == StudyStage.RATES:
-        losses = {
-            (trial.params_n, _rate(trial)): json.loads(trial.result_json)["points"][-1]["loss"]
-            for trial in trials
-            if trial.result_json
-        }
-        sizes = {size for size, _ in losses}
-        whole = {
-            key: loss
-            for key, loss in losses.items()
-            if all((key[0], rate) in losses for rate in design.learning_rates)
-        }
-        if not whole:
-            reason = f"no size has all learning rates{lacks}"
-            return _set_stage(tx, study, StudyStage.FAILED, reason, now_unix_seconds)
-        rate, why = best_rate(whole)
-        plans = size_plans(design, rate)
-        _open_trials(tx, study, plans, now_unix_seconds=now_unix_seconds)
-        reason = f"{why}, at {len(sizes)} sizes; {len(plans)} trials follow{lacks}"
-        return _set_stage(tx, study, StudyStage.SIZES, reason, now_unix_seconds)
-    done = [trial for trial in trials if trial.result_json]
-    num_sizes = sum(trial.purpose == Purpose.SIZE for trial in done)
-    if num_sizes < 3:
-        reason = f"{num_sizes} sizes have a result, a fit needs 3{lacks}"
-        return _set_stage(tx, study, StudyStage.FAILED, reason, now_unix_seconds)
-    reason = f"{len(done)} of {len(trials)} trials have a result{lacks}"
-    return _set_stage(tx, study, StudyStage.DONE, reason, now_unix_seconds)
-
-
-def _set_stage(
-    tx: Transaction, study: StudyRow, stage: StudyStage, reason: str, now_unix_seconds: float
-) -> str:
-    is_over = stage in (StudyStage.DONE, StudyStage.FAILED)
-    finish_unix_ms = unix_ms(now_unix_seconds) if is_over else 0
-    tx.put_study(replace(study, stage=stage, stage_reason=reason, finish_unix_ms=finish_unix_ms))
-    text = f"study {study.study_id} is {stage}: {reason}"
-    _note(tx, study, text, now_unix_seconds)
-    return text
-
-
-def _rate(trial: TrialRow) -> float:
-    plain = json.loads(json.loads(trial.plan_json)["spec"])
-    return float(plain["optimizer"]["peak_lr"])
 
 
 def find_study(tx: Transaction, study_id: str) -> StudyRow:
@@ -338,25 +232,54 @@ def study_status(
         for trial in tx.trials(study.study_id)
     )
     is_open = any(trial.state == DutyState.OPEN for trial in trials)
-    waits = ""
-    if is_open and run.state not in _HANDING_STATES:
-        waits = f"open trials wait: run {run.run_id} is {run.state}; pause it to hand them out"
-    elif is_open and not any(member_from_row(row).is_live for row in tx.peers(run.run_id)):
-        waits = f"open trials wait: no live peer has joined run {run.run_id}"
     return StudyStatus(
         study_id=study.study_id,
         run_id=study.run_id,
         dataset_id=run.dataset_id,
         stage=study.stage,
         stage_reason=study.stage_reason,
-        waiting_reason=waits,
+        waiting_reason=_why_trials_wait(tx, run) if is_open else "",
         num_trials=len(trials),
         num_done=sum(trial.state == DutyState.DONE for trial in trials),
+        num_diverged=sum(bool(trial.divergence) for trial in trials),
         trials=trials,
         seed_noise_ratio=seed_noise(tx.trials(study.study_id)),
         create_unix_seconds=study.create_unix_ms / 1000,
         finish_unix_seconds=study.finish_unix_ms / 1000,
     )
+
+
+def run_studies(
+    tx: Transaction,
+    request: RunStudiesRequest,
+    /,
+    *,
+    context: OperationContext,
+    now_unix_seconds: float,
+) -> RunStudiesResponse:
+    """The newest studies of a run, each with its trials. Only reads."""
+    own = [study for study in tx.studies() if study.run_id == request.run_id]
+    newest = own[::-1][: request.max_studies]
+    return RunStudiesResponse(
+        studies=tuple(
+            study_status(
+                tx,
+                StudyRequest(study_id=study.study_id),
+                context=context,
+                now_unix_seconds=now_unix_seconds,
+            )
+            for study in newest
+        )
+    )
+
+
+def _why_trials_wait(tx: Transaction, run: RunRow) -> str:
+    """Why open trials are not handed out; "" if they are."""
+    if run.state not in _HANDING_STATES:
+        return f"open trials wait: run {run.run_id} is {run.state}; pause it to hand them out"
+    if not any(member_from_row(row).is_live for row in tx.peers(run.run_id)):
+        return f"open trials wait: no live peer has joined run {run.run_id}"
+    return ""
 
 
 def study_observations(
@@ -384,6 +307,7 @@ def _trial_status(trial: TrialRow, duty: DutyRecord | None, names: dict[str, str
     plan = json.loads(trial.plan_json)
     spec = json.loads(plan["spec"])
     result = json.loads(trial.result_json) if trial.result_json else None
+    measured = result if _is_usable(trial) else None
     peer_id = trial.peer_id or ("" if duty is None else duty.peer_id)
     return TrialStatus(
         trial_number=trial.trial_number,
@@ -398,12 +322,17 @@ def _trial_status(trial: TrialRow, duty: DutyRecord | None, names: dict[str, str
         seed=spec["seed"],
         peer_id=peer_id,
         peer_name=names.get(peer_id, ""),
-        loss_nats=0.0 if result is None else result["points"][-1]["loss"],
-        flop_per_second=0.0
-        if result is None or not result["train_seconds"]
-        else trial.flop / result["train_seconds"],
+        loss_nats=measured["points"][-1]["loss"] if measured else 0.0,
+        flop_per_second=trial.flop / measured["train_seconds"]
+        if measured and measured["train_seconds"]
+        else 0.0,
+        divergence=divergence_of(trial),
         params_digest="" if result is None else result["params_digest"],
     )
+
+
+def _is_usable(trial: TrialRow) -> bool:
+    return bool(trial.result_json) and not divergence_of(trial)
 
 
 def seed_noise(trials: Sequence[TrialRow]) -> float:
@@ -413,7 +342,7 @@ def seed_noise(trials: Sequence[TrialRow]) -> float:
     squares = []
     for trial in trials:
         original = int(json.loads(trial.plan_json)["original_number"])
-        if original < 0 or not trial.result_json or not trials[original].result_json:
+        if original < 0 or not all(map(_is_usable, (trial, trials[original]))):
             continue
         first = {
             point["tokens"]: point["loss"]
@@ -425,13 +354,3 @@ def seed_noise(trials: Sequence[TrialRow]) -> float:
             if point["tokens"] in first
         ]
     return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
-
-
-def _note(tx: Transaction, study: StudyRow, text: str, now_unix_seconds: float) -> None:
-    tx.insert_event(
-        run_id=study.run_id,
-        unix_ms=unix_ms(now_unix_seconds),
-        kind="study",
-        peer_id="",
-        text=text,
-    )

@@ -11,13 +11,18 @@ from coordinator.store.rows_studies import TrialRow
 from coordinator.study.design import Purpose
 
 
+def divergence_of(trial: TrialRow) -> str:
+    """Why a trial was stopped early; "" if it was not, or has no result."""
+    return str(json.loads(trial.result_json).get("divergence", "")) if trial.result_json else ""
+
+
 def observations_of(trials: Iterable[TrialRow], *, source: str) -> list[Observation]:
     """Every point of every finished size trial. N and C are counted as runs count theirs
     (protos/contract/model_shape.py).
     """
     rows = []
     for trial in trials:
-        if trial.purpose != Purpose.SIZE or not trial.result_json:
+        if trial.purpose != Purpose.SIZE or not trial.result_json or divergence_of(trial):
             continue
         plan, result = json.loads(trial.plan_json), json.loads(trial.result_json)
         model = json.loads(plan["spec"])["model"]

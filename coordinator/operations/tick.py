@@ -71,7 +71,8 @@ from coordinator.operations.states import (
     voters_of_directive,
 )
 from coordinator.operations.store_age import load_beyond, reason_to_wait, settle_from
-from coordinator.operations.studies import advance_studies, trial_patience
+from coordinator.operations.studies import trial_patience
+from coordinator.operations.study_stages import advance_studies, end_studies
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from protos.contract.telemetry import RunState
@@ -430,6 +431,9 @@ class _RunTick:
             self._tx.insert_event(
                 run_id=run_id, unix_ms=unix_ms(self._now), kind="run", peer_id="", text=text
             )
+        if is_over:
+            ended = load_run(self._tx, run_id)
+            self.changes += end_studies(self._tx, ended, now_unix_seconds=self._now)
 
     def _final_duties(self) -> tuple[FinalDuty, ...]:
         """Where the last evaluation and the last checkpoint stand; empty before the budget is

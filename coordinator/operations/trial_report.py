@@ -41,10 +41,13 @@ def take_trial(
         for point in result.points
     ]
     tx.put_trial(_finished(row, duty, points, result, now_unix_ms=unix_ms(now_unix_seconds)))
-    text = (
-        f"{row.params_n:,.0f} parameters, {points[-1]['tokens']:,} tokens: held-out loss "
-        f"{points[-1]['loss']:.4f} nats in {result.train_seconds:.0f} s"
-    )
+    if result.divergence:
+        text = f"{row.params_n:,.0f} parameters diverged: {result.divergence}"
+    else:
+        text = (
+            f"{row.params_n:,.0f} parameters, {points[-1]['tokens']:,} tokens: held-out loss "
+            f"{points[-1]['loss']:.4f} nats in {result.train_seconds:.0f} s"
+        )
     return Report(is_accepted=True, reason=text)
 
 
@@ -55,8 +58,9 @@ def _problem(spec: RunSpec, marks: list[int], result: TrialResult) -> str:
     counted = (result.convention, result.params_n, result.flop_per_token)
     if counted != (COUNTING_CONVENTION, shape.num_matmul_parameters, shape.flop_per_token()):
         return f"it counts {counted}, not as {COUNTING_CONVENTION} does here"
-    if [point.tokens for point in result.points] != marks:
-        return f"it was evaluated at {[point.tokens for point in result.points]}, not at {marks}"
+    reached = [point.tokens for point in result.points]
+    if reached != (marks[: len(reached)] if result.divergence else marks):
+        return f"it was evaluated at {reached}, not at {marks}"
     for point in result.points:
         most = _MAX_LOSS_NATS * point.num_tokens
         if not (point.num_tokens > 0 and 0 < point.total_nats <= most):
@@ -82,6 +86,7 @@ def _finished(
             "convention": result.convention,
             "params_digest": result.params_digest.hex(),
             "train_seconds": result.train_seconds,
+            "divergence": result.divergence,
         },
         sort_keys=True,
     )

@@ -282,7 +282,7 @@ def mark_tokens(
 def best_rate(losses: Mapping[tuple[float, float], float]) -> tuple[float, str]:
     """The learning rate whose losses, relative to each size's best, are smallest on the mean.
 
-    Keys are (N, rate).
+    Keys are (N, rate); an infinite loss is a trial that diverged; every size has a finite one.
     """
     sizes = sorted({size for size, _ in losses})
     rates = sorted({rate for _, rate in losses})
@@ -292,7 +292,14 @@ def best_rate(losses: Mapping[tuple[float, float], float]) -> tuple[float, str]:
         for rate in rates
     }
     chosen = min(rates, key=lambda rate: excess[rate])
-    said = ", ".join(f"{rate:g} +{100 * excess[rate]:.2f} %" for rate in rates)
+    if math.isinf(excess[chosen]):  # each rate diverges somewhere: the largest has the last word
+        chosen = min(rates, key=lambda rate: losses[sizes[-1], rate])
+    said = ", ".join(
+        f"{rate:g} +{100 * excess[rate]:.2f} %"
+        if math.isfinite(excess[rate])
+        else f"{rate:g} diverged"
+        for rate in rates
+    )
     edge = "" if rates[0] < chosen < rates[-1] else "; it lies at the edge of those tried"
     return chosen, f"learning rate {chosen:g}: mean excess over each size's best: {said}{edge}"
 

@@ -33,6 +33,7 @@ _STATIC_TYPES = {
     "index.html": "text/html; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "chart.js": "text/javascript; charset=utf-8",
+    "studies.js": "text/javascript; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
     "favicon.svg": "image/svg+xml",
 }
@@ -86,6 +87,7 @@ class Pages:
             Route("/api/v1/runs/{run_id}/series", self.series),
             Route("/api/v1/runs/{run_id}/peers", self.peers),
             Route("/api/v1/runs/{run_id}/events", self.events),
+            Route("/api/v1/runs/{run_id}/studies", self.studies),
             Route("/metrics", self.metrics),
             Route("/healthz", self.healthz),
         ]
@@ -128,6 +130,10 @@ class Pages:
         return _json(
             self._cache.events(run_id, after_event_id=after_event_id, max_events=max_events)
         )
+
+    def studies(self, request: Request) -> Response:
+        """Studies of a run: trials by size, curves, the law."""
+        return _json(self._cache.studies(request.path_params["run_id"]))
 
     def metrics(self, request: Request) -> Response:
         """Prometheus text format."""

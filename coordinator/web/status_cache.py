@@ -23,8 +23,13 @@ from coordinator.operations.requests_admin import (
     StatusRequest,
     StatusResponse,
 )
+from coordinator.operations.requests_studies import RunStudiesRequest, StudyRequest, StudyStatus
 from coordinator.operations.status import events, peers, series, status
+from coordinator.operations.studies import run_studies, study_observations
 from coordinator.operations.writer import Writer
+from coordinator.scaling.observations import Observations
+from coordinator.web.study_view import StudyViews, plain_views
+from protos.contract.errors import UsageError
 
 LOOK_SECONDS = 1.0
 MAX_POINTS = 2_000
@@ -39,6 +44,7 @@ class StatusCache:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._lock = threading.Lock()
+        self._views = StudyViews()
         self._kept_by_key: dict[tuple[Any, ...], tuple[float, Any]] = {}
 
     def runs(self) -> ListRunsResponse:
@@ -60,6 +66,21 @@ class StatusCache:
         """Curves of one run, decimated."""
         request = SeriesRequest(run_id=run_id, max_points=MAX_POINTS)
         return self._look(("series", run_id), lambda: self._writer.read(series, request))
+
+    def studies(self, run_id: str) -> dict[str, Any]:
+        """Studies of one run with what was measured and the law fitted to it, as plain data."""
+        found = self._look(("studies", run_id), lambda: self._read_studies(run_id))
+        return plain_views(tuple(self._views.view(study, table) for study, table in found))
+
+    def _read_studies(self, run_id: str) -> list[tuple[StudyStatus, Observations | UsageError]]:
+        found: list[tuple[StudyStatus, Observations | UsageError]] = []
+        for study in self._writer.read(run_studies, RunStudiesRequest(run_id=run_id)).studies:
+            request = StudyRequest(study_id=study.study_id)
+            try:
+                found.append((study, self._writer.read(study_observations, request)))
+            except UsageError as error:
+                found.append((study, error))
+        return found
 
     def events(self, run_id: str, *, after_event_id: int, max_events: int) -> EventsResponse:
         """Part of the event log."""

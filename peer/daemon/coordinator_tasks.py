@@ -7,6 +7,7 @@ normal, a refusal may mean a new Join or the end.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +71,8 @@ class Hooks:
     """The coordinator stores these."""
     note: Callable[[str], None]
     """A warning for the owner."""
+    keep_trial: Callable[[float, str, int], None]
+    """Which duty (id, fence) a heartbeat sent then (monotonic seconds) found to be the peer's."""
 
 
 class CoordinatorTasks:
@@ -99,6 +102,7 @@ class CoordinatorTasks:
     ) -> None:
         """One heartbeat and everything that its answer sets off."""
         membership = current_membership()
+        send_seconds = time.monotonic()
         attestations = self._outbox.attestations()
         has_lost_state, self._outbox.has_lost_state = self._outbox.has_lost_state, False
         request = membership_pb2.HeartbeatRequest(
@@ -138,6 +142,7 @@ class CoordinatorTasks:
                 run_reason=f"run {response.run_state}: {response.run_state_reason}",
             )
         )
+        self._hooks.keep_trial(send_seconds, response.duty.duty_id, response.duty.fence)
         if response.HasField("duty"):
             self._offer_duty(response.duty)
 

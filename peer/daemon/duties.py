@@ -3,13 +3,17 @@ when no member has the state.
 
 A duty ends in a report, whatever happens; its fence lets the coordinator refuse one that it has
 given to somebody else since. How long it may take is not bounded here: a child that makes no
-progress is killed by its watch (child_watch.py), and heartbeats renew the duty meanwhile.
+progress is killed by its watch (child_watch.py), and heartbeats renew the duty meanwhile. A trial
+that the coordinator does not name any more is ended: it was given to somebody else, or its study is
+over.
 """
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,17 @@ Send = Callable[..., None]
 """(child, kind, **fields)."""
 
 
+@dataclass(slots=True, kw_only=True)
+class _Trial:
+    """A trial that is being trained."""
+
+    duty: duties_pb2.Duty
+    training: asyncio.Future[duties_pb2.TrialResult]
+    begin_seconds: float
+    """Monotonic."""
+    is_withdrawn: bool = False
+
+
 class Duties:
     """Work on duties, and answers of the children to it."""
 
@@ -57,6 +72,18 @@ class Duties:
         self._feed = feed
         self._answer_by_id: dict[str, tuple[ChildName, asyncio.Future[Message]]] = {}
         self._digest_by_state: dict[tuple[int, int], bytes] = {}
+        self._trial: _Trial | None = None
+
+    def keep_trial(self, send_seconds: float, duty_id: str, fence: int) -> None:
+        """A heartbeat sent at `send_seconds` (monotonic) names this duty as the peer's. A trial
+        begun before and not named is not this peer's any more: it ends, and nothing is reported.
+        """
+        trial = self._trial
+        if trial is None or trial.begin_seconds > send_seconds:
+            return
+        if (trial.duty.duty_id, trial.duty.fence) != (duty_id, fence):
+            trial.is_withdrawn = True
+            trial.training.cancel()
 
     def note_state(self, *, incarnation: int, outer_step: int, state_digest: bytes) -> None:
         """Remember the digest of a state, for the report of its evaluation."""
@@ -90,7 +117,7 @@ class Duties:
             if kind is ev.DutyKind.EVALUATE:
                 await self._evaluate(duty, heldout_paths)
             elif kind is ev.DutyKind.TRIAL:
-                await self._report_trial(duty, await self._run_trial(duty))
+                await self._perform_trial(duty)
             else:
                 await self._upload_checkpoint(duty)
         except (MusterError, OSError) as error:
@@ -131,6 +158,23 @@ class Duties:
         response = await self._client.report_duty(request)
         if not response.is_accepted:
             _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
+
+    async def _perform_trial(self, duty: duties_pb2.Duty) -> None:
+        trial = self._trial = _Trial(
+            duty=duty,
+            training=asyncio.ensure_future(self._run_trial(duty)),
+            begin_seconds=time.monotonic(),
+        )
+        try:
+            result = await trial.training
+        except asyncio.CancelledError:
+            if not trial.is_withdrawn:
+                raise
+            _LOGGER.info("%s=%s was withdrawn and is ended", LogField.DUTY, duty.duty_id)
+            return
+        finally:
+            self._trial = None
+        await self._report_trial(duty, result)
 
     async def _report_trial(self, duty: duties_pb2.Duty, result: duties_pb2.TrialResult) -> None:
         request = duties_pb2.ReportDutyRequest(duty_id=duty.duty_id, fence=duty.fence, trial=result)

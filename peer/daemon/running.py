@@ -99,8 +99,7 @@ class RunningSession:
         )
         self._watches = {child: ChildWatch() for child in ChildName}
         self._start_seconds = start_seconds(shape.vector_bytes)
-        self._limits = TrainerLimits()
-        self._outbox = Outbox()
+        self._limits, self._outbox = TrainerLimits(), Outbox()
         self._calls = CoordinatorTasks(
             client,
             numbers=core.numbers,
@@ -111,6 +110,7 @@ class RunningSession:
                 pass_certificates=self._pass_certificates,
                 acknowledge=self._acknowledge,
                 note=core.note,
+                keep_trial=lambda *named: self._duties.keep_trial(*named),
             ),
         )
         self._dataset = Dataset(

@@ -1,18 +1,24 @@
 """Trials of a study on this machine: fetch the data, train in a process of its own, return what was
 measured.
 
-The process is one of the daemon's children and dies with it. Its data is a directory of links into
-the cache, laid out like a dataset, so that the trial is trained by the code that trains a run.
+The process is one of the daemon's children and dies with it; one that comes round no more is ended
+(child_watch.py), and the duty goes to somebody else with that reason. Its data is a directory of
+links into the cache, laid out like a dataset, so that the code that trains a run trains the trial.
 """
 
+import asyncio
+import contextlib
 import json
 import shutil
 import sys
+import time
 import uuid
 from pathlib import Path
 
+from peer.daemon.child_watch import SILENT_TURNS, ChildWatch
 from peer.daemon.dataset import Dataset
-from peer.supervisor import Supervisor
+from peer.ipc import ChannelClosed
+from peer.supervisor import Child, Supervisor
 from protos.contract.chunk_format import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -38,6 +44,13 @@ def needed_chunks(spec: RunSpec, manifest: Manifest) -> list[int]:
         left_tokens -= num_windows(chunk.num_tokens, spec.model.seq_len) * spec.model.seq_len
         position += 1
     return list(found)
+
+
+_START_SECONDS = 300.0
+"""From the start of the process to its first update: imports, initial values."""
+_LEAST_TURN_SECONDS = 3.0
+"""Ten of them are waited for in any case; a trial has minutes of work to lose."""
+_TICK_SECONDS = 0.5
 
 
 class Trials:
@@ -95,11 +108,21 @@ class Trials:
             "--marks", ",".join(str(mark) for mark in duty.trial.mark_tokens),
             "--result", str(result_path), "--threads", str(self._threads),
         ]  # fmt: skip
-        child = await self._supervisor.spawn("trial", command)
+        child = await self._supervisor.spawn("trial", command, channel_flag="--channel-fd")
         try:
-            end = await self._supervisor.wait(child)
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(watch(child))
+                end = await self._supervisor.wait(child)
+                watching.cancel()
+            stalled = "" if watching.cancelled() else watching.result()
         finally:
             await self._supervisor.stop(child, grace_seconds=0.0)
+        if stalled:
+            raise RunFailedError(
+                f"the trial's process was ended: {stalled}",
+                allowed="a process that comes round",
+                remedy="see logs/trial.log; somebody else will try",
+            )
         if not result_path.exists():
             raise RunFailedError(
                 f"the trial's process {end}: {child.last_lines()[-300:]}",
@@ -107,6 +130,27 @@ class Trials:
                 remedy="see logs/trial.log; somebody else will try",
             )
         return _result_from_plain(json.loads(result_path.read_text(encoding="ascii")))
+
+
+async def watch(child: Child) -> str:
+    """Kill a trial that comes round no more; returns why, once that is so."""
+    turns = ChildWatch()
+    turns.turn(_START_SECONDS / SILENT_TURNS)
+    listening = asyncio.ensure_future(_listen(child, turns))
+    try:
+        while not (stalled := turns.tick(time.monotonic())):
+            await asyncio.sleep(_TICK_SECONDS)
+    finally:
+        listening.cancel()
+    child.process.kill()
+    return stalled
+
+
+async def _listen(child: Child, turns: ChildWatch) -> None:
+    with contextlib.suppress(ChannelClosed):
+        while True:
+            message = await child.channel.receive()
+            turns.turn(max(message["longest_turn_seconds"], _LEAST_TURN_SECONDS))
 
 
 def _result_from_plain(plain: dict[str, object]) -> duties_pb2.TrialResult:

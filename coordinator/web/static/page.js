@@ -1,6 +1,7 @@
 // Asks the JSON API once a second and shows the answers. Text from peers only ever becomes textContent, never markup.
 
 import { drawChart, shortNumber } from "./chart.js";
+import { showStudies } from "./studies.js";
 
 const POLL_MS = 1000;
 const MAX_SHOWN_EVENTS = 300;
@@ -158,11 +159,12 @@ async function poll() {
       byId("events").replaceChildren();
     }
     const base = `/api/v1/runs/${encodeURIComponent(runId)}`;
-    const [status, peers, events] = await Promise.all([
-      ask(base), ask(`${base}/peers`), ask(`${base}/events?after=${newestEventId}`)]);
+    const [status, peers, events, studies] = await Promise.all([
+      ask(base), ask(`${base}/peers`), ask(`${base}/events?after=${newestEventId}`), ask(`${base}/studies`)]);
     showStatus(status);
     showPeers(peers.peers, status.now_unix_seconds);
     showEvents(events.events);
+    showStudies(byId("studies"), byId("study-list"), studies.studies);
     const seriesKey = [status.incarnation, status.outer_step, status.last_evaluation?.unix_seconds].join();
     if (seriesKey !== shownSeriesKey) {
       showSeries(await ask(`${base}/series`), status);

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos.muster.v1 import common_pb2 as protos_dot_muster_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/muster/v1/duties.proto\x12\tmuster.v1\x1a\x1dprotos/muster/v1/common.proto\"\x97\x01\n\x04\x44uty\x12\x0f\n\x07\x64uty_id\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.muster.v1.DutyKind\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x13\n\x0b\x65val_tokens\x18\x04 \x01(\x04\x12\x16\n\x0emin_outer_step\x18\x05 \x01(\x04\x12\x1f\n\x05trial\x18\x06 \x01(\x0b\x32\x10.muster.v1.Trial\".\n\x05Trial\x12\x10\n\x08run_spec\x18\x01 \x01(\x0c\x12\x13\n\x0bmark_tokens\x18\x02 \x03(\x04\"\xb1\x01\n\x11ReportDutyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64uty_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x16\n\x0e\x66\x61ilure_reason\x18\x04 \x01(\t\x12)\n\nevaluation\x18\x05 \x01(\x0b\x32\x15.muster.v1.Evaluation\x12%\n\x05trial\x18\x06 \x01(\x0b\x32\x16.muster.v1.TrialResult\"\xc2\x01\n\x0bTrialResult\x12\x12\n\nrun_digest\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x12\n\nconvention\x18\x03 \x01(\t\x12\x10\n\x08params_n\x18\x04 \x01(\x04\x12\x16\n\x0e\x66lop_per_token\x18\x05 \x01(\x01\x12%\n\x06points\x18\x06 \x03(\x0b\x32\x15.muster.v1.TrialPoint\x12\x15\n\rparams_digest\x18\x07 \x01(\x0c\x12\x15\n\rtrain_seconds\x18\x08 \x01(\x01\"W\n\nTrialPoint\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x12\n\ntotal_nats\x18\x02 \x01(\x01\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\x9f\x01\n\nEvaluation\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x12\n\ntotal_nats\x18\x04 \x01(\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\x04\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fschedule_tokens\x18\x07 \x01(\x04\"9\n\x12ReportDutyResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"T\n\x17UploadCheckpointRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.muster.v1.CheckpointHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"o\n\x10\x43heckpointHeader\x12\x0f\n\x07\x64uty_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12&\n\x0b\x61ttestation\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\"?\n\x18UploadCheckpointResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"0\n\x16\x46\x65tchCheckpointRequest\x12\x16\n\x0emax_outer_step\x18\x01 \x01(\x04\"{\n\x17\x46\x65tchCheckpointResponse\x12\x12\n\nouter_step\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c*l\n\x08\x44utyKind\x12\x19\n\x15\x44UTY_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44UTY_KIND_EVALUATE\x10\x01\x12\x18\n\x14\x44UTY_KIND_CHECKPOINT\x10\x02\x12\x13\n\x0f\x44UTY_KIND_TRIAL\x10\x03\x32\x8e\x02\n\x06\x44uties\x12I\n\nReportDuty\x12\x1c.muster.v1.ReportDutyRequest\x1a\x1d.muster.v1.ReportDutyResponse\x12]\n\x10UploadCheckpoint\x12\".muster.v1.UploadCheckpointRequest\x1a#.muster.v1.UploadCheckpointResponse(\x01\x12Z\n\x0f\x46\x65tchCheckpoint\x12!.muster.v1.FetchCheckpointRequest\x1a\".muster.v1.FetchCheckpointResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/muster/v1/duties.proto\x12\tmuster.v1\x1a\x1dprotos/muster/v1/common.proto\"\x97\x01\n\x04\x44uty\x12\x0f\n\x07\x64uty_id\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.muster.v1.DutyKind\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x13\n\x0b\x65val_tokens\x18\x04 \x01(\x04\x12\x16\n\x0emin_outer_step\x18\x05 \x01(\x04\x12\x1f\n\x05trial\x18\x06 \x01(\x0b\x32\x10.muster.v1.Trial\".\n\x05Trial\x12\x10\n\x08run_spec\x18\x01 \x01(\x0c\x12\x13\n\x0bmark_tokens\x18\x02 \x03(\x04\"\xb1\x01\n\x11ReportDutyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64uty_id\x18\x02 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x03 \x01(\x04\x12\x16\n\x0e\x66\x61ilure_reason\x18\x04 \x01(\t\x12)\n\nevaluation\x18\x05 \x01(\x0b\x32\x15.muster.v1.Evaluation\x12%\n\x05trial\x18\x06 \x01(\x0b\x32\x16.muster.v1.TrialResult\"\xd6\x01\n\x0bTrialResult\x12\x12\n\nrun_digest\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x12\n\nconvention\x18\x03 \x01(\t\x12\x10\n\x08params_n\x18\x04 \x01(\x04\x12\x16\n\x0e\x66lop_per_token\x18\x05 \x01(\x01\x12%\n\x06points\x18\x06 \x03(\x0b\x32\x15.muster.v1.TrialPoint\x12\x15\n\rparams_digest\x18\x07 \x01(\x0c\x12\x15\n\rtrain_seconds\x18\x08 \x01(\x01\x12\x12\n\ndivergence\x18\t \x01(\t\"W\n\nTrialPoint\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x12\n\ntotal_nats\x18\x02 \x01(\x01\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\x9f\x01\n\nEvaluation\x12\x13\n\x0bincarnation\x18\x01 \x01(\r\x12\x12\n\nouter_step\x18\x02 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x12\n\ntotal_nats\x18\x04 \x01(\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\x04\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fschedule_tokens\x18\x07 \x01(\x04\"9\n\x12ReportDutyResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"T\n\x17UploadCheckpointRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.muster.v1.CheckpointHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"o\n\x10\x43heckpointHeader\x12\x0f\n\x07\x64uty_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12&\n\x0b\x61ttestation\x18\x03 \x01(\x0b\x32\x11.muster.v1.Signed\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\"?\n\x18UploadCheckpointResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"0\n\x16\x46\x65tchCheckpointRequest\x12\x16\n\x0emax_outer_step\x18\x01 \x01(\x04\"{\n\x17\x46\x65tchCheckpointResponse\x12\x12\n\nouter_step\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c*l\n\x08\x44utyKind\x12\x19\n\x15\x44UTY_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44UTY_KIND_EVALUATE\x10\x01\x12\x18\n\x14\x44UTY_KIND_CHECKPOINT\x10\x02\x12\x13\n\x0f\x44UTY_KIND_TRIAL\x10\x03\x32\x8e\x02\n\x06\x44uties\x12I\n\nReportDuty\x12\x1c.muster.v1.ReportDutyRequest\x1a\x1d.muster.v1.ReportDutyResponse\x12]\n\x10UploadCheckpoint\x12\".muster.v1.UploadCheckpointRequest\x1a#.muster.v1.UploadCheckpointResponse(\x01\x12Z\n\x0f\x46\x65tchCheckpoint\x12!.muster.v1.FetchCheckpointRequest\x1a\".muster.v1.FetchCheckpointResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.muster.v1.duties_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DUTYKIND']._serialized_start=1403
-  _globals['_DUTYKIND']._serialized_end=1511
+  _globals['_DUTYKIND']._serialized_start=1423
+  _globals['_DUTYKIND']._serialized_end=1531
   _globals['_DUTY']._serialized_start=76
   _globals['_DUTY']._serialized_end=227
   _globals['_TRIAL']._serialized_start=229
@@ -41,23 +41,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORTDUTYREQUEST']._serialized_start=278
   _globals['_REPORTDUTYREQUEST']._serialized_end=455
   _globals['_TRIALRESULT']._serialized_start=458
-  _globals['_TRIALRESULT']._serialized_end=652
-  _globals['_TRIALPOINT']._serialized_start=654
-  _globals['_TRIALPOINT']._serialized_end=741
-  _globals['_EVALUATION']._serialized_start=744
-  _globals['_EVALUATION']._serialized_end=903
-  _globals['_REPORTDUTYRESPONSE']._serialized_start=905
-  _globals['_REPORTDUTYRESPONSE']._serialized_end=962
-  _globals['_UPLOADCHECKPOINTREQUEST']._serialized_start=964
-  _globals['_UPLOADCHECKPOINTREQUEST']._serialized_end=1048
-  _globals['_CHECKPOINTHEADER']._serialized_start=1050
-  _globals['_CHECKPOINTHEADER']._serialized_end=1161
-  _globals['_UPLOADCHECKPOINTRESPONSE']._serialized_start=1163
-  _globals['_UPLOADCHECKPOINTRESPONSE']._serialized_end=1226
-  _globals['_FETCHCHECKPOINTREQUEST']._serialized_start=1228
-  _globals['_FETCHCHECKPOINTREQUEST']._serialized_end=1276
-  _globals['_FETCHCHECKPOINTRESPONSE']._serialized_start=1278
-  _globals['_FETCHCHECKPOINTRESPONSE']._serialized_end=1401
-  _globals['_DUTIES']._serialized_start=1514
-  _globals['_DUTIES']._serialized_end=1784
+  _globals['_TRIALRESULT']._serialized_end=672
+  _globals['_TRIALPOINT']._serialized_start=674
+  _globals['_TRIALPOINT']._serialized_end=761
+  _globals['_EVALUATION']._serialized_start=764
+  _globals['_EVALUATION']._serialized_end=923
+  _globals['_REPORTDUTYRESPONSE']._serialized_start=925
+  _globals['_REPORTDUTYRESPONSE']._serialized_end=982
+  _globals['_UPLOADCHECKPOINTREQUEST']._serialized_start=984
+  _globals['_UPLOADCHECKPOINTREQUEST']._serialized_end=1068
+  _globals['_CHECKPOINTHEADER']._serialized_start=1070
+  _globals['_CHECKPOINTHEADER']._serialized_end=1181
+  _globals['_UPLOADCHECKPOINTRESPONSE']._serialized_start=1183
+  _globals['_UPLOADCHECKPOINTRESPONSE']._serialized_end=1246
+  _globals['_FETCHCHECKPOINTREQUEST']._serialized_start=1248
+  _globals['_FETCHCHECKPOINTREQUEST']._serialized_end=1296
+  _globals['_FETCHCHECKPOINTRESPONSE']._serialized_start=1298
+  _globals['_FETCHCHECKPOINTRESPONSE']._serialized_end=1421
+  _globals['_DUTIES']._serialized_start=1534
+  _globals['_DUTIES']._serialized_end=1804
 # @@protoc_insertion_point(module_scope)

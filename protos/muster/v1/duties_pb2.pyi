@@ -60,7 +60,7 @@ class ReportDutyRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., duty_id: _Optional[str] = ..., fence: _Optional[int] = ..., failure_reason: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., trial: _Optional[_Union[TrialResult, _Mapping]] = ...) -> None: ...
 
 class TrialResult(_message.Message):
-    __slots__ = ("run_digest", "seed", "convention", "params_n", "flop_per_token", "points", "params_digest", "train_seconds")
+    __slots__ = ("run_digest", "seed", "convention", "params_n", "flop_per_token", "points", "params_digest", "train_seconds", "divergence")
     RUN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CONVENTION_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class TrialResult(_message.Message):
     POINTS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     run_digest: str
     seed: int
     convention: str
@@ -77,7 +78,8 @@ class TrialResult(_message.Message):
     points: _containers.RepeatedCompositeFieldContainer[TrialPoint]
     params_digest: bytes
     train_seconds: float
-    def __init__(self, run_digest: _Optional[str] = ..., seed: _Optional[int] = ..., convention: _Optional[str] = ..., params_n: _Optional[int] = ..., flop_per_token: _Optional[float] = ..., points: _Optional[_Iterable[_Union[TrialPoint, _Mapping]]] = ..., params_digest: _Optional[bytes] = ..., train_seconds: _Optional[float] = ...) -> None: ...
+    divergence: str
+    def __init__(self, run_digest: _Optional[str] = ..., seed: _Optional[int] = ..., convention: _Optional[str] = ..., params_n: _Optional[int] = ..., flop_per_token: _Optional[float] = ..., points: _Optional[_Iterable[_Union[TrialPoint, _Mapping]]] = ..., params_digest: _Optional[bytes] = ..., train_seconds: _Optional[float] = ..., divergence: _Optional[str] = ...) -> None: ...
 
 class TrialPoint(_message.Message):
     __slots__ = ("tokens", "total_nats", "num_tokens", "num_bytes")

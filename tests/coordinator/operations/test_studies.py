@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from coordinator.operations.requests import (
 )
 from coordinator.operations.requests_admin import RunRequest
 from coordinator.operations.requests_studies import CreateStudyRequest, StudyRequest, StudyStatus
-from protos.contract.errors import UsageError
+from protos.contract.errors import RefusedError, UsageError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import RunSpec
 from tests.coordinator.operations.swarm_world import RUN_ID, SwarmWorld
@@ -208,6 +209,84 @@ def test_learning_rates_first_then_sizes_then_repeats_elsewhere() -> None:
     with world.store.read() as tx:
         texts = [row.text for row in tx.newest_events(RUN_ID, num_events=500)]
     assert any("learning rate 0.004: mean excess" in text for text in texts)
+
+
+def all_done(world: SwarmWorld, *, loss_of: Any) -> StudyStatus:
+    """Do every trial as it is handed out; `loss_of` (spec) gives its loss, infinite = diverged."""
+    for _ in range(40):
+        world.tick(1.0)
+        for index in (0, 1):
+            order = world.beat(index).duty
+            if order is None:
+                continue
+            loss = loss_of(RunSpec.from_wire(order.trial_spec))
+            result = result_of(order, loss=min(loss, 9.0))
+            if math.isinf(loss):
+                result = replace(result, points=(), divergence="loss or gradient not finite")
+            assert report(world, index, order, result).is_accepted
+        if found(world).stage in ("DONE", "FAILED"):
+            break
+    return found(world)
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen_and_the_study_goes_on() -> None:
+    world = paused()
+    world.do(studies.create_study, replace(SMALL, learning_rates=(1e-3, 4e-3, 9e-1)))
+    losses = {1e-3: 2.2, 4e-3: 2.0, 9e-1: math.inf}
+    status = all_done(world, loss_of=lambda spec: losses[spec.optimizer.peak_lr])
+    assert status.stage == "DONE" and status.num_diverged == 2
+    assert "2 diverged" in status.stage_reason
+    diverged = [trial for trial in status.trials if trial.divergence]
+    assert {trial.learning_rate for trial in diverged} == {9e-1}
+    assert all(t.state == "DONE" and t.loss_nats == 0 and t.num_handouts == 1 for t in diverged)
+    assert {t.learning_rate for t in status.trials if t.purpose != "RATE"} == {4e-3}
+    with world.store.read() as tx:
+        texts = [row.text for row in tx.newest_events(RUN_ID, num_events=500)]
+    assert any("0.9 diverged" in text for text in texts)
+
+
+def test_a_size_that_diverges_is_no_observation() -> None:
+    world = paused()
+    world.do(studies.create_study, replace(SMALL, num_sizes=4, max_params=6e4))
+    largest = max(trial.params_n for trial in found(world).trials)
+    status = all_done(
+        world,
+        loss_of=lambda spec: (
+            math.inf if ModelShape.from_spec(spec.model).num_matmul_parameters == largest else 2.0
+        ),
+    )
+    assert status.stage == "DONE" and "4 of 5 trials have a usable result" in status.stage_reason
+    with world.store.read() as tx:
+        table = studies.study_observations(
+            tx, StudyRequest(), context=world.context, now_unix_seconds=world.now
+        )
+    assert largest not in table.params_n and len(set(table.params_n.tolist())) == 3
+
+
+def test_a_study_in_which_everything_diverges_fails_with_that_reason() -> None:
+    world = paused()
+    world.do(studies.create_study, replace(SMALL, learning_rates=(4e-1, 9e-1)))
+    status = all_done(world, loss_of=lambda spec: math.inf)
+    assert status.stage == "FAILED" and "4 diverged" in status.stage_reason
+
+
+def test_a_study_ends_with_its_run() -> None:
+    world = paused()
+    world.do(studies.create_study, SMALL)
+    done, held = world.beat(0).duty, world.beat(1).duty
+    assert report(world, 0, done).is_accepted
+    world.do(admin.stop_run, RunRequest(reason="enough"))
+    status = found(world)
+    assert status.stage == "FAILED" and status.waiting_reason == "" and status.num_done == 1
+    assert f"run {RUN_ID} is STOPPED: 1 sizes have a usable result" in status.stage_reason
+    assert {t.state for t in status.trials} == {"DONE", "FAILED"}
+    assert all("is STOPPED" in t.reason for t in status.trials if t.state == "FAILED")
+    assert status.finish_unix_seconds == world.now
+    late = report(world, 1, held)
+    assert not late.is_accepted and "is STOPPED" in late.reason
+    with pytest.raises(RefusedError, match="is STOPPED") as refused:
+        world.do(studies.create_study, SMALL)
+    assert "not over" in refused.value.allowed and "create a run" in refused.value.remedy
 
 
 def test_the_law_of_a_study_serves_the_forecast_of_its_dataset() -> None:

@@ -9,9 +9,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from coordinator.operations.studies import create_study
 from protos.contract.telemetry import COORDINATOR_METRICS
 from protos.muster.v1 import membership_pb2
 from tests.coordinator.loopback import RUN_ID, deployed
+from tests.coordinator.operations.test_studies import SMALL
 
 STATIC_DIR = Path(__file__).parents[3] / "coordinator" / "web" / "static"
 
@@ -37,6 +39,7 @@ def test_everything_is_served(tmp_path: Path) -> None:
             )
             await client.heartbeat(claims=claims, incarnation=1)
             await client.acquire(32)
+            await deployment.coordinator.perform(create_study, SMALL)
             base = deployment.coordinator.http_address
             await asyncio.to_thread(check_api, base, client.peer_id)
             await asyncio.to_thread(check_metrics, base, client.peer_id)
@@ -64,6 +67,10 @@ def check_api(base: str, peer_id: str) -> None:
         "evaluations": [],
         "forecasts": [],
     }
+    (study,) = ask(f"/api/v1/runs/{RUN_ID}/studies")["studies"]
+    assert study["fit"] is None and "no result of a size yet" in study["fit_reason"]
+    assert [size["num_open"] for size in study["sizes"]] == [1, 2, 1]
+    assert "pause it to hand them out" in study["waiting_reason"]
     events = ask(f"/api/v1/runs/{RUN_ID}/events")["events"]
     later = ask(f"/api/v1/runs/{RUN_ID}/events?after={events[-1]['event_id']}&max=5")["events"]
     assert events and not later
@@ -99,7 +106,7 @@ def check_page(base: str) -> None:
     assert all(path.startswith("/") for path in paths)
     assert "style=" not in html and not re.search(r"<script(?![^>]*src=)", html)
     total_bytes = len(body)
-    for path in {"/page.js", "/chart.js", "/page.css", "/favicon.svg"}:
+    for path in {"/page.js", "/chart.js", "/studies.js", "/page.css", "/favicon.svg"}:
         status, _, content = fetch(base + path)
         assert status == 200, path
         total_bytes += len(content)

@@ -23,6 +23,7 @@ class Session:
             pass_certificates=nothing,
             acknowledge=nothing,
             note=self.notes.append,
+            keep_trial=nothing,
         )
         self.calls = CoordinatorTasks(
             cast(Any, None), numbers=self.numbers, outbox=Outbox(), hooks=hooks

@@ -55,3 +55,23 @@ def test_chunks_of_a_trial(trial: tuple[RunSpec, Path]) -> None:
     assert len(needed_chunks(replace(spec, budget_tokens=spec.model.seq_len), manifest)) == 1
     many = replace(spec, budget_tokens=spec.model.seq_len * 1000)
     assert sorted(needed_chunks(many, manifest)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("peak_lr", [1e4, 1e30])
+def test_a_learning_rate_that_diverges_has_that_as_its_result(
+    trial: tuple[RunSpec, Path], peak_lr: float
+) -> None:
+    spec, folder = trial
+    spec = replace(spec, optimizer=replace(spec.optimizer, peak_lr=peak_lr, clip_norm=1e9))
+    batch = spec.strategy.global_batch_tokens
+    found = run_trial(spec, folder, [batch, spec.budget_tokens])
+    assert "loss" in found["divergence"] and "tokens" in found["divergence"]
+    assert len(found["points"]) < 2 and found["run_digest"] == spec.run_digest
+
+
+def test_the_daemon_hears_that_training_comes_round(trial: tuple[RunSpec, Path]) -> None:
+    spec, folder = trial
+    told: list[float] = []
+    run_trial(spec, folder, [spec.budget_tokens], tell=told.append)
+    assert len(told) >= 2 and all(0 < seconds < 60 for seconds in told)
+    assert told[-1] >= told[0]  # an evaluation is announced as a longer turn

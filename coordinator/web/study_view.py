@@ -1,0 +1,162 @@
+"""What the page shows of a run's studies: trials by size, measured curves, and the law fitted to
+them.
+
+A fit takes up to a second, so it is made once for every number of results and kept; numpy is all
+that it needs. A study that cannot be fitted yet has the reason instead.
+"""
+
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from coordinator.domain.duties import DutyState
+from coordinator.operations.requests_studies import StudyStatus, TrialStatus
+from coordinator.scaling.observations import Observations
+from coordinator.scaling.report import constants_of
+from coordinator.scaling.study_fit import StudyFit, fit_observations
+from protos.contract.errors import UsageError
+
+_NUM_FRONTIER_POINTS = 24
+_MAX_KEPT_FITS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeRow:
+    """Trials of one size."""
+
+    params_n: float
+    num_done: int
+    """With a usable result."""
+    num_open: int
+    """Open or with somebody."""
+    num_failed: int
+    """Given up."""
+    num_diverged: int
+    loss_nats: float
+    """At the end of the size's own trial; 0 before it has a result."""
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyView:
+    """One study."""
+
+    study_id: str
+    stage: str
+    stage_reason: str
+    waiting_reason: str
+    num_trials: int
+    num_done: int
+    seed_noise_ratio: float
+    sizes: tuple[SizeRow, ...]
+    curves: tuple[dict[str, Any], ...]
+    """{params_n, points: [[compute_flop, loss_nats], ...]} of every size with a result."""
+    fit: dict[str, Any] | None
+    """{form, constants, n_opt_exponent, reasons, frontier: [[compute, loss, n_opt], ...]}."""
+    fit_reason: str
+    """Why there is no fit; "" if there is one."""
+
+
+def size_rows(trials: tuple[TrialStatus, ...]) -> tuple[SizeRow, ...]:
+    """Trials by size, smallest first."""
+    rows = []
+    for params_n in sorted({trial.params_n for trial in trials}):
+        own = [trial for trial in trials if trial.params_n == params_n]
+        count = Counter("DIVERGED" if trial.divergence else trial.state for trial in own)
+        rows.append(
+            SizeRow(
+                params_n=params_n,
+                num_done=count[DutyState.DONE],
+                num_open=count[DutyState.OPEN] + count[DutyState.ASSIGNED],
+                num_failed=count[DutyState.FAILED],
+                num_diverged=count["DIVERGED"],
+                loss_nats=max((t.loss_nats for t in own if t.purpose == "SIZE"), default=0.0),
+                peers=tuple(sorted({t.peer_name for t in own if t.peer_name})),
+            )
+        )
+    return tuple(rows)
+
+
+def curves_of(table: Observations) -> tuple[dict[str, Any], ...]:
+    """Loss against compute, a curve for every size."""
+    return tuple(
+        {
+            "params_n": float(params_n),
+            "points": sorted(
+                [float(compute), float(loss)]
+                for compute, loss in zip(
+                    table.compute_flop[table.params_n == params_n],
+                    table.loss_nats[table.params_n == params_n],
+                    strict=True,
+                )
+            ),
+        }
+        for params_n in np.unique(table.params_n)
+    )
+
+
+def fit_view(fit: StudyFit) -> dict[str, Any]:
+    """The law and its frontier over the measured computes."""
+    measured = fit.observations.compute_flop
+    computes = np.geomspace(measured.min(), measured.max(), _NUM_FRONTIER_POINTS)
+    best = [fit.optimum(float(compute)).optimum for compute in computes]
+    return {
+        "form": fit.fit.form.value,
+        "constants": constants_of(fit.fit.law),
+        "n_opt_exponent": fit.allocation.law.params_exponent,
+        "reasons": list(fit.reasons),
+        "frontier": [
+            [float(compute), one.loss_nats, one.params_n]
+            for compute, one in zip(computes, best, strict=True)
+        ],
+    }
+
+
+class StudyViews:
+    """Views with fits that are made once; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[str, int], tuple[dict[str, Any] | None, str]] = {}
+
+    def view(self, study: StudyStatus, table: Observations | UsageError) -> StudyView:
+        """The view of a study with its observations, or why there are none."""
+        curves: tuple[dict[str, Any], ...] = ()
+        if isinstance(table, UsageError):
+            fit, why = None, table.found
+        else:
+            curves = curves_of(table)
+            fit, why = self._fit(study.study_id, table)
+        shared = ("study_id", "stage", "stage_reason", "waiting_reason", "num_trials", "num_done")
+        return StudyView(
+            **{name: getattr(study, name) for name in shared},
+            seed_noise_ratio=study.seed_noise_ratio,
+            sizes=size_rows(study.trials),
+            curves=curves,
+            fit=fit,
+            fit_reason=why,
+        )
+
+    def _fit(self, study_id: str, table: Observations) -> tuple[dict[str, Any] | None, str]:
+        key = (study_id, len(table))
+        with self._lock:  # one fit at a time: it is the page that waits, not the run
+            if key not in self._kept:
+                if len(self._kept) >= _MAX_KEPT_FITS:
+                    self._kept.clear()
+                self._kept[key] = _fit_or_reason(table)
+            return self._kept[key]
+
+
+def _fit_or_reason(table: Observations) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return fit_view(fit_observations(table, num_draws=0)), ""
+    except UsageError as error:
+        return None, f"{error.found}; {error.allowed}"
+
+
+def plain_views(views: tuple[StudyView, ...]) -> dict[str, Any]:
+    """For JSON."""
+    return {"studies": [asdict(view) for view in views]}
