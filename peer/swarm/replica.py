@@ -265,7 +265,8 @@ class Replica:
             if certificate.value not in held:
                 self.unreported.append(certificate)
             value = rounds_pb2.RoundValue.FromString(certificate.value)
-            if (value.incarnation, value.outer_step) == (meta.incarnation, meta.outer_step):
+            place = (value.incarnation, value.outer_step)
+            if place == (self.incarnation, meta.outer_step):
                 self.keep_certificate(certificate)
         self._publish(meta, directive, self._hash_vectors())
 

@@ -57,6 +57,24 @@ def test_only_certificates_of_the_named_incarnation_are_acknowledged(hub: Hub) -
     assert [(v.incarnation, v.outer_step) for v in left] == [(0, 4), (1, 5)]
 
 
+@pytest.mark.parametrize(("incarnation", "is_kept"), [(0, True), (1, False)])
+def test_a_state_takes_the_certificate_of_its_step_along(
+    hub: Hub, incarnation: int, is_kept: bool
+) -> None:
+    """Also when the coordinator has it already, and over a restart: others ask for it."""
+    replica = _replica(hub, hub.daemons[0])
+    assert replica.meta is not None and replica.directive is not None
+    value = rounds_pb2.RoundValue(incarnation=incarnation, outer_step=3)
+    certificate = rounds_pb2.Certificate(value=value.SerializeToString())
+    held = replica.vectors.state_vectors()
+    replica.load(replace(replica.meta, outer_step=3), held, replica.directive, [certificate])
+    replica.acknowledge(incarnation=incarnation, up_to_outer_step=3)
+    path = replica.store.save(replica.checkpoint_header(), held)
+    again = _replica(hub, hub.daemons[0])
+    assert again.load_checkpoint_file(path) and again.position == (0, 3)
+    assert again.certificate_by_step == ({3: certificate} if is_kept else {})
+
+
 def test_older_or_equal_checkpoint_does_not_replace_the_state(hub: Hub) -> None:
     replica = _replica(hub, hub.daemons[0])
     assert replica.meta is not None and replica.directive is not None
