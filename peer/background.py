@@ -1,7 +1,7 @@
 """Tasks that run beside a process's main loop, none of which may fail unseen."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -32,3 +32,19 @@ class BackgroundTasks:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)
+
+
+async def start_whole(
+    starting: Coroutine[Any, Any, _T], *, undo: Callable[[_T], Awaitable[None]]
+) -> _T:
+    """Start something that only its starter can end: a caller that is cancelled meanwhile waits for
+    the start, and undoes it.
+    """
+    task = asyncio.ensure_future(starting)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            await undo(task.result())
+        raise

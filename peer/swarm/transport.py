@@ -22,6 +22,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.utils.multiaddr import Multiaddr
 
+from peer.background import start_whole
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
 from peer.swarm.link_meter import LinkMeter
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
@@ -186,7 +187,7 @@ class Transport:
         is_public = host != "127.0.0.1"
         relay_addresses = [Multiaddr(address) for address in relays] if is_public else []
         try:
-            p2p = await private.create(
+            starting = private.create(
                 host_maddrs=[f"/ip4/{host}/tcp/{listen_port}"],
                 announce_maddrs=list(announce) or None,
                 identity_path=str(identity_path),
@@ -201,6 +202,7 @@ class Transport:
                 if is_public
                 else None,  # p2pd: auto relay only
             )
+            p2p = await start_whole(starting, undo=P2P.shutdown)
         except (P2PDaemonError, OSError) as error:
             raise MachineError(
                 f"the p2p daemon did not start on {host}:{listen_port}: {error}",

@@ -1,8 +1,10 @@
-"""No task beside a main loop fails unseen."""
+"""No task beside a main loop fails unseen, and nothing half started is left."""
 
 import asyncio
 
-from peer.background import BackgroundTasks
+import pytest
+
+from peer.background import BackgroundTasks, start_whole
 
 
 async def _raise() -> None:
@@ -22,3 +24,31 @@ def test_what_a_task_does_not_handle_is_told() -> None:
         return found
 
     assert [str(error) for error in asyncio.run(run())] == ["nobody foresaw this"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_started_for_a_cancelled_caller_is_undone(fails: bool) -> None:
+    async def run() -> list[str]:
+        undone: list[str] = []
+        go_on = asyncio.Event()
+
+        async def start() -> str:
+            await go_on.wait()
+            if fails:
+                raise OSError("did not start")
+            return "child"
+
+        async def undo(child: str) -> None:
+            undone.append(child)
+
+        caller = asyncio.create_task(start_whole(start(), undo=undo))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.sleep(0)
+        assert not caller.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        return undone
+
+    assert asyncio.run(run()) == ([] if fails else ["child"])

@@ -1,11 +1,16 @@
-"""A swarm process whose p2pd was killed ends with a reason, so that the daemon starts both anew."""
+"""A swarm process whose p2pd was killed ends with a reason, so that the daemon starts both anew;
+one that ends before its p2pd is up leaves none behind.
+"""
 
 import asyncio
 import os
 import signal
 from pathlib import Path
 
-from tests.peer.swarm.swarm_hub import Hub
+import pytest
+
+from peer.swarm.transport import Transport
+from tests.peer.swarm.swarm_hub import Hub, write_p2p_key
 
 
 async def _story(folder: Path) -> None:
@@ -28,3 +33,34 @@ async def _story(folder: Path) -> None:
 
 def test_killed_p2pd_ends_the_swarm_process_which_can_be_started_again(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(_story(tmp_path), 60.0))
+
+
+def _children() -> set[str]:
+    pid = os.getpid()
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def test_p2pd_of_a_start_that_is_cancelled_is_ended(tmp_path: Path) -> None:
+    async def story() -> None:
+        write_p2p_key(tmp_path / "p2p.key")
+        before = _children()
+        creating = asyncio.create_task(
+            Transport.create(
+                home=tmp_path,
+                identity_path=tmp_path / "p2p.key",
+                prefix="swarmtest",
+                host="127.0.0.1",
+                listen_port=0,
+            )
+        )
+        while not _children() - before:
+            assert not creating.done()
+            await asyncio.sleep(0)
+        for _ in range(20):  # beyond asyncio's own start of a process, which cleans up by itself
+            await asyncio.sleep(0)
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+        assert _children() == before
+
+    asyncio.run(asyncio.wait_for(story(), 60.0))
