@@ -109,22 +109,21 @@ class RoundCore:
 
     def refuse(
         self,
-        peer_id: str,
-        *,
+        *peer_ids: str,
         attempt: int,
         kind: int,
         reason: str,
         to_attempt: int = 0,
         accused: str = "",
     ) -> None:
-        """Tell a sender that its message cannot be used."""
+        """Tell senders that their message, or an attempt, cannot be used."""
         refusal = rounds_pb2.RoundRefusal(
             reason=reason,
             kind=kind,  # type: ignore[arg-type]
             attempt=to_attempt,
             accused_peer_id=accused,
         )
-        self.send((peer_id,), attempt=attempt, refusal=refusal)
+        self.send(peer_ids, attempt=attempt, refusal=refusal)
 
     def persist(self, **changes: Any) -> None:
         """Change the record and write it before anything that follows."""

@@ -395,9 +395,10 @@ class RoundShell:
         if self._reduction is not None and not self._reduction.done():
             logger.debug("averaging stopped: %s", reason)
             self._note_silent()
-            if self._current is not None:
+            if self._current is None or not self._current.has_failed:
+                self._reduction.cancel()
+            if self._current is not None:  # a failure of its own is still told to the machine
                 self._current.fail(ReduceError(f"averaging was given up: {reason}"))
-            self._reduction.cancel()
             self._desk.open(None)
         self._reduction = None
 

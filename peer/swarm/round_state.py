@@ -437,18 +437,24 @@ class RoundMachine:
                 self._leader.repropose_to(peer_id)
 
     def _on_reduce_failed(self, event: ReduceFailed) -> None:
-        if event.attempt == self._core.attempt and self.is_reducing:
-            accused = self._core.judge_failure(event)
-            group = self._group
+        core, group = self._core, self._group
+        if event.attempt == core.attempt and self.is_reducing:
+            accused = core.judge_failure(event)
             members = {m.contribution.peer_id for m in group.members} if group else set()
-            tell = tuple(p for p in self._core.others if p in members)
+            tell = tuple(p for p in core.others if p in members)
             self._fail_attempt(event.reason, tell, accused)
+        elif event.is_invalid:  # whoever broke the attempt was the first to end it
+            core.refuse(
+                *core.others,
+                attempt=event.attempt,
+                kind=_FAILED,
+                reason=event.reason,
+                accused=core.judge_failure(event),
+            )
 
     def _fail_attempt(self, reason: str, tell: tuple[str, ...], accused: str = "") -> None:
-        core = self._core
-        attempt = core.attempt
-        for peer_id in tell:
-            core.refuse(peer_id, attempt=attempt, kind=_FAILED, reason=reason, accused=accused)
+        attempt = self._core.attempt
+        self._core.refuse(*tell, attempt=attempt, kind=_FAILED, reason=reason, accused=accused)
         self.supersede(attempt + 1, reason)
 
     # Agree ------------------------------------------------------------------------------------
@@ -467,15 +473,9 @@ class RoundMachine:
 
     def _on_repropose(self, sender: str, attempt: int, repropose: rounds_pb2.Repropose) -> None:
         core = self._core
-        if attempt < core.record.promised_attempt:
-            promised = core.record.promised_attempt
-            core.refuse(
-                sender,
-                attempt=attempt,
-                kind=_SUPERSEDED,
-                reason=f"attempt {promised} is promised",
-                to_attempt=promised,
-            )
+        if attempt < (later := core.record.promised_attempt):
+            reason = f"attempt {later} is promised"
+            core.refuse(sender, attempt=attempt, kind=_SUPERSEDED, reason=reason, to_attempt=later)
             return
         voted = core.record.highest_vote
         if voted is not None and (voted.attempt, voted.value) == (attempt, repropose.value):

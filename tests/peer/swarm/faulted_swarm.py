@@ -197,9 +197,12 @@ class FaultedSwarm:
                 return
         raise AssertionError(f"after {most_rounds} rounds only {brought} are asked")
 
-    def lost_attempts(self, daemons: list[Daemon], step: int, *, blamed: str = "") -> int:
-        """The most attempts of a step that any of these gave up after averaging had begun; with
-        `blamed`, only those for which another of them was blamed, and not that peer.
+    def lost_attempts(
+        self, daemons: list[Daemon], step: int, *, blamed: str = "", because: str = ""
+    ) -> int:
+        """The most attempts of a step that any of these gave up after averaging had begun: with
+        `because`, those whose reason says so; with `blamed`, those for which another of them was
+        blamed, and not that peer.
         """
 
         def is_lost(daemon: Daemon, message: dict[str, Any]) -> bool:
@@ -207,6 +210,8 @@ class FaultedSwarm:
                 return False
             phases = {span["phase"] for span in message["spans"]}
             if message["outcome"] != AttemptOutcome.DISCARDED or not phases - {RoundPhase.FORM}:
+                return False
+            if because not in message["reason"]:
                 return False
             others = [d.peer_id for d in daemons if d is not daemon]
             named = any(peer_id in message["reason"] for peer_id in others)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from peer.swarm.latecomers import MAX_LATE_ATTEMPTS
 from peer.swarm.state_transfer import AVERAGED_STREAM, SNAPSHOT_STREAM, STATE_INFO_CALL
 from peer.swarm.transport import PeerCallError, StreamError, Transport
 from protos.contract.telemetry import ATTEMPT_PHASES, RoundPhase
@@ -61,6 +60,9 @@ def test_survivors_go_on_in_one_state(
     running.runner.run(story())
 
 
+MOST_ROUNDS = 8
+"""On a busy machine the bad member may be left out as late before it is found out."""
+MAX_LOST_ATTEMPTS = 2
 REASONS = {
     "join shape": "piece digests",
     "part shape": "pieces (",
@@ -73,19 +75,23 @@ REASONS = {
 @pytest.mark.parametrize("kind", REASONS)
 def test_member_that_breaks_the_rules_is_out_of_the_attempt(running: Running, kind: str) -> None:
     async def story() -> None:
-        swarm = running.swarm
+        swarm, reason = running.swarm, REASONS[kind]
         bad, honest = swarm.members[-1], swarm.members[:-1]
         swarm.plan(bad, send=kind)
-        num_before = len(bad.messages)
-        swarm.offer(swarm.members)
-        brought = await swarm.committed(honest)
-        assert brought == {daemon.peer_id for daemon in honest}
-        await swarm.hub.wait(lambda: _is_told(bad, num_before, REASONS[kind]), "the reason")
-        for daemon in honest:
-            assert (await swarm.outcome(daemon, swarm.step))["outcome"] == "COMMITTED"
-        innocent = swarm.lost_attempts(honest, swarm.step, blamed=bad.peer_id)
-        most_lost = MAX_LATE_ATTEMPTS if kind == "nothing" else 1
-        assert swarm.lost_attempts(honest, swarm.step) - innocent <= most_lost
+        for _ in range(MOST_ROUNDS):
+            num_before = len(bad.messages)
+            swarm.offer(swarm.members)
+            brought = await swarm.committed(honest)
+            assert brought == {daemon.peer_id for daemon in honest}
+            for daemon in honest:
+                assert (await swarm.outcome(daemon, swarm.step))["outcome"] == "COMMITTED"
+            assert (await swarm.outcome(bad, swarm.step))["outcome"] == "RESYNC"
+            if _is_told(bad, num_before, reason):
+                break
+        else:
+            raise AssertionError(f"never told {reason!r} in {MOST_ROUNDS} rounds")
+        lost = swarm.lost_attempts(honest, swarm.step, because=reason)
+        assert lost <= MAX_LOST_ATTEMPTS, "believed at once, or found again by a leader in between"
         swarm.heal(bad)
         await swarm.hub.wait_state(swarm.members, (1, swarm.step))
         swarm.check_state(bad)
@@ -95,11 +101,10 @@ def test_member_that_breaks_the_rules_is_out_of_the_attempt(running: Running, ki
 
 
 def _is_told(daemon: Daemon, num_before: int, reason: str) -> bool:
-    """The member's daemon has heard why, and that the contribution is lost."""
-    told = [m for m in daemon.messages[num_before:] if m.get("reason")]
+    """The member's daemon has heard what was wrong."""
     kinds = ("round_outcome", "attempt_discarded")
-    has_reason = any(m["kind"] in kinds and reason in m["reason"] for m in told)
-    return has_reason and any(m.get("outcome") == "RESYNC" for m in told)
+    told = [m for m in daemon.messages[num_before:] if m["kind"] in kinds]
+    return any(reason in (m.get("reason") or "") for m in told)
 
 
 def test_stranger_gets_no_byte_and_changes_nothing(running: Running, tmp_path: Path) -> None:
