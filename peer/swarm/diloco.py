@@ -39,6 +39,7 @@ from protos.contract.run_spec import RunSpec
 
 JOINER_WARMUP_STEPS = 10
 """Inner steps over which a joiner's learning rate rises from a tenth to the schedule's."""
+_BLOCK_VALUES = 2**16
 
 
 class DilocoStrategy:
@@ -97,12 +98,8 @@ class DilocoStrategy:
             return self.restart(round_tokens=round_tokens)
         local = self._parameters.host_values()
         keep = np.float32(self._spec.strategy.mix_ratio)
-        take = np.float32(1.0) - keep
         for begin, end in self._plan.of_outer_step(after.outer_step).runs:
-            if keep:
-                local[begin:end] = keep * local[begin:end] + take * self._anchors[begin:end]
-            else:
-                local[begin:end] = self._anchors[begin:end]
+            _mix(local[begin:end], self._anchors[begin:end], keep=keep)
         self._put_local(local)
         self._base = after
         self._round_tokens = round_tokens
@@ -144,8 +141,11 @@ class DilocoStrategy:
         if self._batch_tokens:
             self._inner_step()
         fragment = self._plan.of_outer_step(self._base.outer_step + 1)
-        delta = np.subtract(self._anchors, self._parameters.host_values())
-        fragment.pack(delta, self._vectors.contribution[: fragment.num_values])
+        packed, local, offset = self._vectors.contribution, self._parameters.host_values(), 0
+        for begin, end in fragment.runs:
+            target = packed[offset : offset + end - begin]
+            np.subtract(self._anchors[begin:end], local[begin:end], out=target)
+            offset += end - begin
         offered = OfferedContribution(
             base=self._base,
             ranges=ranges,
@@ -214,4 +214,21 @@ class DilocoStrategy:
 
 
 def _copy(source: Float32Vector, target: Float32Vector) -> None:
-    np.copyto(target, source)
+    if source.ctypes.data != target.ctypes.data:
+        np.copyto(target, source)
+
+
+def _mix(local: Float32Vector, anchors: Float32Vector, *, keep: np.float32) -> None:
+    """local = keep local + (1 - keep) anchors, in blocks: fresh memory of the size of a model costs
+    more than the arithmetic.
+    """
+    if not keep:
+        np.copyto(local, anchors)
+        return
+    taken = np.empty(min(_BLOCK_VALUES, local.size), dtype=np.float32)
+    for begin in range(0, local.size, _BLOCK_VALUES):
+        mine = local[begin : begin + _BLOCK_VALUES]
+        theirs = taken[: mine.size]
+        np.multiply(anchors[begin : begin + _BLOCK_VALUES], np.float32(1.0) - keep, out=theirs)
+        np.multiply(mine, keep, out=mine)
+        np.add(mine, theirs, out=mine)

@@ -24,7 +24,9 @@ class Wan:
     """Links of all hosts."""
 
     rates_mbit: tuple[float, ...]
-    """One for each host, up and down apart."""
+    """Upload of each host."""
+    download_mbit: float | None = None
+    """Of every host; None: as its upload. Up and down do not share."""
     rtt_ms: float
     loss_percent: float = 0.0
     """Of the frames in each direction."""
@@ -62,9 +64,10 @@ def network(wan: Wan) -> Iterator[list[Host]]:
     with tempfile.TemporaryDirectory(prefix="muster-wan") as folder:
         program = Path(folder) / "switch"
         subprocess.run(["cc", "-O2", "-o", str(program), str(_SOURCE)], check=True)
-        arguments = (wan.rtt_ms / 2, wan.loss_percent, wan.queue_ms, *wan.rates_mbit)
+        rates = [f"{rate:g}:{wan.download_mbit or rate:g}" for rate in wan.rates_mbit]
+        numbers = [f"{number:g}" for number in (wan.rtt_ms / 2, wan.loss_percent, wan.queue_ms)]
         switch = subprocess.Popen(
-            [str(program), tag, *(f"{argument:g}" for argument in arguments)],
+            [str(program), tag, *numbers, *rates],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -72,6 +75,9 @@ def network(wan: Wan) -> Iterator[list[Host]]:
             assert switch.stdout is not None
             if switch.stdout.readline().strip() != "ready":
                 raise RuntimeError("the switch did not start")
+            os.sched_setscheduler(
+                switch.pid, os.SCHED_RR, os.sched_param(1)
+            )  # a wire does not wait
             yield [_add_host(name, index, wan) for index, name in enumerate(names)]
         finally:
             switch.send_signal(signal.SIGTERM)

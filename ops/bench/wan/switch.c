@@ -1,7 +1,7 @@
 /* A wide-area network in one process: an Ethernet switch between TAP devices with a rate for each
  * port (up and down apart), one one-way delay, random loss, and a bounded queue before each wire.
  *
- * switch PREFIX DELAY_MS LOSS_PERCENT QUEUE_MS RATE_MBIT...     one port for each rate
+ * switch PREFIX DELAY_MS LOSS_PERCENT QUEUE_MS UP_MBIT:DOWN_MBIT...     one port for each pair of rates
  *
  * Devices are PREFIX0, PREFIX1, ...; the last byte of a destination's MAC is its port, so nothing is
  * learnt. Frames wait for the sender's wire, travel, then wait for the receiver's wire; a frame that
@@ -38,7 +38,7 @@ typedef struct frame {
 
 typedef struct {
   int fd;
-  double bytes_per_second, up_free_seconds, down_free_seconds;
+  double up_bytes_per_second, down_bytes_per_second, up_free_seconds, down_free_seconds;
   frame *first, *last; /* on their way to this port, in order of delivery */
 } port;
 
@@ -62,7 +62,7 @@ static double next_random(void) {
 
 static void stop(int signal_number) { (void)signal_number, is_stopped = 1; }
 
-static void open_port(int index, const char *prefix, double rate_mbit) {
+static void open_port(int index, const char *prefix, const char *rates) {
   struct ifreq request;
   memset(&request, 0, sizeof request);
   request.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
@@ -76,7 +76,14 @@ static void open_port(int index, const char *prefix, double rate_mbit) {
   ioctl(fd, TUNSETVNETHDRSZ, &header_bytes);
   if (loss_ratio == 0 && ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | 0x20 | 0x40) < 0)
     ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4); /* 0x20, 0x40: UDP, on newer kernels */
-  ports[index] = (port){.fd = fd, .bytes_per_second = rate_mbit * 1e6 / 8};
+  double up_mbit, down_mbit;
+  if (sscanf(rates, "%lf:%lf", &up_mbit, &down_mbit) != 2) {
+    fprintf(stderr, "rates %s; wanted are UP_MBIT:DOWN_MBIT\n", rates);
+    exit(2);
+  }
+  ports[index].fd = fd;
+  ports[index].up_bytes_per_second = up_mbit * 1e6 / 8;
+  ports[index].down_bytes_per_second = down_mbit * 1e6 / 8;
 }
 
 /* Bytes on the wire: every segment of a large frame has its own headers. */
@@ -99,7 +106,7 @@ static void send_to(port *to, double at_seconds, double size, const unsigned cha
     num_dropped++;
     return;
   }
-  to->down_free_seconds = begin + size / to->bytes_per_second;
+  to->down_free_seconds = begin + size / to->down_bytes_per_second;
   f->next = NULL, f->deliver_seconds = to->down_free_seconds, f->num_bytes = n;
   memcpy(f->bytes, bytes, n);
   if (to->last) to->last->next = f; else to->first = f;
@@ -119,7 +126,7 @@ static void take(int from, const unsigned char *bytes, int num_bytes) {
     num_dropped++;
     return;
   }
-  sender->up_free_seconds = begin + size / sender->bytes_per_second;
+  sender->up_free_seconds = begin + size / sender->up_bytes_per_second;
   double at = sender->up_free_seconds + delay_seconds;
   if (ethernet[0] & 1) { /* multicast: to everybody else */
     for (int i = 0; i < num_ports; i++)
@@ -150,13 +157,13 @@ int main(int argc, char **argv) {
   static unsigned char bytes[sizeof(struct virtio_net_hdr) + 65536 + 64];
   struct pollfd polled[MAX_PORTS];
   if (argc < 6 || argc - 5 > MAX_PORTS) {
-    fprintf(stderr, "usage: switch PREFIX DELAY_MS LOSS_PERCENT QUEUE_MS RATE_MBIT...\n");
+    fprintf(stderr, "usage: switch PREFIX DELAY_MS LOSS_PERCENT QUEUE_MS UP_MBIT:DOWN_MBIT...\n");
     return 2;
   }
   delay_seconds = atof(argv[2]) / 1e3, loss_ratio = atof(argv[3]) / 100;
   queue_seconds = atof(argv[4]) / 1e3, num_ports = argc - 5;
   for (int i = 0; i < num_ports; i++) {
-    open_port(i, argv[1], atof(argv[5 + i]));
+    open_port(i, argv[1], argv[5 + i]);
     polled[i] = (struct pollfd){.fd = ports[i].fd, .events = POLLIN};
   }
   signal(SIGTERM, stop), signal(SIGINT, stop);

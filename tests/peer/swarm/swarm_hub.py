@@ -116,6 +116,7 @@ class Hub:
 
     def __init__(self, folder: Path, spec: RunSpec = SPEC) -> None:
         self.folder, self.spec = folder, spec
+        self.num_values = ModelShape.from_spec(spec.model).num_parameters
         self.key = SigningKey.generate()
         self.daemons: list[Daemon] = []
         self.directive: common_pb2.Signed
@@ -143,7 +144,7 @@ class Hub:
         key = SigningKey.generate()
         (home / "identity.key").write_bytes(key.private_bytes())
         p2p_peer_id = write_p2p_key(home / "p2p.key")
-        vectors = SharedVectors.create(NUM_VALUES, self.spec.strategy.state_vectors)
+        vectors = SharedVectors.create(self.num_values, self.spec.strategy.state_vectors)
         daemon = Daemon(name=name, home=home, key=key, p2p_peer_id=p2p_peer_id, vectors=vectors)
         self.daemons.append(daemon)
         return daemon
@@ -268,7 +269,7 @@ class Hub:
             "--vectors-fd",
             str(fds[1]),
             "--num-values",
-            str(NUM_VALUES),
+            str(self.num_values),
             pass_fds=fds,
             env=environment,
         )
