@@ -154,6 +154,8 @@ _ALIASES = {
     "run_digest": "run_digest",
     "source": "source",
 }
+_LEAST_PRODUCT_RATIO, _MOST_PRODUCT_RATIO = 0.01, 100.0
+"""Of C to 6 N D: sparse models have less, tiny ones with long windows or a large head more."""
 _COLUMNS = "N,D,C,loss (C may be missing, or D if C is there) and optionally convention, "
 _COLUMNS += "head_params, seed, run_digest, source"
 
@@ -279,12 +281,31 @@ def _from_dicts(rows: Sequence[dict[str, str]], name: str) -> Observations:
             source=row.get("source", ""),
         )
         observations.append(observation)
+    _check_product(observations, name)
     notes = []
     if num_c_filled:
         notes.append(f"C was missing in {num_c_filled} rows and is 6 N D there")
     if num_d_filled:
         notes.append(f"D was missing in {num_d_filled} rows and is C / (6 N) there")
     return Observations.of(observations, notes=notes)
+
+
+def _check_product(rows: Sequence[Observation], name: str) -> None:
+    """C is about 6 N D; a table where it is not has other things under these names or units."""
+    ratios = [row.compute_flop / (row.params_n * row.tokens_d) for row in rows if _is_whole(row)]
+    middle = float(np.median(ratios)) / PLAIN_FLOP_PER_PARAM_TOKEN if ratios else 1.0
+    if not _LEAST_PRODUCT_RATIO <= middle <= _MOST_PRODUCT_RATIO:
+        raise UsageError(
+            f"C of {name} is {middle:.3g} times 6 N D (median of its rows)",
+            allowed=f"{_LEAST_PRODUCT_RATIO:g} to {_MOST_PRODUCT_RATIO:g} times: N in parameters, "
+            "D in tokens, C in FLOP",
+            remedy="check units and names of the columns (case does not matter: d is read as D)",
+        )
+
+
+def _is_whole(row: Observation) -> bool:
+    values = (row.params_n, row.tokens_d, row.compute_flop)
+    return all(math.isfinite(value) and value > 0 for value in values)
 
 
 def _number(text: str, where: str, column: str) -> float:

@@ -81,6 +81,41 @@ RECORDED: dict[int, tuple[tuple[float, float], ...]] = {
 }
 
 
+# One-process default runs whose corpus was drawn with their own seed; nothing was chosen by them.
+UNSEEN: dict[int, tuple[tuple[float, float], ...]] = {
+    31: (
+        (65_536, 6.33),
+        (94_208, 6.155),
+        (126_976, 6.251),
+        (159_744, 5.687),
+        (188_416, 5.676),
+        (221_184, 5.694),
+        (253_952, 5.438),
+        (999_936, 4.282),
+    ),
+    32: (
+        (65_536, 6.303),
+        (94_208, 5.927),
+        (126_976, 5.86),
+        (159_744, 5.832),
+        (188_416, 5.54),
+        (221_184, 5.295),
+        (253_952, 5.225),
+        (999_936, 4.405),
+    ),
+    33: (
+        (65_536, 6.474),
+        (94_208, 6.074),
+        (126_976, 5.768),
+        (159_744, 5.782),
+        (188_416, 5.593),
+        (221_184, 5.631),
+        (253_952, 5.841),
+        (999_936, 4.675),
+    ),
+}
+
+
 def run_now(points: list[tuple[float, float]], *, budget: float = 999_936.0) -> RunNow:
     return RunNow(
         params_n=1.6e6,
@@ -103,6 +138,15 @@ def test_recorded_runs_are_forecast_from_their_first_quarter(seed: int) -> None:
     assert said.low_nats <= end_loss <= said.high_nats
     assert said.half_width_ratio <= 0.05
     assert "prior" in said.reason and "lower edge" in said.reason
+
+
+def test_unseen_runs_are_forecast_within_three_percent_but_not_all_of_them() -> None:
+    """Seed 31, whose held-out text falls faster than any other's, is missed by 7.4 %."""
+    errors = {}
+    for seed, (*points, (_, end_loss)) in UNSEEN.items():
+        errors[seed] = live_forecast(run_now(points)).loss_nats / end_loss - 1
+    assert abs(errors[32]) < 0.01 and abs(errors[33]) < 0.03
+    assert errors[31] == pytest.approx(0.074, abs=0.005)
 
 
 def test_a_point_far_above_its_curve_does_not_move_it() -> None:

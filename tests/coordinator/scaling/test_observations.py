@@ -67,6 +67,7 @@ def test_points_without_losses() -> None:
         ("N,D,loss\n1e8,2e9\n", "loss_nats"),
         ("N,D,loss\n1e8,2e9,2e4\n", "20000"),
         ("N,D,loss,convention\n1e8,2e9,3,matmul\n1e8,2e9,3,non-embedding\n", "mixes"),
+        ("N,d,C,loss,tokens\n1e5,64,6e10,3,1e5\n1e5,64,9e10,2.9,1.5e5\n", "times 6 N D"),
         ("N,D,loss,convention\n1e8,2e9,3,matmul\n1e8,2e9,3,\n", "mixes"),
         ("N,D,loss,convention\n1e8,2e9,3,mine\n", "'mine'"),
     ],
