@@ -48,3 +48,15 @@ async def start_whole(
         if not task.cancelled() and task.exception() is None:
             await undo(task.result())
         raise
+
+
+async def finish(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, which ends something, to its end even if the caller is cancelled meanwhile; the
+    cancellation follows then.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

@@ -79,7 +79,7 @@ class Duties:
         begun before and not named is not this peer's any more: it ends, and nothing is reported.
         """
         trial = self._trial
-        if trial is None or trial.begin_seconds > send_seconds:
+        if trial is None or trial.is_withdrawn or trial.begin_seconds > send_seconds:
             return
         if (trial.duty.duty_id, trial.duty.fence) != (duty_id, fence):
             trial.is_withdrawn = True

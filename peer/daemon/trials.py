@@ -15,6 +15,7 @@ import time
 import uuid
 from pathlib import Path
 
+from peer.background import finish
 from peer.daemon.child_watch import SILENT_TURNS, ChildWatch
 from peer.daemon.dataset import Dataset
 from peer.ipc import ChannelClosed
@@ -116,7 +117,7 @@ class Trials:
                 watching.cancel()
             stalled = "" if watching.cancelled() else watching.result()
         finally:
-            await self._supervisor.stop(child, grace_seconds=0.0)
+            await finish(self._supervisor.stop(child, grace_seconds=0.0))
         if stalled:
             raise RunFailedError(
                 f"the trial's process was ended: {stalled}",

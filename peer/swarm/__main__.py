@@ -13,6 +13,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from peer.background import finish
 from peer.ipc import AsyncChannel, ChannelClosed
 from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
@@ -119,8 +120,8 @@ async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
                 TimeoutError
             ):  # without p2pd there is nobody to say goodbye to
                 await asyncio.wait_for(dht.close(), _CLOSE_SECONDS)
-    finally:
-        await transport.close()
+    finally:  # SIGTERM may come while p2pd ends: it is waited for in any case
+        await finish(transport.close())
 
 
 async def _run_while_alive(

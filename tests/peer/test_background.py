@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from peer.background import BackgroundTasks, start_whole
+from peer.background import BackgroundTasks, finish, start_whole
 
 
 async def _raise() -> None:
@@ -52,3 +52,23 @@ def test_what_is_started_for_a_cancelled_caller_is_undone(fails: bool) -> None:
         return undone
 
     assert asyncio.run(run()) == ([] if fails else ["child"])
+
+
+def test_an_end_is_reached_although_the_caller_is_cancelled() -> None:
+    async def run() -> tuple[bool, bool]:
+        may_end, has_ended = asyncio.Event(), []
+
+        async def end() -> None:
+            await may_end.wait()
+            has_ended.append(True)
+
+        task = asyncio.ensure_future(finish(end()))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        was_waiting = not task.done()
+        may_end.set()
+        await asyncio.wait({task}, timeout=5)
+        return was_waiting and task.cancelled(), has_ended == [True]
+
+    assert asyncio.run(run()) == (True, True)
