@@ -101,6 +101,7 @@ def swarm(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Iterator[Swa
         )  # fmt: skip
         swarm.wait(lambda: swarm.read("/healthz"), "the coordinator serves", 30)
         swarm.create_run(corpus, budget_tokens=40_960, batch_tokens=4_096, num_peers=3)
+        swarm.wait(lambda: swarm.read("/api/v1/runs")["runs"], "the page shows the run", 10)
         yield swarm
 
 
