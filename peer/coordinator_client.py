@@ -333,9 +333,8 @@ class CoordinatorClient:
             file=file,  # type: ignore[arg-type]
             chunk_index=chunk_index,
         )
-        async for message in self._stream(
-            self._corpus.FetchFile, "/muster.v1.Corpus/FetchFile", request
-        ):
+        method = "/muster.v1.Corpus/FetchFile"
+        async for message in self._stream(self._corpus.FetchFile, method, request):
             yield message.data
 
     async def report_duty(
@@ -376,9 +375,8 @@ class CoordinatorClient:
     ) -> AsyncIterator[duties_pb2.FetchCheckpointResponse]:
         """Stream the coordinator's newest checkpoint: a header message, then data."""
         request = duties_pb2.FetchCheckpointRequest(max_outer_step=max_outer_step)
-        async for message in self._stream(
-            self._duties.FetchCheckpoint, "/muster.v1.Duties/FetchCheckpoint", request
-        ):
+        method = "/muster.v1.Duties/FetchCheckpoint"
+        async for message in self._stream(self._duties.FetchCheckpoint, method, request):
             yield message
 
     # How calls are made.
@@ -392,9 +390,7 @@ class CoordinatorClient:
         deadline_seconds: float = channel.UNARY_DEADLINE_SECONDS,
         retry_seconds: float = 0.0,
     ) -> Any:
-        """Call until it succeeds, is refused, or `retry_seconds` have passed. Raises
-        MusterError.
-        """
+        """Call until it succeeds, is refused or `retry_seconds` are over. Raises MusterError."""
         give_up_seconds = time.monotonic() + retry_seconds
         backoff_seconds = _FIRST_BACKOFF_SECONDS
         while True:
@@ -416,14 +412,25 @@ class CoordinatorClient:
     async def _stream(
         self, stub_method: Callable[..., Any], method: str, request: Any
     ) -> AsyncIterator[Any]:
-        began_seconds = time.monotonic()
+        """Messages of a download; the size in the first one says how long it may take."""
+        began_seconds, seconds = time.monotonic(), channel.STREAM_DEADLINE_SECONDS
+        call = stub_method(request, metadata=self._metadata(method))
         try:
-            async for message in stub_method(
-                request, timeout=channel.STREAM_DEADLINE_SECONDS, metadata=self._metadata(method)
-            ):
+            while True:
+                async with asyncio.timeout(began_seconds + seconds - time.monotonic()):
+                    message = await call.read()
+                if message is grpc.aio.EOF:
+                    break
+                seconds = max(seconds, channel.transfer_deadline_seconds(message.total_bytes))
                 yield message
         except grpc.aio.AioRpcError as error:
             raise self._failed(method, error, began_seconds) from error
+        except TimeoutError as error:
+            failure = self._unanswered(f"no whole answer in {seconds:.0f} s")
+            self._note(method, "DEADLINE_EXCEEDED", began_seconds, reason=failure.found)
+            raise failure from error
+        finally:
+            call.cancel()
         self._note(method, "OK", began_seconds)
 
     def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
@@ -443,15 +450,17 @@ class CoordinatorClient:
         metadata = {key for key, _ in (error.trailing_metadata() or ())}
         is_answered = error.code() not in _RETRIED or channel.METADATA_ERROR_CODE in metadata
         if not is_answered:
-            details = error.details() or error.code().name
-            failure = UnavailableError(
-                f"the coordinator at {self._address} does not answer ({details})",
-                allowed="a running coordinator that this machine can reach",
-                remedy="wait until it is back, or check the network and its firewall",
-            )
+            failure = self._unanswered(error.details() or error.code().name)
         reason = "" if is_answered else failure.found
         self._note(method, error.code().name, began_seconds, reason=reason)
         return failure
+
+    def _unanswered(self, details: str) -> UnavailableError:
+        return UnavailableError(
+            f"the coordinator at {self._address} does not answer ({details})",
+            allowed="a running coordinator that this machine can reach",
+            remedy="wait until it is back, or check the network and its firewall",
+        )
 
     def _note(self, method: str, status: str, began_seconds: float, *, reason: str = "") -> None:
         self._observe(

@@ -21,12 +21,12 @@ from peer import session_events as ev
 from peer.lease_holdings import LeaseHoldings
 from peer.session_link import CoordinatorLink
 from peer.session_state import OpenDuty, Position, SessionFacts, derive_state
-from protos.contract.errors import MachineError, UsageError
+from protos.contract.errors import MachineError, RunFailedError, UsageError
 from protos.contract.telemetry import RoundOutcome, RoundPhase, SessionState
 
 MAX_DEATHS = 3
 """Deaths of one child within DEATH_WINDOW_SECONDS that are answered by starting it again."""
-HOPELESS_EXIT_CODES = (UsageError.exit_code, MachineError.exit_code)
+UNFIT_EXIT_CODES = (UsageError.exit_code, MachineError.exit_code)
 """A child that ends with one of them before it was ever ready would do so again."""
 DEATH_WINDOW_SECONDS = 600.0
 
@@ -106,8 +106,7 @@ class SessionMachine:
                     link.is_rejoining = True
                     self._do(ev.Rejoin(reason=event.reason))
             case ev.DutyOffered():
-                if facts.duty is None and facts.last_duty != (event.duty_id, event.fence):
-                    facts.duty = OpenDuty(event)
+                self._on_duty_offered(event)
             case ev.DutyEnded():
                 facts.last_duty = (event.duty_id, event.fence)
                 if facts.duty is not None and facts.duty.event.duty_id == event.duty_id:
@@ -181,7 +180,10 @@ class SessionMachine:
                 event, sequences=max(1, facts.micro_batch_sequences * was_training)
             )
             return
-        if event.exit_code in HOPELESS_EXIT_CODES and event.child not in facts.proven_children:
+        is_unfit = event.exit_code in UNFIT_EXIT_CODES and event.child not in facts.proven_children
+        if (
+            is_unfit or event.exit_code == RunFailedError.exit_code
+        ):  # the next would end as this one
             self._begin_drain(event.reason, exit_code=event.exit_code)
             return
         deaths = facts.deaths_by_child.setdefault(event.child, [])
@@ -193,7 +195,7 @@ class SessionMachine:
                 f"the {event.child} process died {len(deaths)} times in {minutes:.0f} minutes: "
                 f"{event.reason}"
             )
-            self._begin_drain(reason, exit_code=7)
+            self._begin_drain(reason, exit_code=RunFailedError.exit_code)
         else:
             if event.child is ev.ChildName.TRAINER:
                 facts.proven_children.discard(event.child)  # it is planned for what is left
@@ -286,6 +288,16 @@ class SessionMachine:
         if event.is_run_over:
             self._begin_drain(event.run_reason, exit_code=0)
 
+    def _on_duty_offered(self, event: ev.DutyOffered) -> None:
+        """Take it, also in place of one that was not begun: the coordinator knows that one to be
+        lost when it offers another, or the same one under a newer fence.
+        """
+        facts = self._facts
+        if facts.last_duty == (event.duty_id, event.fence):
+            return
+        if facts.duty is None or not facts.duty.is_begun:
+            facts.duty = OpenDuty(event)
+
     def _on_lease_event(self, event: ev.Event) -> None:
         facts, link = self._facts, self._link
         match event:
@@ -370,7 +382,7 @@ class SessionMachine:
             now_seconds=self._now_seconds,
         )
         duty = self._facts.duty
-        if action is not None and duty is not None and duty.is_begun:
+        if action is not None and duty is not None:
             event = duty.event
             action = replace(action, duty_id=event.duty_id, duty_fence=event.fence)
         if action is not None:

@@ -20,6 +20,7 @@ from protos.contract.channel import (
     METADATA_PEER,
     STREAM_DEADLINE_SECONDS,
     UNAUTHENTICATED_METHODS,
+    transfer_deadline_seconds,
 )
 from protos.contract.errors import ErrorCode, MusterError, RefusedError, UnavailableError
 from protos.contract.telemetry import LogField
@@ -103,8 +104,12 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             begin_seconds, outcome = time.perf_counter(), ["OK"]
             try:
                 await self._admit(method, context)
-                async with asyncio.timeout(STREAM_DEADLINE_SECONDS):
+                async with asyncio.timeout(STREAM_DEADLINE_SECONDS) as deadline:
+                    begin_loop_seconds = asyncio.get_running_loop().time()
                     async for part in inner(request, context):
+                        if part.total_bytes:  # in the first one
+                            seconds = transfer_deadline_seconds(part.total_bytes)
+                            deadline.reschedule(begin_loop_seconds + seconds)
                         yield part
             except (Exception, asyncio.CancelledError) as error:
                 await self._refuse(method, context, error, outcome)
@@ -147,7 +152,7 @@ class BorderInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if isinstance(error, TimeoutError):
             error = UnavailableError(
                 f"{method} took longer than a transfer may",
-                allowed=f"{STREAM_DEADLINE_SECONDS:.0f} s, and more for a large upload",
+                allowed=f"{STREAM_DEADLINE_SECONDS:.0f} s, and more for a large file",
                 remedy="try again over a faster connection",
                 code=ErrorCode.NOT_READY,
             )

@@ -8,6 +8,7 @@ that it needs. A study that cannot be fitted yet has the reason instead.
 import threading
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -151,10 +152,18 @@ class StudyViews:
 
 
 def _fit_or_reason(table: Observations) -> tuple[dict[str, Any] | None, str]:
+    """Whatever the table, an answer: the rest of the page must not wait for a better one."""
     try:
-        return fit_view(fit_observations(table, num_draws=0)), ""
+        with np.errstate(all="ignore"):  # what comes of it is looked at below
+            fit = fit_view(fit_observations(table, num_draws=0))
     except UsageError as error:
         return None, f"{error.found}; {error.allowed}"
+    except (ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
+        return None, f"the fit failed: {error}; losses that fall with size and compute are needed"
+    numbers = [*fit["constants"].values(), fit["n_opt_exponent"], *chain(*fit["frontier"])]
+    if not np.isfinite(numbers).all():
+        return None, "the fit has no finite optimum; losses that fall with compute are needed"
+    return fit, ""
 
 
 def plain_views(views: tuple[StudyView, ...]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ ChannelOptions = list[tuple[str, int | str]]
 
 
 def transfer_deadline_seconds(num_bytes: int) -> float:
-    """Longest that the upload of a file of this size may take, for both sides."""
+    """Longest that the transfer of a file of this size may take, for both sides."""
     return STREAM_DEADLINE_SECONDS + num_bytes / SLOWEST_LINK_BYTES_PER_SECOND
 
 

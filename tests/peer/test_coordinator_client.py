@@ -117,6 +117,13 @@ class Duties(duties_pb2_grpc.DutiesServicer):
             self.script.uploaded += message.data
         return duties_pb2.UploadCheckpointResponse(is_accepted=True)
 
+    async def FetchCheckpoint(self, request: Any, context: Any) -> Any:
+        yield duties_pb2.FetchCheckpointResponse(data=b"a", total_bytes=request.max_outer_step)
+        later = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.5, later.set)
+        await later.wait()
+        yield duties_pb2.FetchCheckpointResponse(data=b"b")
+
 
 @asynccontextmanager
 async def serving(script: Script) -> AsyncIterator[tuple[grpc.aio.Server, JoinString]]:
@@ -290,5 +297,21 @@ def test_streams_in_both_directions() -> None:
         with pytest.raises(RefusedError) as caught:
             _ = [part async for part in client.fetch_file(3, chunk_index=6)]
         assert caught.value.code is ErrorCode.NOT_LEASED
+
+    run(scenario)
+
+
+def test_a_download_may_take_as_long_as_its_size_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause of 0.5 s, where an empty file gets 0.2 s and 100 bytes get 10.2 s."""
+    monkeypatch.setattr(channel, "STREAM_DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr(channel, "SLOWEST_LINK_BYTES_PER_SECOND", 10.0)
+
+    async def scenario(client: Any, script: Script, results: Any, _: Any) -> None:
+        await client.challenge()  # the connection is there
+        parts = [part.data async for part in client.fetch_checkpoint(max_outer_step=100)]
+        assert parts == [b"a", b"b"] and results[-1].is_answered
+        with pytest.raises(UnavailableError, match="no whole answer"):
+            _ = [part async for part in client.fetch_checkpoint(max_outer_step=0)]
+        assert (results[-1].status, results[-1].is_answered) == ("DEADLINE_EXCEEDED", False)
 
     run(scenario)

@@ -1,118 +1,34 @@
 """The session machine by tables: each case is a timeline of events and what must come of it."""
 
 import dataclasses
-from collections.abc import Iterable
 
 import pytest
 
 from peer import session_events as ev
-from peer.lease_holdings import GrantedLease, UsedRange
-from peer.session import MAX_DEATHS, Decision, SessionMachine
+from peer.session import MAX_DEATHS
 from peer.session_events import ChildName
 from peer.session_link import GRACE_SECONDS
-from protos.contract.telemetry import RoundOutcome, RoundPhase, SessionState
-
-WINDOW_TOKENS = 256
-ROUND_TOKENS = 4096
-
-
-class Timeline:
-    """A machine with a clock and everything that it has decided."""
-
-    def __init__(self) -> None:
-        self.machine = SessionMachine()
-        self.now_seconds = 100.0
-        self.actions: list[ev.Action] = []
-        self.last: Decision | None = None
-
-    def feed(self, *events: ev.Event) -> Decision:
-        for event in events:
-            self.last = self.machine.handle(event, now_seconds=self.now_seconds)
-            self.actions += self.last.actions
-        assert self.last is not None
-        return self.last
-
-    def wait(self, seconds: float) -> Decision:
-        self.now_seconds += seconds
-        return self.feed(ev.Tick(jitter_ratio=0.5))
-
-    def take(self, kind: type) -> list:
-        """Actions of one kind since the last look; all others are forgotten too."""
-        found = [action for action in self.actions if isinstance(action, kind)]
-        self.actions = [action for action in self.actions if not isinstance(action, kind)]
-        return found
-
-    @property
-    def state(self) -> SessionState:
-        assert self.last is not None
-        return self.last.state
-
-
-def state_reached(
-    step: int, *, incarnation: int = 1, round_tokens: int = ROUND_TOKENS, is_paused: bool = False
-) -> ev.StateReached:
-    return ev.StateReached(
-        incarnation=incarnation, outer_step=step, round_tokens=round_tokens, is_paused=is_paused
-    )
-
-
-def grant(*numbers: int, incarnation: int = 1, windows: int = 16) -> ev.LeasesGranted:
-    leases = tuple(
-        GrantedLease(
-            lease_number=number, begin_window=0, end_window=windows, tokens_per_window=WINDOW_TOKENS
-        )
-        for number in numbers
-    )
-    return ev.LeasesGranted(
-        incarnation=incarnation, leases=leases, reason="", is_budget_exhausted=False
-    )
-
-
-def nothing(*, is_exhausted: bool = False) -> ev.LeasesGranted:
-    return ev.LeasesGranted(
-        incarnation=1, leases=(), reason="nothing is free", is_budget_exhausted=is_exhausted
-    )
-
-
-def contribution(step: int, ranges: Iterable[tuple[int, int, int]]) -> ev.ContributionReady:
-    return ev.ContributionReady(
-        incarnation=1,
-        outer_step=step,
-        ranges=tuple(
-            UsedRange(lease_number=number, begin_window=begin, end_window=end)
-            for number, begin, end in ranges
-        ),
-    )
-
-
-def ended(outcome: RoundOutcome, step: int) -> ev.RoundEnded:
-    return ev.RoundEnded(outcome=outcome, incarnation=1, outer_step=step, reason="because")
-
-
-JOINED = ev.Joined(heartbeat_interval_seconds=10.0, incarnation=1, has_lost_leases=False)
-IDLE_PHASE = ev.PhaseChanged(phase=RoundPhase.IDLE, reason="between rounds")
-AWAY = ev.CoordinatorReachable(is_reachable=False, reason="connection refused")
-BACK = ev.CoordinatorReachable(is_reachable=True, reason="it answers")
+from protos.contract.telemetry import RoundOutcome, SessionState
+from tests.peer.session_timeline import (
+    AWAY,
+    BACK,
+    IDLE_PHASE,
+    JOINED,
+    ROUND_TOKENS,
+    WINDOW_TOKENS,
+    Timeline,
+    contribution,
+    ended,
+    grant,
+    nothing,
+    state_reached,
+    training_peer,
+)
 
 
 @pytest.fixture
 def training() -> Timeline:
-    """A peer in the middle of training with leases 1 and 2 of one round each."""
-    timeline = Timeline()
-    timeline.feed(
-        ev.JoinBegun(reason="joining"),
-        JOINED,
-        ev.ChildReady(child=ChildName.SWARM),
-        ev.DatasetReady(),
-        ev.ChildReady(child=ChildName.TRAINER),
-        state_reached(5),
-        IDLE_PHASE,
-        grant(1, 2),
-        ev.LeaseFetched(lease_number=1),
-        ev.LeaseFetched(lease_number=2),
-    )
-    timeline.actions.clear()
-    return timeline
+    return training_peer()
 
 
 def test_from_idle_to_training() -> None:
@@ -429,6 +345,18 @@ def test_a_child_that_could_run_before_is_started_again(training: Timeline) -> N
     assert training.take(ev.BeginDrain) == [] and len(training.take(ev.Respawn)) == 1
 
 
+def test_a_trainer_that_found_the_run_to_fail_ends_the_session_at_once(training: Timeline) -> None:
+    """Not finite five times in a row, in the middle of training: the next trainer would do the
+    same."""
+    reason = "loss or gradient not finite, 5 in a row"
+    training.feed(ev.TrainingProgressed(contribution_tokens=512))
+    death = ev.ChildDied(child=ChildName.TRAINER, reason=reason, exit_code=7)
+    decision = training.feed(death)
+    assert training.take(ev.BeginDrain) == [ev.BeginDrain(reason=reason, exit_code=7)]
+    assert training.take(ev.Respawn) == [] and len(training.take(ev.ReleaseLeases)) == 1
+    assert decision.state is SessionState.DRAINING and decision.reason == reason
+
+
 def test_deaths_far_apart_are_forgiven(training: Timeline) -> None:
     for _ in range(3 * MAX_DEATHS):
         training.feed(ev.ChildDied(child=ChildName.TRAINER, reason="killed"))
@@ -462,6 +390,27 @@ def test_duties_wait_for_their_step_and_are_done_once(training: Timeline) -> Non
         ev.DutyOffered(duty_id="d1", fence=2, kind=ev.DutyKind.EVALUATE, min_outer_step=6)
     )
     assert len(training.take(ev.PerformDuty)) == 1
+
+
+def test_a_duty_that_waits_is_renewed_and_follows_its_fence() -> None:
+    """A trial given back and offered anew before its dataset is here is done under the new fence
+    only; work under way is not disturbed."""
+    timeline = Timeline()
+    first, second, third = (
+        ev.DutyOffered(duty_id="t", fence=fence, kind=ev.DutyKind.TRIAL, min_outer_step=0)
+        for fence in (1, 2, 3)
+    )
+    answer = ev.HeartbeatFailed(reason="")
+    timeline.feed(JOINED, first)
+    timeline.wait(60.0)
+    timeline.feed(answer, second)
+    timeline.wait(60.0)
+    sent = timeline.take(ev.SendHeartbeat)
+    assert [(beat.duty_id, beat.duty_fence) for beat in sent] == [("t", 1), ("t", 2)]
+    timeline.feed(ev.DatasetReady(), answer, third)
+    timeline.wait(60.0)
+    assert [action.fence for action in timeline.take(ev.PerformDuty)] == [2]
+    assert [beat.duty_fence for beat in timeline.take(ev.SendHeartbeat)] == [2]
 
 
 def test_a_trial_needs_the_dataset_and_no_state() -> None:

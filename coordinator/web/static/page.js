@@ -11,6 +11,8 @@ let shownSeriesKey = "";
 let shownRunId = "";
 let newestEventId = -1;
 let isPolling = false;
+let isPollingStudies = false;
+let studiesTrouble = "";
 
 async function ask(path) {
   const answer = await fetch(path, { cache: "no-store" });
@@ -143,6 +145,21 @@ function showEvents(events) {
   while (byId("events").children.length > MAX_SHOWN_EVENTS) byId("events").lastElementChild.remove();
 }
 
+// Apart from the rest, which neither waits for a fit nor stops when one cannot be shown.
+async function pollStudies(runId, base) {
+  if (isPollingStudies) return;
+  isPollingStudies = true;
+  try {
+    const { studies } = await ask(`${base}/studies`);
+    if (runId === shownRunId) showStudies(byId("studies"), byId("study-list"), studies);
+    studiesTrouble = "";
+  } catch (error) {
+    studiesTrouble = `studies cannot be shown (${error.message})`;
+  } finally {
+    isPollingStudies = false;
+  }
+}
+
 async function poll() {
   if (isPolling || document.hidden) return;
   isPolling = true;
@@ -159,18 +176,18 @@ async function poll() {
       byId("events").replaceChildren();
     }
     const base = `/api/v1/runs/${encodeURIComponent(runId)}`;
-    const [status, peers, events, studies] = await Promise.all([
-      ask(base), ask(`${base}/peers`), ask(`${base}/events?after=${newestEventId}`), ask(`${base}/studies`)]);
+    pollStudies(runId, base);
+    const [status, peers, events] = await Promise.all([
+      ask(base), ask(`${base}/peers`), ask(`${base}/events?after=${newestEventId}`)]);
     showStatus(status);
     showPeers(peers.peers, status.now_unix_seconds);
     showEvents(events.events);
-    showStudies(byId("studies"), byId("study-list"), studies.studies);
     const seriesKey = [status.incarnation, status.outer_step, status.last_evaluation?.unix_seconds].join();
     if (seriesKey !== shownSeriesKey) {
       showSeries(await ask(`${base}/series`), status);
       shownSeriesKey = seriesKey;
     }
-    put("connection", "");
+    put("connection", studiesTrouble);
   } catch (error) {
     put("connection", `no answer from the coordinator (${error.message})`);
   } finally {

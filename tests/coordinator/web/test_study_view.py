@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 
 from coordinator.operations import studies
 from coordinator.operations.requests_studies import RunStudiesRequest, StudyRequest, StudyStatus
-from coordinator.scaling.observations import Observations
+from coordinator.scaling.observations import Observation, Observations
 from coordinator.web import study_view
 from coordinator.web.study_view import StudyViews, plain_views
 from protos.contract.errors import UsageError
@@ -64,3 +65,35 @@ def test_what_diverged_or_was_given_up_is_told_apart() -> None:
     view = StudyViews().view(*look(world))
     assert [size.num_diverged for size in view.sizes] == [1, 2, 1]
     assert all(size.num_done == 0 and size.loss_nats == 0 for size in view.sizes)
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "sizes", "why"),
+    [
+        (lambda n, c: 4 + math.log10(n) / 5 - math.log10(c) / 50, (1e5, 2e5, 4e5), "failed"),
+        (lambda n, c: 2 + math.log10(c) / 5, (1e5, 2e5, 4e5), "no finite optimum"),
+    ],
+)
+def test_a_table_without_a_law_has_a_reason_that_is_found_once(
+    loss_of: Callable[[float, float], float],
+    sizes: tuple[float, ...],
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, views = paused(), StudyViews()
+    world.do(studies.create_study, SMALL)
+    study, _ = look(world)
+    span = 10.0 if why == "failed" else 2.0
+    rows = [
+        Observation(
+            params_n=n, tokens_d=c / (6 * n), compute_flop=c, loss_nats=loss_of(n, c), seed=0
+        )
+        for n in sizes
+        for c in (1e6 * n * span**power for power in range(4))
+    ]
+    table = Observations.of(rows)
+    view = views.view(study, table)
+    assert view.fit is None and why in view.fit_reason and len(view.curves) == len(sizes)
+    json.dumps(plain_views((view,)), allow_nan=False)
+    monkeypatch.setattr(study_view, "fit_observations", None)  # not made twice
+    assert views.view(study, table) == view
