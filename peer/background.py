@@ -34,6 +34,20 @@ class BackgroundTasks:
             self._on_failure(error)
 
 
+async def _end_of(task: asyncio.Future[Any]) -> None:
+    """Wait for the end of a task, however often the caller is cancelled meanwhile; the cancellation
+    follows then.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
 async def start_whole(
     starting: Coroutine[Any, Any, _T], *, undo: Callable[[_T], Awaitable[None]]
 ) -> _T:
@@ -42,12 +56,14 @@ async def start_whole(
     """
     task = asyncio.ensure_future(starting)
     try:
-        return await asyncio.shield(task)
+        await _end_of(task)
     except asyncio.CancelledError:
-        await asyncio.wait({task})
         if not task.cancelled() and task.exception() is None:
-            await undo(task.result())
+            undoing = asyncio.ensure_future(undo(task.result()))
+            await _end_of(undoing)
+            undoing.result()
         raise
+    return task.result()
 
 
 async def finish(work: Coroutine[Any, Any, None]) -> None:
@@ -55,8 +71,5 @@ async def finish(work: Coroutine[Any, Any, None]) -> None:
     cancellation follows then.
     """
     task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
+    await _end_of(task)
+    task.result()

@@ -7,7 +7,6 @@ is told with the last lines of its output.
 """
 
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
@@ -105,15 +104,18 @@ class Children:
         self._is_configured[name] = True
         self.send(name, "configure", **fields)
 
-    def send(self, name: ChildName, kind: str, **fields: Any) -> None:
-        """Send a message; a child that is gone or not configured hears nothing, and is told anew
-        after its return.
+    def send(self, name: ChildName, kind: str, **fields: Any) -> bool:
+        """Send a message; a child that is gone or not configured hears nothing (False), and is told
+        anew after its return.
         """
         child = self._child_by_name.get(name)
         if child is None or not self._is_configured.get(name):
-            return
-        with contextlib.suppress(ChannelClosed):
+            return False
+        try:
             child.channel.send(kind, **fields)
+        except ChannelClosed:
+            return False
+        return True
 
     def note_failure(self, name: ChildName, failure: ChildFailure) -> None:
         """What a child said before it ended."""

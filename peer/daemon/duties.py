@@ -36,8 +36,8 @@ DUTY_KINDS = {
     duties_pb2.DUTY_KIND_TRIAL: ev.DutyKind.TRIAL,
 }
 
-Send = Callable[..., None]
-"""(child, kind, **fields)."""
+Send = Callable[..., bool]
+"""(child, kind, **fields); False if the child is gone."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,27 +102,22 @@ class Duties:
         so its first try ends without a word; what the swarm process was asked has failed.
         """
         for asked, waiting in self._answer_by_id.values():
-            if asked is not child or waiting.done():
-                continue
-            if child is ChildName.TRAINER:
-                waiting.cancel()
-            else:
-                waiting.set_exception(UnavailableError("the swarm process ended"))
+            if asked is child and not waiting.done():
+                _end_waiting(child, waiting)
 
     async def perform(self, duty: duties_pb2.Duty, *, heldout_paths: tuple[Path, ...]) -> None:
         """Do a duty and report it."""
         kind = DUTY_KINDS[duty.kind]
-        reason = ""
+        reason, outcome = "", "done"
         try:
             if kind is ev.DutyKind.EVALUATE:
                 await self._evaluate(duty, heldout_paths)
             elif kind is ev.DutyKind.TRIAL:
-                await self._perform_trial(duty)
+                outcome = await self._perform_trial(duty)
             else:
                 await self._upload_checkpoint(duty)
         except (MusterError, OSError) as error:
-            reason = str(error)
-        outcome = "failed" if reason else "done"
+            reason, outcome = str(error), "failed"
         self._metrics.add(PEER_DUTIES, 1, {"kind": kind.value, "outcome": outcome})
         if reason:
             _LOGGER.warning("%s=%s (%s) failed: %s", LogField.DUTY, duty.duty_id, kind, reason)
@@ -159,7 +154,8 @@ class Duties:
         if not response.is_accepted:
             _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
 
-    async def _perform_trial(self, duty: duties_pb2.Duty) -> None:
+    async def _perform_trial(self, duty: duties_pb2.Duty) -> str:
+        """Returns the outcome."""
         trial = self._trial = _Trial(
             duty=duty,
             training=asyncio.ensure_future(self._run_trial(duty)),
@@ -171,10 +167,11 @@ class Duties:
             if not trial.is_withdrawn:
                 raise
             _LOGGER.info("%s=%s was withdrawn and is ended", LogField.DUTY, duty.duty_id)
-            return
+            return "withdrawn"
         finally:
             self._trial = None
         await self._report_trial(duty, result)
+        return "done"
 
     async def _report_trial(self, duty: duties_pb2.Duty, result: duties_pb2.TrialResult) -> None:
         request = duties_pb2.ReportDutyRequest(duty_id=duty.duty_id, fence=duty.fence, trial=result)
@@ -228,8 +225,9 @@ class Duties:
         self._answer_by_id[request_id] = child, answer
         if kind == "write_checkpoint":
             fields["request_id"] = request_id
-        self._send(child, kind, **fields)
         try:
+            if not self._send(child, kind, **fields):  # it ended before it was asked
+                _end_waiting(child, answer)
             return await answer
         finally:
             if self._answer_by_id.get(request_id) == (child, answer):
@@ -257,6 +255,13 @@ class Duties:
             outer_step=header.outer_step,
             state_digest=header.state_digest,
         )
+
+
+def _end_waiting(child: ChildName, waiting: asyncio.Future[Message]) -> None:
+    if child is ChildName.TRAINER:
+        waiting.cancel()
+    else:
+        waiting.set_exception(UnavailableError("the swarm process ended"))
 
 
 async def _save_checkpoint(

@@ -48,7 +48,10 @@ def needed_chunks(spec: RunSpec, manifest: Manifest) -> list[int]:
 
 
 _START_SECONDS = 300.0
-"""From the start of the process to its first update: imports, initial values."""
+"""From the start of the process to its first update: imports, initial values; twice as long each
+time that the duty is handed out again (its fence), so that slow hosts come to an end as well.
+"""
+_MAX_START_DOUBLINGS = 6
 _LEAST_TURN_SECONDS = 3.0
 """Ten of them are waited for in any case; a trial has minutes of work to lose."""
 _TICK_SECONDS = 0.5
@@ -112,7 +115,7 @@ class Trials:
         child = await self._supervisor.spawn("trial", command, channel_flag="--channel-fd")
         try:
             async with asyncio.TaskGroup() as group:
-                watching = group.create_task(watch(child))
+                watching = group.create_task(watch(child, _start_seconds(duty.fence)))
                 end = await self._supervisor.wait(child)
                 watching.cancel()
             stalled = "" if watching.cancelled() else watching.result()
@@ -133,17 +136,26 @@ class Trials:
         return _result_from_plain(json.loads(result_path.read_text(encoding="ascii")))
 
 
-async def watch(child: Child) -> str:
-    """Kill a trial that comes round no more; returns why, once that is so."""
+def _start_seconds(fence: int) -> float:
+    return _START_SECONDS * 2.0 ** min(max(fence - 1, 0), _MAX_START_DOUBLINGS)
+
+
+async def watch(child: Child, start_seconds: float) -> str:
+    """Kill a trial that comes round no more; returns why, once that is so, and "" if it has just
+    ended by itself.
+    """
     turns = ChildWatch()
-    turns.turn(_START_SECONDS / SILENT_TURNS)
+    turns.turn(start_seconds / SILENT_TURNS)
     listening = asyncio.ensure_future(_listen(child, turns))
     try:
         while not (stalled := turns.tick(time.monotonic())):
             await asyncio.sleep(_TICK_SECONDS)
     finally:
         listening.cancel()
-    child.process.kill()
+    try:
+        child.process.kill()
+    except ProcessLookupError:
+        return ""
     return stalled
 
 

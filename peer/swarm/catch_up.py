@@ -309,6 +309,11 @@ class CatchUp:
         )
         if content is None and meta.incarnation == replica.incarnation:
             return f"its directive for state {meta.incarnation}/{meta.outer_step} is not valid"
+        if content is None:  # of another incarnation than the state, by a donor's account
+            try:
+                common_pb2.Directive.FromString(signed.payload)
+            except DecodeError as error:
+                return f"its directive does not parse ({error})"
         if content is not None and content.directive_number != meta.directive_number:
             return f"state {meta.incarnation}/{meta.outer_step} names another directive"
         return ""
@@ -319,20 +324,20 @@ class CatchUp:
         """
         replica, layout = self._replica, self._incoming.layout
         digest = state_digest_of_pieces(meta, layout.by_vector(header.piece_digests))
-        problem = self._problem_of_directive(meta, header.directive)
+        if self._problem_of_directive(meta, header.directive):
+            return False
         directive = common_pb2.Directive.FromString(header.directive.payload)
         infos = await self.infos(from_outer_step=meta.outer_step + 1)
         ways = [list(info.certificates) for info in infos.values() if info.certificates]
         proofs = [
             way
             for way in ways
-            if not problem
-            and proves_state(way[0], meta, digest)
-            and not check_certificate(
+            if not check_certificate(
                 way[0],
                 directive=directive,
                 coordinator_public_key=replica.coordinator_public_key,
             )
+            and proves_state(way[0], meta, digest)
         ]
         if not proofs:
             return False

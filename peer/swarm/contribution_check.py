@@ -9,6 +9,7 @@ and the sum stays within the roster's limit.
 
 from dataclasses import dataclass
 
+from peer.shared_vectors import StatePosition
 from peer.swarm.round_types import ContributionVerdict
 from protos.contract.certificate import Tag
 from protos.contract.digest import StateMeta
@@ -199,4 +200,18 @@ def next_meta(meta: StateMeta, certificate: rounds_pb2.Certificate, *, seq_len: 
         schedule_tokens=meta.schedule_tokens + total_tokens(contributions, seq_len=seq_len),
         directive_number=value.next_directive_number,
         lease_cursor_by_peer=cursors_after(contributions, meta.lease_cursor_by_peer),
+    )
+
+
+def position_of(meta: StateMeta, signed: common_pb2.Signed) -> StatePosition:
+    """What the trainer is told of a state in shared memory."""
+    directive = common_pb2.Directive.FromString(signed.payload)
+    return StatePosition(
+        incarnation=meta.incarnation,
+        outer_step=meta.outer_step,
+        schedule_tokens=meta.schedule_tokens,
+        directive_number=meta.directive_number,
+        planned_round_tokens=sum(entry.round_tokens for entry in directive.roster),
+        cooldown_start_tokens=directive.cooldown_start_tokens,
+        budget_tokens=directive.budget_tokens,
     )

@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from peer.checkpoint.initial import imported_model_path, initial_params
 from peer.checkpoint.store import CheckpointHeader, CheckpointStore, open_checkpoint
-from peer.shared_vectors import SharedVectors, StatePosition
+from peer.shared_vectors import SharedVectors
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.averaged_store import AveragedStore
 from peer.swarm.codecs import EncodedVector
-from peer.swarm.contribution_check import next_meta, open_directive
+from peer.swarm.contribution_check import next_meta, open_directive, position_of
 from peer.swarm.error_feedback import ErrorFeedback
+from peer.swarm.foreign_certificates import ForeignCertificates, place_of
 from peer.swarm.fragments import FragmentPlan
 from peer.swarm.outer_update import exact_update_for
 from peer.swarm.record_file import run_folder_name
@@ -99,6 +101,11 @@ class Replica:
         self.unreported: list[rounds_pb2.Certificate] = []
         self.directive_by_number: dict[int, common_pb2.Signed] = {}
         self.certificate_by_step: OrderedDict[int, rounds_pb2.Certificate] = OrderedDict()
+        self._foreign = ForeignCertificates(
+            run_id=run_id,
+            coordinator_public_key=coordinator_public_key,
+            directive_by_number=self.directive_by_number,
+        )
         self._piece_digests: tuple[tuple[bytes, ...], ...] = ()
         self.recent_directives: list[common_pb2.Signed] = []
         """In force now, and for the last step made here: its members may still fetch that step's
@@ -139,6 +146,7 @@ class Replica:
         )
         if directive is not None:
             self.directive_by_number[directive.directive_number] = signed
+            self._prove_own_step()
         return directive
 
     def newest_directive(self) -> common_pb2.Signed:
@@ -161,6 +169,7 @@ class Replica:
         self.directive_by_number.clear()
         self.certificate_by_step.clear()
         self.recent_directives.clear()
+        self._foreign.unproven.clear()
         self.learn_directive(record.directive)
 
     # State ------------------------------------------------------------------------------------
@@ -208,7 +217,7 @@ class Replica:
             directive_number=number,
         )
         params, *moments = self.vectors.state_vectors()
-        with self.vectors.writing_state(_position_of(meta, first)):
+        with self.vectors.writing_state(position_of(meta, first)):
             np.copyto(params, initial_params(self.spec, self._imported_path))
             for moment in moments:
                 moment.fill(0.0)
@@ -233,7 +242,7 @@ class Replica:
         after = next_meta(meta, certificate, seq_len=self.seq_len)
         vectors = self.vectors
         gradient = averaged.encoded.decoded()
-        with vectors.writing_state(_position_of(after, next_directive)):
+        with vectors.writing_state(position_of(after, next_directive)):
             self._update.apply(
                 *vectors.state_vectors(),
                 gradient,
@@ -255,20 +264,23 @@ class Replica:
         directive: common_pb2.Signed,
         unreported: Iterable[rounds_pb2.Certificate] = (),
     ) -> None:
-        """Become a state whose digest the caller has proven."""
+        """Become a state whose digest the caller has proven, with certificates to check."""
+        self.learn_directive(directive)
+        usable = self._foreign.usable(unreported)
         self._attestations = []  # of another way to this state or an earlier one
-        with self.vectors.writing_state(_position_of(meta, directive)):
+        with self.vectors.writing_state(position_of(meta, directive)):
             for target, source in zip(self.vectors.state_vectors(), vectors, strict=True):
                 np.copyto(target, source)
         held = {certificate.value for certificate in self.unreported}
-        for certificate in unreported:
-            if certificate.value not in held:
-                self.unreported.append(certificate)
-            value = rounds_pb2.RoundValue.FromString(certificate.value)
-            place = (value.incarnation, value.outer_step)
-            if place == (self.incarnation, meta.outer_step):
-                self.keep_certificate(certificate)
+        self.unreported.extend(c for c in usable if c.value not in held)
         self._publish(meta, directive, self._hash_vectors())
+        if self.is_current:
+            self._foreign.unproven = [c for c in usable if place_of(c) == self.position]
+            self._prove_own_step()
+
+    def _prove_own_step(self) -> None:
+        for certificate in self._foreign.take_proven():
+            self.keep_certificate(certificate)
 
     def _hash_vectors(self) -> tuple[tuple[bytes, ...], ...]:
         return tuple(tuple(vector_piece_digests(v)) for v in self.vectors.state_vectors())
@@ -279,9 +291,10 @@ class Replica:
         directive: common_pb2.Signed,
         pieces: tuple[tuple[bytes, ...], ...],
     ) -> None:
-        with self.vectors.writing_state(_position_of(meta, directive)):
+        with self.vectors.writing_state(position_of(meta, directive)):
             self.meta, self.directive, self._piece_digests = meta, directive, pieces
             self.state_digest = state_digest_of_pieces(meta, pieces)
+        self._foreign.unproven = []
         self.learn_directive(directive)
         self.recent_directives = [directive] if self.is_current else []
         attestation = common_pb2.Attestation(
@@ -330,16 +343,14 @@ class Replica:
 
     def keep_certificate(self, certificate: rounds_pb2.Certificate) -> None:
         """Remember a certificate for laggards."""
-        value = rounds_pb2.RoundValue.FromString(certificate.value)
-        self.certificate_by_step[value.outer_step] = certificate
+        self.certificate_by_step[place_of(certificate)[1]] = certificate
 
     def acknowledge(self, *, incarnation: int, up_to_outer_step: int) -> None:
         """The coordinator has stored these certificates."""
         self.unreported = [
             c
             for c in self.unreported
-            if (v := rounds_pb2.RoundValue.FromString(c.value)).incarnation != incarnation
-            or v.outer_step > up_to_outer_step
+            if (place := place_of(c))[0] != incarnation or place[1] > up_to_outer_step
         ]
 
     def hold_averaged(self, averaged: AveragedVector) -> None:
@@ -449,9 +460,9 @@ class Replica:
         the certificate of its own step, by which others believe that the step has happened.
         """
         own = self.certificate_by_step.get(self.position[1]) if self.is_current else None
-        if own is None or any(own.value == c.value for c in self.unreported):
-            return list(self.unreported)
-        return [*self.unreported, own]
+        held = {certificate.value for certificate in self.unreported}
+        of_own_step = self._foreign.unproven if own is None else [own]
+        return [*self.unreported, *(c for c in of_own_step if c.value not in held)]
 
     def save_local(self) -> None:
         """Write a checkpoint of the state held into the own home, and the private residual."""
@@ -466,7 +477,11 @@ class Replica:
         """
         try:
             header, vectors = open_checkpoint(path)
-        except (CorruptDataError, OSError) as error:
+            directive = common_pb2.Signed.FromString(header.directive)
+            common_pb2.Directive.FromString(directive.payload)
+            certificates = header.unreported_certificates
+            unreported = [rounds_pb2.Certificate.FromString(data) for data in certificates]
+        except (CorruptDataError, OSError, DecodeError) as error:
             logger.warning("checkpoint %s is of no use: %s", path.name, error)
             return False
         if header.meta.run_digest != self.spec.run_digest:
@@ -475,23 +490,6 @@ class Replica:
             return False
         if vectors[0].size != self.vectors.num_values:
             return False
-        unreported = [
-            rounds_pb2.Certificate.FromString(data) for data in header.unreported_certificates
-        ]
-        directive = common_pb2.Signed.FromString(header.directive)
         self.load(header.meta, vectors, directive, unreported)
         self.feedback.load(self.store.folder, self.position)
         return True
-
-
-def _position_of(meta: StateMeta, signed: common_pb2.Signed) -> StatePosition:
-    directive = common_pb2.Directive.FromString(signed.payload)
-    return StatePosition(
-        incarnation=meta.incarnation,
-        outer_step=meta.outer_step,
-        schedule_tokens=meta.schedule_tokens,
-        directive_number=meta.directive_number,
-        planned_round_tokens=sum(entry.round_tokens for entry in directive.roster),
-        cooldown_start_tokens=directive.cooldown_start_tokens,
-        budget_tokens=directive.budget_tokens,
-    )

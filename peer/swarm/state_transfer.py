@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.codecs import EncodedVector, piece_byte_bounds
 from peer.swarm.transport import PeerCallError, Stream, StreamError, Transport
@@ -89,7 +91,11 @@ def newest_proven_state(
                 key_by_peer.get(peer_id, b""), Tag.ATTESTATION, signed.payload, signed.signature
             ):
                 continue
-            attestation = common_pb2.Attestation.FromString(signed.payload)
+            try:
+                attestation = common_pb2.Attestation.FromString(signed.payload)
+            except DecodeError as error:
+                logger.warning("%s signed a malformed attestation: %s", peer_id, error)
+                continue
             place = (attestation.run_id, attestation.incarnation, attestation.peer_id)
             if place == (run_id, incarnation, peer_id):
                 key = (attestation.outer_step, attestation.state_digest)

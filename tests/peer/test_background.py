@@ -26,8 +26,11 @@ def test_what_a_task_does_not_handle_is_told() -> None:
     assert [str(error) for error in asyncio.run(run())] == ["nobody foresaw this"]
 
 
+@pytest.mark.parametrize("num_cancellations", [1, 3])
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_is_started_for_a_cancelled_caller_is_undone(fails: bool) -> None:
+def test_what_is_started_for_a_cancelled_caller_is_undone(
+    fails: bool, num_cancellations: int
+) -> None:
     async def run() -> list[str]:
         undone: list[str] = []
         go_on = asyncio.Event()
@@ -43,9 +46,10 @@ def test_what_is_started_for_a_cancelled_caller_is_undone(fails: bool) -> None:
 
         caller = asyncio.create_task(start_whole(start(), undo=undo))
         await asyncio.sleep(0)
-        caller.cancel()
-        await asyncio.sleep(0)
-        assert not caller.done()
+        for _ in range(num_cancellations):
+            caller.cancel()
+            await asyncio.sleep(0)
+            assert not caller.done()
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await caller
@@ -54,7 +58,8 @@ def test_what_is_started_for_a_cancelled_caller_is_undone(fails: bool) -> None:
     assert asyncio.run(run()) == ([] if fails else ["child"])
 
 
-def test_an_end_is_reached_although_the_caller_is_cancelled() -> None:
+@pytest.mark.parametrize("num_cancellations", [1, 3])
+def test_an_end_is_reached_although_the_caller_is_cancelled(num_cancellations: int) -> None:
     async def run() -> tuple[bool, bool]:
         may_end, has_ended = asyncio.Event(), []
 
@@ -64,8 +69,9 @@ def test_an_end_is_reached_although_the_caller_is_cancelled() -> None:
 
         task = asyncio.ensure_future(finish(end()))
         await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.sleep(0)
+        for _ in range(num_cancellations):
+            task.cancel()
+            await asyncio.sleep(0)
         was_waiting = not task.done()
         may_end.set()
         await asyncio.wait({task}, timeout=5)

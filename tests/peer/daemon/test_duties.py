@@ -28,15 +28,40 @@ async def no_trial(duty: duties_pb2.Duty) -> duties_pb2.TrialResult:
     raise AssertionError(f"{duty.duty_id} is no trial")
 
 
+async def perform_asking_nobody(
+    kind: Any, tmp: Path
+) -> tuple[bool, list[duties_pb2.ReportDutyRequest]]:
+    """A duty whose child ended just before it was asked: was the task cancelled, what was said?"""
+    reports = Reports()
+    duties = Duties(
+        reports,  # type: ignore[arg-type]
+        tmp=tmp,
+        send=lambda *_, **__: False,
+        metrics=PeerMetrics(),
+        feed=lambda _: None,
+        run_trial=no_trial,
+    )
+    duty = duties_pb2.Duty(duty_id="d", fence=3, kind=kind)
+    task = asyncio.ensure_future(duties.perform(duty, heldout_paths=()))
+    await asyncio.wait({task}, timeout=5)
+    assert task.done()
+    return task.cancelled(), reports.requests
+
+
 async def perform_until_the_end_of(
     child: ChildName, kind: Any, tmp: Path
 ) -> tuple[bool, list[duties_pb2.ReportDutyRequest], list[ev.Event]]:
     """Begin a duty, end the child that was asked; was the task cancelled, what was said?"""
     reports, fed, asked = Reports(), [], asyncio.Event()
+
+    def send(*_: Any, **__: Any) -> bool:
+        asked.set()
+        return True
+
     duties = Duties(
         reports,  # type: ignore[arg-type]
         tmp=tmp,
-        send=lambda *_, **__: asked.set(),
+        send=send,
         metrics=PeerMetrics(),
         feed=fed.append,
         run_trial=no_trial,
@@ -64,3 +89,12 @@ def test_a_checkpoint_fails_with_the_swarm_process(tmp_path: Path) -> None:
     assert not is_cancelled and [r.fence for r in requests] == [3]
     assert "swarm process ended" in requests[0].failure_reason
     assert fed == [ev.DutyEnded(duty_id="d", fence=3)]
+
+
+def test_a_duty_whose_child_is_gone_already_waits_for_no_answer(tmp_path: Path) -> None:
+    evaluated = asyncio.run(perform_asking_nobody(duties_pb2.DUTY_KIND_EVALUATE, tmp_path))
+    assert evaluated == (True, [])
+    is_cancelled, requests = asyncio.run(
+        perform_asking_nobody(duties_pb2.DUTY_KIND_CHECKPOINT, tmp_path)
+    )
+    assert not is_cancelled and "swarm process ended" in requests[0].failure_reason

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from peer.swarm.codecs import EncodedVector
 from peer.swarm.record_file import run_folder_name
 from peer.swarm.replica import Replica
 from peer.swarm.state_transfer import _receive_averaged, newest_proven_state
-from protos.contract.certificate import Tag
+from protos.contract.certificate import Tag, certificate_from_votes, contributions_digest
 from protos.contract.codecs_wire import codec_named
 from protos.contract.digest import Float32Vector
 from protos.contract.errors import CorruptDataError
+from protos.contract.ids import COORDINATOR_VOTER
 from protos.contract.signing import SigningKey
 from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 from tests.peer.swarm.swarm_hub import NUM_VALUES, RUN_ID, SPEC, Daemon, Hub
@@ -57,6 +59,26 @@ def test_only_certificates_of_the_named_incarnation_are_acknowledged(hub: Hub) -
     assert [(v.incarnation, v.outer_step) for v in left] == [(0, 4), (1, 5)]
 
 
+def _certified(
+    hub: Hub, outer_step: int, *, roster: int = 1, **fields: Any
+) -> rounds_pb2.Certificate:
+    """A certificate by the coordinator and the voters of its newest directive."""
+    contributions = rounds_pb2.Contributions().SerializeToString()
+    value = rounds_pb2.RoundValue(
+        run_id=RUN_ID,
+        incarnation=hub.incarnation,
+        outer_step=outer_step,
+        roster_directive_number=roster,
+        contributions_digest=contributions_digest(contributions),
+    )
+    for name, content in fields.items():
+        setattr(value, name, content)
+    data = value.SerializeToString()
+    voters = common_pb2.Directive.FromString(hub.directive.payload).roster
+    votes = [d.key.vote(data, 1, d.peer_id) for d in hub.daemons if voters]
+    return certificate_from_votes([*votes, hub.key.vote(data, 1, COORDINATOR_VOTER)], contributions)
+
+
 @pytest.mark.parametrize(("incarnation", "is_kept"), [(0, True), (1, False)])
 def test_a_state_takes_the_certificate_of_its_step_along(
     hub: Hub, incarnation: int, is_kept: bool
@@ -64,8 +86,7 @@ def test_a_state_takes_the_certificate_of_its_step_along(
     """Also when the coordinator has it already, and over a restart: others ask for it."""
     replica = _replica(hub, hub.daemons[0])
     assert replica.meta is not None and replica.directive is not None
-    value = rounds_pb2.RoundValue(incarnation=incarnation, outer_step=3)
-    certificate = rounds_pb2.Certificate(value=value.SerializeToString())
+    certificate = _certified(hub, 3, incarnation=incarnation)
     held = replica.vectors.state_vectors()
     replica.load(replace(replica.meta, outer_step=3), held, replica.directive, [certificate])
     replica.acknowledge(incarnation=incarnation, up_to_outer_step=3)
@@ -73,6 +94,53 @@ def test_a_state_takes_the_certificate_of_its_step_along(
     again = _replica(hub, hub.daemons[0])
     assert again.load_checkpoint_file(path) and again.position == (0, 3)
     assert again.certificate_by_step == ({3: certificate} if is_kept else {})
+
+
+@pytest.mark.parametrize(
+    "flaw", ["malformed", "malformed contributions", "unsigned", "another run", "another value"]
+)
+def test_a_bad_certificate_of_a_donor_is_dropped_and_the_state_taken(hub: Hub, flaw: str) -> None:
+    replica = _replica(hub, hub.daemons[0])
+    assert replica.meta is not None and replica.directive is not None
+    bad = _certified(hub, 3, **({"run_id": "another"} if flaw == "another run" else {}))
+    if flaw == "malformed":
+        bad.value = b"\xff"
+    elif flaw == "malformed contributions":
+        bad.contributions = b"\xff"
+    elif flaw == "unsigned":
+        bad.ClearField("votes")
+    elif flaw == "another value":
+        bad.value = _certified(hub, 3, averaged_digest=b"another").value
+    older = _certified(hub, 2)
+    held = replica.vectors.state_vectors()
+    replica.load(replace(replica.meta, outer_step=3), held, replica.directive, [bad, older])
+    assert replica.position == (0, 3) and replica.certificate_by_step == {}
+    assert replica.carried_certificates() == [older]
+    header = replace(replica.checkpoint_header(), unreported_certificates=(b"\xff",))
+    assert not replica.load_checkpoint_file(
+        replica.store.save(header, replica.vectors.state_vectors())
+    )
+
+
+def test_a_certificate_of_an_unknown_roster_goes_along_and_proves_nothing_until_it_is_known(
+    hub: Hub,
+) -> None:
+    """Over a restart as well; the coordinator, which knows the roster, checks it again."""
+    replica = _replica(hub, hub.daemons[0])
+    assert replica.meta is not None and replica.directive is not None
+    hub.issue_directive(hub.daemons)
+    good, forged = _certified(hub, 3, roster=2), _certified(hub, 3, roster=2, averaged_digest=b"1")
+    forged.ClearField("votes")
+    held = replica.vectors.state_vectors()
+    replica.load(replace(replica.meta, outer_step=3), held, replica.directive, [good, forged])
+    assert replica.unreported == [good, forged]
+    replica.acknowledge(incarnation=0, up_to_outer_step=3)
+    path = replica.store.save(replica.checkpoint_header(), held)
+    again = _replica(hub, hub.daemons[0])
+    assert again.load_checkpoint_file(path)
+    assert again.certificate_by_step == {} and again.carried_certificates() == [good, forged]
+    assert again.learn_directive(hub.directive) is not None
+    assert again.certificate_by_step == {3: good}
 
 
 def test_older_or_equal_checkpoint_does_not_replace_the_state(hub: Hub) -> None:
@@ -156,6 +224,22 @@ def test_who_certified_a_step_proves_its_state_to_voters_that_are_behind() -> No
             certifiers=certifiers,
         )
         assert (proven is not None) == is_proven
+
+
+def test_a_signed_attestation_that_does_not_parse_proves_nothing() -> None:
+    key = SigningKey.generate()
+    entry = common_pb2.RosterEntry(peer_id=key.peer_id, public_key=key.public_key, has_vote=True)
+    info = state_pb2.StateInfoResponse(attestations=[key.signed(Tag.ATTESTATION, b"\xff")])
+    proven = newest_proven_state(
+        {key.peer_id: info},
+        run_id="run",
+        incarnation=1,
+        directive=common_pb2.Directive(roster=[entry]),
+        own_peer_id="own",
+        base_outer_step=0,
+        certifiers={},
+    )
+    assert proven is None
 
 
 def _averaged(vector: Float32Vector) -> AveragedVector:
