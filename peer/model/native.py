@@ -137,7 +137,8 @@ class NativeDecoder:
     ) -> float:
         """Summed loss in nats; the gradients of it replace those in the flat vector."""
         self._B, self._T = inputs_BT.shape
-        assert self._T <= min(self._spec.seq_len, MAX_POSITIONS)
+        longest = min(self._spec.seq_len, MAX_POSITIONS)
+        assert longest >= self._T
         self._mask = None if mask is None else mask.float().contiguous()
         if self._values is not self._parameters.values:
             count = self._values.numel()
