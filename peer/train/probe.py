@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer.config import problem_of_cache
 from peer.model.kernels import MAX_POSITIONS, BuiltKernels, find_kernels
 from peer.model.objectives import Examples
 from peer.parallel.devices import available_memory_bytes, describe_device
@@ -151,15 +152,21 @@ def set_up_step(
 ) -> StepPlan:
     """Choose, or read what was chosen before, and leave the step set to it.
 
-    `cache_dir` keeps kernels and choices; `bound` is the most sequences of a micro-batch, 0 = none.
+    `cache_dir` keeps kernels and choices, unless others could write there, as the plan then says;
+    `bound` is the most sequences of a micro-batch, 0 = none.
     Compiles if that is wanted. Raises MachineError for what cannot be had.
     """
+    problem = "" if cache_dir is None else _cache_problem(cache_dir)
+    if problem:
+        cache_dir = None
     with _turn(cache_dir):
         kernels = _usable_kernels(step, cache_dir)
         path = None if cache_dir is None else cache_dir / f"plan-{_key(step, wanted, kernels)}.json"
         plan = None if path is None else load_plan(path)
         if plan is None:
             plan = probe_plan(step, kernels=kernels, wanted=wanted)
+            if problem:
+                plan = replace(plan, reason=f"{plan.reason}; nothing is kept: {problem}")
             if path is not None:
                 _keep_plan(plan, path)
     plan = _with_size(plan, step)
@@ -172,6 +179,17 @@ def set_up_step(
     return plan
 
 
+def _cache_problem(cache_dir: Path) -> str:
+    """Why it is not used; makes it if it is not there."""
+    try:
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:  # a file
+        pass
+    except OSError as error:
+        return str(error)
+    return problem_of_cache(cache_dir)
+
+
 @contextlib.contextmanager
 def _turn(cache_dir: Path | None) -> Iterator[None]:
     """Held by one process of those that share the directory. Where that cannot be had (a directory
@@ -180,7 +198,6 @@ def _turn(cache_dir: Path | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if cache_dir is not None:
             try:
-                cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 file = stack.enter_context((cache_dir / "lock").open("a"))
                 _wait_for_lock(file.fileno())
             except OSError as error:

@@ -333,14 +333,6 @@ def test_another_processor_or_source_builds_anew(
     assert len(keys) == 3 and len(list(cache.iterdir())) == 6
 
 
-def test_code_that_others_could_have_written_is_not_loaded(fake: Callable[[str], Path]) -> None:
-    cache = fake("COPY")
-    assert find_kernels(cache)
-    cache.chmod(0o777)
-    found = find_kernels(cache)
-    assert found and "may be written by, others" in found.reason
-
-
 def test_builders_of_one_directory_do_not_disturb_each_other(fake: Callable[[str], Path]) -> None:
     cache = fake("COPY")
     with ThreadPoolExecutor(4) as pool:

@@ -175,7 +175,33 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setattr(kernels_module, "COMPILERS", ("no-such-compiler",))
     (tmp_path / "file").write_text("")
     plan = set_up_step(MicroStep(*build(BASE)), cache_dir=tmp_path / "file")
-    assert plan.execution is Execution.EAGER and "measured again next time" in caplog.text
+    assert plan.execution is Execution.EAGER and "is not a directory" in plan.reason
+
+    def full(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", full)
+    assert set_up_step(MicroStep(*build(BASE)), cache_dir=tmp_path / "full").trials
+    assert "measured again next time" in caplog.text
+
+
+def test_what_others_could_have_written_is_not_used(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_up_step(MicroStep(*build(BASE)), cache_dir=cache)
+    (cache / "lock").unlink()
+    cache.chmod(0o770)
+    kept = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    asked: list[Path | None] = []
+    monkeypatch.setattr(
+        "peer.train.probe.find_kernels", lambda path: asked.append(path) or find_kernels(None)
+    )
+    plan = set_up_step(MicroStep(*build(BASE)), cache_dir=cache)
+    assert plan.reason.endswith(
+        f"nothing is kept: {cache} belongs to, or may be written by, others"
+    )
+    assert asked == [None], "neither loaded nor built there"
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == kept, "no lock, no plan"
 
 
 def test_kernels_with_other_gradients_are_not_used(
