@@ -61,8 +61,8 @@ class BuiltKernels:
 def find_kernels(cache_dir: Path | None) -> BuiltKernels:
     """Kernels from the cache, or built now and kept there; if neither can be, the reason.
 
-    Nothing is kept with `cache_dir` None; nobody else must be able to write there. Safe beside others
-    that build into the same directory: a library appears there whole or not at all.
+    Nothing is kept with `cache_dir` None; nobody else may be able to write there. Safe beside
+    others that build into the same directory: a library appears there whole or not at all.
     """
     compilers = _compilers()
     if not compilers:
