@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import socket
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -185,6 +186,23 @@ class PeerConfig:
         return self.shared_step_cache or self.home / "step"
 
 
+def problem_of_cache(directory: Path) -> str:
+    """Why nothing is loaded from this directory or kept there: others could put code into it; ""
+    if nobody can, or if it is not there yet.
+    """
+    try:
+        found = directory.stat()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return str(error)
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{directory} is not a directory"
+    if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+        return ""
+    return f"{directory} belongs to, or may be written by, others"
+
+
 def check_announced(address: str) -> None:
     """Raise UsageError unless others can dial this address."""
     if problem := problem_of_address(address):
@@ -348,7 +366,8 @@ def child_environment(config: PeerConfig) -> dict[str, str]:
         environment[variable] = str(config.threads)
     environment["HIVEMIND_LOGLEVEL"] = "INFO" if config.log_level == "DEBUG" else "WARNING"
     environment["PYTHONUNBUFFERED"] = "1"
-    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.step_cache / "inductor"))
+    cache = config.home if problem_of_cache(config.step_cache) else config.step_cache
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks talk on this machine only
     environment.setdefault(*_PASSIVE_WAIT)
     return environment

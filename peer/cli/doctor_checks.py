@@ -6,6 +6,7 @@ machine cannot know of itself (whether others reach its port) is said to be unkn
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import ipaddress
 import json
@@ -21,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from peer.cli.ports import require_free_port
-from peer.config import PeerConfig, child_environment, format_bytes
+from peer.config import PeerConfig, child_environment, format_bytes, problem_of_cache
 from peer.coordinator_client import CLOCK_REFUSE_SECONDS, CLOCK_WARN_SECONDS, CoordinatorClient
 from peer.daemon.membership import load_membership, package_version
 from peer.home import (
@@ -336,14 +337,26 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
 
 
 def check_step_plan(config: PeerConfig) -> Check:
-    """What the trainer chose for the model of the last run on this home, and why."""
+    """What the trainer chose for the model that was measured last, and why; a later run of one that
+    was measured before is not seen.
+    """
+    if problem := problem_of_cache(config.step_cache):
+        return Check(
+            name="step",
+            is_ok=False,
+            found=f"{problem}: the step is built and measured at every start",
+            allowed="a directory of this user that nobody else may write to",
+            remedy=f"remove it, or: chmod 700 {config.step_cache}",
+        )
     plans = config.step_cache.glob("plan-*.json")
     newest = max(plans, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         return Check(name="step", is_ok=True, found="no run's model was measured on this home yet")
     try:
         plan = json.loads(newest.read_bytes())
-        return Check(name="step", is_ok=True, found=str(plan["reason"]), details=plan)
+        return Check(
+            name="step", is_ok=True, found=f"measured last: {plan['reason']}", details=plan
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Check(
             name="step",
@@ -368,6 +381,8 @@ def run_probe(config: PeerConfig) -> dict[str, object]:
     command = [sys.executable, "-m", "peer.cli.probe", "--threads", str(config.threads)]
     command += ["--device", config.device, "--execution", config.execution]
     if config.home.is_dir():
+        with contextlib.suppress(OSError):  # the probe will say so
+            config.step_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         command += ["--cache", str(config.step_cache / "doctor")]
     environment = child_environment(config)
     try:

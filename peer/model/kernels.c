@@ -35,6 +35,7 @@ static inline float load(value x) {
 static inline value store(float x) { /* nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* rounded, a NaN may become a zero */
     return (value)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 #endif
@@ -451,10 +452,15 @@ static void transpose_strips(const void *arguments, i64 begin, i64 end) {
         for (i64 k = c; k < last; k++)
             for (i64 r = k < c + tiles * TILE ? whole_rows : 0; r < a.rows; r++)
                 a.to[k * a.stride + r] = a.from[r * a.columns + k];
+        for (i64 k = c; k < last; k++)
+            memset(a.to + k * a.stride + a.rows, 0, (size_t)(a.stride - a.rows) * sizeof(value));
     }
 }
 
-/* to[columns, rows] = from[rows, columns]; `to` has rows of `stride` values, best not a power of two */
+/* to[columns, rows] = from[rows, columns]; `to` has rows of `stride` values, best not a power of two.
+ * What is behind a row is zero, because products on AMX read it where rows end inside a tile: they
+ * multiply it by zero, which is NaN if NaN was left there.
+ */
 void muster_transpose(const value *from, value *to, i64 rows, i64 columns, i64 stride, i64 threads) {
     struct transpose a = {from, to, rows, columns, stride};
     for_rows(transpose_strips, &a, (columns + 2 * TILE - 1) / (2 * TILE), threads);

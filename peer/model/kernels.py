@@ -61,8 +61,8 @@ class BuiltKernels:
 def find_kernels(cache_dir: Path | None) -> BuiltKernels:
     """Kernels from the cache, or built now and kept there; if neither can be, the reason.
 
-    Nothing is kept with `cache_dir` None. Safe beside others that build into the same directory: a
-    library appears there whole or not at all.
+    Nothing is kept with `cache_dir` None; nobody else may be able to write there. Safe beside
+    others that build into the same directory: a library appears there whole or not at all.
     """
     compilers = _compilers()
     if not compilers:
@@ -116,8 +116,8 @@ def _file_names(key: str) -> dict[torch.dtype, str]:
 def _load_kept(
     cache_dir: Path | None, key_by_compiler: dict[str, str], notes: list[str]
 ) -> dict[torch.dtype, ctypes.CDLL] | None:
-    """What an earlier start has kept, whichever compiler made it. A directory that others may write
-    to, or that nothing can be run from, is noted and not used.
+    """What an earlier start has kept, whichever compiler made it. A directory that nothing can be
+    run from is noted and not used.
     """
     if cache_dir is None:
         return None
@@ -126,18 +126,10 @@ def _load_kept(
         if not all(path.exists() for path in path_by_dtype.values()):
             continue
         try:
-            _check_is_private(cache_dir)
             return {dtype: ctypes.CDLL(str(path)) for dtype, path in path_by_dtype.items()}
         except OSError as error:
             notes.append(f"built at every start, because what is kept cannot be loaded: {error}")
     return None
-
-
-def _check_is_private(directory: Path) -> None:
-    """Raise PermissionError if somebody else could have put code there."""
-    found = directory.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise PermissionError(f"{directory} belongs to, or may be written by, others")
 
 
 def _build(
@@ -213,7 +205,6 @@ def _keep(paths: list[Path], cache_dir: Path | None, notes: list[str]) -> None:
         return
     try:
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_is_private(cache_dir)
         for path in paths:
             with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".tmp", delete=False) as file:
                 try:

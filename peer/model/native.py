@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peer.model.attention import rope_tables
 from peer.model.decoder import Decoder, FlatParameters
-from peer.model.kernels import Kernels
+from peer.model.kernels import MAX_POSITIONS, Kernels
 from protos.contract.model_shape import ModelShape
 
 LOGITS_BYTES = 16 * 2**20
@@ -137,6 +137,8 @@ class NativeDecoder:
     ) -> float:
         """Summed loss in nats; the gradients of it replace those in the flat vector."""
         self._B, self._T = inputs_BT.shape
+        longest = min(self._spec.seq_len, MAX_POSITIONS)
+        assert longest >= self._T
         self._mask = None if mask is None else mask.float().contiguous()
         if self._values is not self._parameters.values:
             count = self._values.numel()
@@ -195,6 +197,7 @@ class NativeDecoder:
             self._call("widen_transposed", product, grad, *product.shape, int(is_sum))
 
     def _transposed(self, matrix: Tensor) -> Tensor:
+        """A view of rows with zeros behind them."""
         rows, columns = matrix.shape
         out = self._empty(columns, rows + _STRIDE_PADDING)[:, :rows]
         self._call("transpose", matrix, out, rows, columns, rows + _STRIDE_PADDING)

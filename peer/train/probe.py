@@ -1,9 +1,10 @@
 """How this trainer runs its micro-batches: measured once, chosen, and kept with its reason.
 
 Everything that the machine can run is timed on single sequences: torch's own operations and the
-native kernels, in fp32 and bf16 (some CPUs emulate bf16 ten times slower). The fastest is taken,
-bf16 and kernels only if they are clearly faster. What cannot be tried is listed with the reason, as
-are kernels whose gradients are not those of torch. Then as many sequences as take about half a
+native kernels, in fp32 and then in bf16. Some CPUs emulate bf16 tens of times slower: a way whose
+first tokens show that is given up. The fastest is taken, bf16 and kernels only if they are clearly
+faster. What cannot be tried is listed with the reason, as are ways given up and kernels whose
+gradients are not those of torch. Then as many sequences as take about half a
 second and a bounded amount of memory, so that a stop is obeyed at once. torch.compile is never
 tried here, because that takes from half a minute to minutes: only if its owner asks for it
 (`execution = compiled`), before the trainer says that it is ready.
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer.config import problem_of_cache
 from peer.model.kernels import MAX_POSITIONS, BuiltKernels, find_kernels
 from peer.model.objectives import Examples
 from peer.parallel.devices import available_memory_bytes, describe_device
@@ -42,6 +44,13 @@ _TARGET_SECONDS = 0.5
 _MAX_SEQUENCES_BY_DEVICE = {"cpu": 8, "cuda": 64}
 _MAX_MEMORY_RATIO = 0.25
 _SLOW_SECONDS = 2.0
+_GLIMPSE_RATIO = 1 / 16
+"""Of a sequence: run first, to see whether this way is worth a whole one."""
+_PATIENT_GLIMPSE_SECONDS = 1.0
+"""A glimpse this short is no reason to leave a way out: it includes what is done only once."""
+_HOPELESS_RATIO = 3.0
+_BF16_SECONDS = 60.0
+"""After so much measuring bf16 is left out; fp32 takes as long as it takes."""
 _MIN_SECONDS = 1e-6
 _NOISE = 0.05
 _NUM_NOISE_VALUES = 1_000_003
@@ -143,15 +152,21 @@ def set_up_step(
 ) -> StepPlan:
     """Choose, or read what was chosen before, and leave the step set to it.
 
-    `cache_dir` keeps kernels and choices; `bound` is the most sequences of a micro-batch, 0 = none.
+    `cache_dir` keeps kernels and choices, unless others could write there, as the plan then says;
+    `bound` is the most sequences of a micro-batch, 0 = none.
     Compiles if that is wanted. Raises MachineError for what cannot be had.
     """
+    problem = "" if cache_dir is None else _cache_problem(cache_dir)
+    if problem:
+        cache_dir = None
     with _turn(cache_dir):
         kernels = _usable_kernels(step, cache_dir)
         path = None if cache_dir is None else cache_dir / f"plan-{_key(step, wanted, kernels)}.json"
         plan = None if path is None else load_plan(path)
         if plan is None:
             plan = probe_plan(step, kernels=kernels, wanted=wanted)
+            if problem:
+                plan = replace(plan, reason=f"{plan.reason}; nothing is kept: {problem}")
             if path is not None:
                 _keep_plan(plan, path)
     plan = _with_size(plan, step)
@@ -164,6 +179,17 @@ def set_up_step(
     return plan
 
 
+def _cache_problem(cache_dir: Path) -> str:
+    """Why it is not used; makes it if it is not there."""
+    try:
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:  # a file
+        pass
+    except OSError as error:
+        return str(error)
+    return problem_of_cache(cache_dir)
+
+
 @contextlib.contextmanager
 def _turn(cache_dir: Path | None) -> Iterator[None]:
     """Held by one process of those that share the directory. Where that cannot be had (a directory
@@ -172,7 +198,6 @@ def _turn(cache_dir: Path | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if cache_dir is not None:
             try:
-                cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 file = stack.enter_context((cache_dir / "lock").open("a"))
                 _wait_for_lock(file.fileno())
             except OSError as error:
@@ -236,6 +261,9 @@ def probe_plan(
     choice, but does not compile.
 
     On CPU one thread's own CPU time is measured, which does not depend on what else is running.
+    Bounded, because the daemon ends a trainer that is silent for minutes: a machine that takes t
+    seconds for a sequence in fp32 takes about 2 t, and where bf16 is emulated, k times slower, k t
+    / 16 for each way in bf16, none of which is begun after a minute.
     """
     kernels = _usable_kernels(step, None) if kernels is None else kernels
     num_threads = torch.get_num_threads()
@@ -293,20 +321,19 @@ def _device_clock() -> float:
 def _measure_all(
     step: MicroStep, kernels: BuiltKernels, *, clock: Callable[[], float]
 ) -> tuple[Trial, ...]:
-    """Every way on the same sequence; parameters that are still blank are filled meanwhile, and
-    gradients are left zero.
+    """Every way on the same sequence, fp32 first; parameters that are still blank are filled
+    meanwhile, and gradients are left zero.
     """
-    spec, parameters = step.model.spec, step.parameters
+    parameters = step.parameters
     generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(spec.vocab_size, (1, spec.seq_len), generator=generator).numpy()
-    examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
     is_blank = not bool(parameters.values.any())
     if is_blank:
         _fill(parameters.values, generator)
+    measure = _Measure(step, clock, generator)
     trials: list[Trial] = []
     expected: Tensor | None = None
-    for execution in (Execution.EAGER, Execution.NATIVE):
-        for precision in (Precision.BF16, Precision.FP32):
+    for precision in (Precision.FP32, Precision.BF16):
+        for execution in (Execution.EAGER, Execution.NATIVE):
             step.precision = precision
             seconds, reason = None, ""
             if execution is Execution.NATIVE and not kernels:
@@ -316,12 +343,13 @@ def _measure_all(
                     step.use_native(kernels)
                 else:
                     step.use_eager()
-                seconds = _measure_seconds(lambda: step.run(examples), clock=clock)
-                found = _sample(parameters.grads)
-                if execution is Execution.NATIVE and expected is not None:
-                    reason = _difference(found, expected, precision)
-                    seconds = None if reason else seconds
-                expected = found if execution is Execution.EAGER else expected
+                seconds, reason = measure.sequence_seconds(precision)
+            if seconds is not None and expected is None:  # the first way is eager fp32
+                expected = _sample(parameters.grads)
+            elif seconds is not None and execution is Execution.NATIVE:
+                assert expected is not None
+                reason = _difference(_sample(parameters.grads), expected, precision)
+                seconds = None if reason else seconds
             trials.append(
                 Trial(
                     execution=execution,
@@ -334,6 +362,52 @@ def _measure_all(
         parameters.values.zero_()
     parameters.grads.zero_()
     return tuple(trials)
+
+
+class _Measure:
+    """Times the step as it is set, one way after another, and gives up those that are hopeless."""
+
+    def __init__(
+        self, step: MicroStep, clock: Callable[[], float], generator: torch.Generator
+    ) -> None:
+        spec = step.model.spec
+        tokens_BT = torch.randint(spec.vocab_size, (1, spec.seq_len), generator=generator).numpy()
+        self._whole = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
+        self._num_glimpsed = max(1, int(_GLIMPSE_RATIO * spec.seq_len))
+        few_BT = tokens_BT[:, : self._num_glimpsed]
+        self._few = Examples(inputs_BT=few_BT, labels_BT=few_BT)
+        self._step, self._clock, self._begin_seconds = step, clock, clock()
+        self._best_glimpse_seconds = float("inf")
+
+    def sequence_seconds(self, precision: Precision) -> tuple[float | None, str]:
+        """(what a sequence takes, "") or (None, why that was not found out)."""
+        spent_seconds = self._clock() - self._begin_seconds
+        if precision is Precision.BF16 and spent_seconds > _BF16_SECONDS:
+            return None, f"measuring the others took {spent_seconds:.0f} s"
+        seconds, best_seconds = self._run_seconds(self._few), self._best_glimpse_seconds
+        if seconds > max(_PATIENT_GLIMPSE_SECONDS, _HOPELESS_RATIO * best_seconds):
+            return None, (
+                f"{self._num_glimpsed} tokens took {seconds:.2g} s, "
+                f"{seconds / best_seconds:.0f} times as long as the best"
+            )
+        self._best_glimpse_seconds = min(best_seconds, seconds)
+        return self._whole_seconds(), ""
+
+    def _whole_seconds(self) -> float:
+        """Best of two runs after one to warm up; only the first if that is slow already."""
+        best_seconds = float("inf")
+        for index in range(3):
+            seconds = self._run_seconds(self._whole)
+            if index > 0 or seconds > _SLOW_SECONDS:
+                best_seconds = min(best_seconds, seconds)
+            if seconds > _SLOW_SECONDS:
+                break
+        return best_seconds
+
+    def _run_seconds(self, examples: Examples) -> float:
+        begin_seconds = self._clock()
+        self._step.run(examples)
+        return self._clock() - begin_seconds
 
 
 def _fill(values: Tensor, generator: torch.Generator) -> None:
@@ -354,20 +428,6 @@ def _difference(found: Tensor, expected: Tensor, precision: Precision) -> str:
     if ratio <= allowed:
         return ""
     return f"its gradients differ from torch's by {ratio:.2g}, {allowed:g} is allowed"
-
-
-def _measure_seconds(run: Callable[[], object], *, clock: Callable[[], float]) -> float:
-    """Best of two runs after one to warm up; only the first if that is slow already."""
-    best_seconds = float("inf")
-    for index in range(3):
-        begin = clock()
-        run()
-        seconds = clock() - begin
-        if index > 0 or seconds > _SLOW_SECONDS:
-            best_seconds = min(best_seconds, seconds)
-        if seconds > _SLOW_SECONDS:
-            break
-    return best_seconds
 
 
 def measure_product_flop_per_second(device: torch.device, precision: Precision) -> float:

@@ -130,6 +130,18 @@ def test_children_inherit_no_settings_and_their_threads(monkeypatch: pytest.Monk
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/home/x/step/inductor"
 
 
+def test_code_is_not_compiled_where_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    config = PeerConfig(home=tmp_path / "home", shared_step_cache=tmp_path / "shared")
+    for mode, expected in ((0o700, "shared"), (0o777, "home"), (0o720, "home")):
+        config.step_cache.mkdir(exist_ok=True)
+        config.step_cache.chmod(mode)
+        found = child_environment(config)["TORCHINDUCTOR_CACHE_DIR"]
+        assert found == str(tmp_path / expected / "inductor")
+
+
 def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
     numbers = sorted(os.sched_getaffinity(0))
     assert num_physical_cores(tmp_path) == len(numbers), "nothing is known"

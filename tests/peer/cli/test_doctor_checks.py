@@ -1,8 +1,17 @@
-"""What the doctor says of the kernel's network settings: advice with the command, never a fault."""
+"""What the doctor says of the kernel's network settings (advice with the command, never a fault)
+and of the step.
+"""
 
+import json
+import os
+import stat
+import subprocess
 from pathlib import Path
 
-from peer.cli.doctor_checks import check_network
+import pytest
+
+from peer.cli.doctor_checks import check_network, check_step_plan, run_probe
+from peer.config import PeerConfig
 
 
 def _settings(folder: Path, control: str, wmem: str) -> Path:
@@ -27,3 +36,36 @@ def test_good_settings_get_none(tmp_path: Path) -> None:
 
 def test_unreadable_settings_are_said_to_be_unknown(tmp_path: Path) -> None:
     assert "unknown" in check_network(settings_folder=tmp_path).found
+
+
+def test_the_step_that_was_measured_last(tmp_path: Path) -> None:
+    config = PeerConfig(home=tmp_path)
+    assert "no run's model" in check_step_plan(config).found
+    config.step_cache.mkdir(mode=0o700)
+    for time_ns, name in enumerate(("b", "a")):
+        path = config.step_cache / f"plan-{name}.json"
+        path.write_text(json.dumps({"reason": f"reason of {name}"}))
+        os.utime(path, ns=(time_ns, time_ns))
+    assert check_step_plan(config).found == "measured last: reason of a"
+    config.step_cache.chmod(0o775)
+    check = check_step_plan(config)
+    assert not check.is_ok and "may be written by, others" in check.found
+    assert check.remedy.endswith(f"chmod 700 {config.step_cache}")
+
+
+def test_the_probe_leaves_a_step_cache_that_nobody_else_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PeerConfig(home=tmp_path)
+
+    def measured(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        Path(command[command.index("--cache") + 1]).mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0, stdout="{}")
+
+    monkeypatch.setattr("subprocess.run", measured)
+    before = os.umask(0o002)
+    try:
+        run_probe(config)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(config.step_cache.stat().st_mode) == 0o700

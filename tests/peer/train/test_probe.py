@@ -25,7 +25,7 @@ from peer.train.probe import (
     probe_plan,
     set_up_step,
 )
-from peer.train.step import Execution, MicroStep, Precision
+from peer.train.step import Execution, MicroStep, Precision, StepResult
 from protos.contract.errors import MachineError
 from tests.peer.model.tiny import BASE, build, random_windows
 from tests.peer.train.harness import STEP_CACHE
@@ -67,6 +67,42 @@ def test_what_the_owner_wants_is_had_or_refused() -> None:
     with pytest.raises(MachineError, match="no compiler") as refused:
         choose(trials(10, 20, None, None), wanted="native")
     assert "eager" in refused.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("fp32_seconds", "bf16_seconds", "expected", "reasons", "allowed_seconds"),
+    [
+        (0.5, 0.2, Precision.BF16, ("fp32 500 ms", "bf16 200 ms"), 6.0),
+        (5.0, 2.5, Precision.BF16, ("fp32 5000 ms", "bf16 2500 ms"), 17.0),
+        (0.5, 32.0, Precision.FP32, ("took 2 s, 64 times as long as the best",), 8.0),
+        (5.0, 320.0, Precision.FP32, ("took 20 s, 64 times as long",), 55.0),
+        (40.0, 10.0, Precision.FP32, ("bf16 not tried: measuring the others took 85 s",), 90.0),
+    ],
+    ids=["fast", "slow", "emulated", "slow-and-emulated", "very-slow"],
+)
+def test_measuring_ends_soon_whatever_bf16_takes(
+    fp32_seconds: float,
+    bf16_seconds: float,
+    expected: Precision,
+    reasons: tuple[str, ...],
+    allowed_seconds: float,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_seconds, run = [0.0], MicroStep.run
+
+    def timed(self: MicroStep, examples: Examples) -> StepResult:
+        whole_seconds = fp32_seconds if self.precision is Precision.FP32 else bf16_seconds
+        now_seconds[0] += whole_seconds * examples.inputs_BT.shape[1] / self.model.spec.seq_len
+        return run(self, examples)
+
+    monkeypatch.setattr(MicroStep, "run", timed)
+    monkeypatch.setattr("time.thread_time", lambda: now_seconds[0])
+    step = MicroStep(*build(replace(BASE, seq_len=48)))
+    plan = probe_plan(step, kernels=find_kernels(cache))
+    assert plan.precision is expected and now_seconds[0] < allowed_seconds
+    for reason in reasons:
+        assert reason in plan.reason
 
 
 @pytest.fixture
@@ -139,7 +175,33 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setattr(kernels_module, "COMPILERS", ("no-such-compiler",))
     (tmp_path / "file").write_text("")
     plan = set_up_step(MicroStep(*build(BASE)), cache_dir=tmp_path / "file")
-    assert plan.execution is Execution.EAGER and "measured again next time" in caplog.text
+    assert plan.execution is Execution.EAGER and "is not a directory" in plan.reason
+
+    def full(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", full)
+    assert set_up_step(MicroStep(*build(BASE)), cache_dir=tmp_path / "full").trials
+    assert "measured again next time" in caplog.text
+
+
+def test_what_others_could_have_written_is_not_used(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_up_step(MicroStep(*build(BASE)), cache_dir=cache)
+    (cache / "lock").unlink()
+    cache.chmod(0o770)
+    kept = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    asked: list[Path | None] = []
+    monkeypatch.setattr(
+        "peer.train.probe.find_kernels", lambda path: asked.append(path) or find_kernels(None)
+    )
+    plan = set_up_step(MicroStep(*build(BASE)), cache_dir=cache)
+    assert plan.reason.endswith(
+        f"nothing is kept: {cache} belongs to, or may be written by, others"
+    )
+    assert asked == [None], "neither loaded nor built there"
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == kept, "no lock, no plan"
 
 
 def test_kernels_with_other_gradients_are_not_used(
