@@ -26,9 +26,9 @@ def _figure() -> tuple["Figure", Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.6))
+    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_axes((0.11, 0.12, 0.85, 0.79))
+    return figure, figure.subplots()
 
 
 def _bytes_by_format(figure: "Figure") -> dict[str, bytes]:
@@ -71,7 +71,7 @@ def isoflop_plot(study: StudyFit, fit: IsoFlopFit) -> dict[str, bytes]:
             axes.plot([budget.params_n], [budget.loss_nats], "v", color=shade)
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss (nats)")
     axes.set_title(f"IsoFLOP: N_opt ~ C^{fit.law.exponent:.3f} +- {fit.exponent_error:.3f}")
-    axes.legend(fontsize="x-small", ncols=2)
+    figure.legend(fontsize="x-small", loc="outside right upper")
     return _bytes_by_format(figure)
 
 
