@@ -53,6 +53,7 @@ async def watched(
         await supervisor.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_ended_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

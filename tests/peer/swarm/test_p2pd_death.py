@@ -12,6 +12,8 @@ import pytest
 from peer.swarm.transport import Transport
 from tests.peer.swarm.swarm_hub import Hub, write_p2p_key
 
+pytestmark = pytest.mark.slow
+
 
 async def _story(folder: Path) -> None:
     hub = Hub(folder)
