@@ -136,7 +136,7 @@ def fit(
         str, typer.Option(help="Convert the table first: matmul or non-embedding.")
     ] = "",
     bootstrap: Annotated[int, typer.Option(help="Draws behind the intervals.")] = 400,
-    seed: Annotated[int, typer.Option(help="Of starts and draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of starts and draws.", min=0)] = 0,
     is_forced: Annotated[
         bool,
         typer.Option("--force-extrapolation", help="Go beyond 1,000 times the largest compute."),

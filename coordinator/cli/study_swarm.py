@@ -37,7 +37,7 @@ def create(
     batch_tokens: Annotated[int, typer.Option(help="Tokens of an update.")] = 1_024,
     warmup_steps: Annotated[int, typer.Option(help="Updates of the warm-up.")] = 60,
     heldout_tokens: Annotated[int, typer.Option(help="Of each evaluation.")] = 32_768,
-    seed: Annotated[int, typer.Option(help="Of initial values and data order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of initial values and data order.", min=0)] = 0,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     is_json: AsJson = False,
 ) -> None:

@@ -23,6 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from protos.contract.errors import UsageError
+
+MOST_LOG_PARAMS = 200.0
+"""Of ln N_opt, either way: beyond it the constants say nothing of N."""
 PLAIN_FLOP_PER_PARAM_TOKEN = 6.0
 """C = 6 N D: two FLOP forward and four backward per parameter and token."""
 
@@ -113,12 +117,19 @@ class LossLaw:
     def optimum(
         self, compute_flop: float, *, flop_per_param_token: float = PLAIN_FLOP_PER_PARAM_TOKEN
     ) -> Optimum:
-        """The N and D of least loss with k N D = C (Hoffmann 2022, eq. 4)."""
+        """The N and D of least loss with k N D = C (Hoffmann 2022, eq. 4). Raises UsageError if
+        that N is beyond all numbers: such a law was fitted to a table that says nothing of N.
+        """
         product = compute_flop / flop_per_param_token
         log_ratio = np.log(self.alpha * self.a) - np.log(self.beta * self.b)
-        params_n = float(
-            np.exp((log_ratio + self.beta * np.log(product)) / (self.alpha + self.beta))
-        )
+        log_n = (log_ratio + self.beta * np.log(product)) / (self.alpha + self.beta)
+        if not abs(log_n) <= MOST_LOG_PARAMS:
+            raise UsageError(
+                f"a fitted law whose best N would be e^{log_n:.0f}",
+                allowed="a table whose losses fall with N and with D",
+                remedy="look for rows that are wrong, add others, or choose --form additive",
+            )
+        params_n = float(np.exp(log_n))
         tokens_d = product / params_n
         return Optimum(
             params_n=params_n,
