@@ -1,7 +1,8 @@
 """How this trainer runs its micro-batches: measured once, chosen, and kept with its reason.
 
 Everything that the machine can run is timed on single sequences: torch's own operations and the
-native kernels, in fp32 and then in bf16. Some CPUs emulate bf16 tens of times slower: a way whose
+native kernels, in fp32 and then in bf16; on a machine where a sequence would take too long, on its
+first tokens alone. Some CPUs emulate bf16 tens of times slower: a way whose
 first tokens show that is given up. The fastest is taken, bf16 and kernels only if they are clearly
 faster. What cannot be tried is listed with the reason, as are ways given up and kernels whose
 gradients are not those of torch. Then as many sequences as take about half a
@@ -46,11 +47,14 @@ _MAX_MEMORY_RATIO = 0.25
 _SLOW_SECONDS = 2.0
 _GLIMPSE_RATIO = 1 / 16
 """Of a sequence: run first, to see whether this way is worth a whole one."""
+_GLIMPSE_GROWTH = 4
 _PATIENT_GLIMPSE_SECONDS = 1.0
 """A glimpse this short is no reason to leave a way out: it includes what is done only once."""
+_MAX_SEQUENCE_SECONDS = 20.0
+"""Where a sequence would take longer, every way is judged by its glimpse."""
 _HOPELESS_RATIO = 3.0
-_BF16_SECONDS = 60.0
-"""After so much measuring bf16 is left out; fp32 takes as long as it takes."""
+_MEASURE_SECONDS = 60.0
+"""After so much measuring no further way is begun."""
 _MIN_SECONDS = 1e-6
 _NOISE = 0.05
 _NUM_NOISE_VALUES = 1_000_003
@@ -261,9 +265,11 @@ def probe_plan(
     choice, but does not compile.
 
     On CPU one thread's own CPU time is measured, which does not depend on what else is running.
-    Bounded, because the daemon ends a trainer that is silent for minutes: a machine that takes t
-    seconds for a sequence in fp32 takes about 2 t, and where bf16 is emulated, k times slower, k t
-    / 16 for each way in bf16, none of which is begun after a minute.
+    Bounded, because the daemon ends a trainer that is silent for minutes. The first way, eager
+    fp32, runs 1, 4, 16 ... tokens until that takes a second or is a sixteenth of a sequence; if a
+    sequence at that speed takes more than 20 s, nothing longer is run in any way. Else a way takes
+    at most two sequences, and one that is k times slower than the best k times its glimpse. No
+    way but the first is begun after a minute.
     """
     kernels = _usable_kernels(step, None) if kernels is None else kernels
     num_threads = torch.get_num_threads()
@@ -271,7 +277,9 @@ def probe_plan(
     if is_cpu:
         torch.set_num_threads(1)
     try:
-        trials = _measure_all(step, kernels, clock=time.thread_time if is_cpu else _device_clock)
+        trials, note = _measure_all(
+            step, kernels, clock=time.thread_time if is_cpu else _device_clock
+        )
     finally:
         torch.set_num_threads(num_threads)
     is_compiled = wanted == Execution.COMPILED
@@ -286,7 +294,7 @@ def probe_plan(
         execution=execution,
         precision=chosen.precision,
         sequence_seconds=max(chosen.sequence_seconds or 0.0, _MIN_SECONDS),
-        reason=f"one sequence of {step.model.spec.seq_len} tokens takes "
+        reason=f"one sequence of {step.model.spec.seq_len} tokens{note} takes "
         f"{', '.join(map(str, trials))}: {execution.value}"
         f"{', as asked for' if wanted != AUTO else ''}, {chosen.precision.value}",
         trials=trials,
@@ -320,9 +328,9 @@ def _device_clock() -> float:
 
 def _measure_all(
     step: MicroStep, kernels: BuiltKernels, *, clock: Callable[[], float]
-) -> tuple[Trial, ...]:
-    """Every way on the same sequence, fp32 first; parameters that are still blank are filled
-    meanwhile, and gradients are left zero.
+) -> tuple[tuple[Trial, ...], str]:
+    """Every way on the same sequence, fp32 first, and a note about all of them; parameters that are
+    still blank are filled meanwhile, and gradients are left zero.
     """
     parameters = step.parameters
     generator = torch.Generator().manual_seed(0)
@@ -343,7 +351,7 @@ def _measure_all(
                     step.use_native(kernels)
                 else:
                     step.use_eager()
-                seconds, reason = measure.sequence_seconds(precision)
+                seconds, reason = measure.sequence_seconds()
             if seconds is not None and expected is None:  # the first way is eager fp32
                 expected = _sample(parameters.grads)
             elif seconds is not None and execution is Execution.NATIVE:
@@ -361,7 +369,7 @@ def _measure_all(
     if is_blank:
         parameters.values.zero_()
     parameters.grads.zero_()
-    return tuple(trials)
+    return tuple(trials), measure.note
 
 
 class _Measure:
@@ -373,25 +381,57 @@ class _Measure:
         spec = step.model.spec
         tokens_BT = torch.randint(spec.vocab_size, (1, spec.seq_len), generator=generator).numpy()
         self._whole = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
-        self._num_glimpsed = max(1, int(_GLIMPSE_RATIO * spec.seq_len))
-        few_BT = tokens_BT[:, : self._num_glimpsed]
-        self._few = Examples(inputs_BT=few_BT, labels_BT=few_BT)
         self._step, self._clock, self._begin_seconds = step, clock, clock()
+        self._num_glimpsed = 0
         self._best_glimpse_seconds = float("inf")
+        self._is_glimpse_all = False
 
-    def sequence_seconds(self, precision: Precision) -> tuple[float | None, str]:
+    def sequence_seconds(self) -> tuple[float | None, str]:
         """(what a sequence takes, "") or (None, why that was not found out)."""
         spent_seconds = self._clock() - self._begin_seconds
-        if precision is Precision.BF16 and spent_seconds > _BF16_SECONDS:
+        if self._num_glimpsed and spent_seconds > _MEASURE_SECONDS:
             return None, f"measuring the others took {spent_seconds:.0f} s"
-        seconds, best_seconds = self._run_seconds(self._few), self._best_glimpse_seconds
+        if self._num_glimpsed:
+            seconds = self._glimpse_seconds(self._num_glimpsed)
+        else:
+            seconds = self._first_glimpse_seconds()
+        best_seconds = self._best_glimpse_seconds
         if seconds > max(_PATIENT_GLIMPSE_SECONDS, _HOPELESS_RATIO * best_seconds):
             return None, (
                 f"{self._num_glimpsed} tokens took {seconds:.2g} s, "
                 f"{seconds / best_seconds:.0f} times as long as the best"
             )
         self._best_glimpse_seconds = min(best_seconds, seconds)
+        if self._is_glimpse_all:
+            return seconds * self._num_glimpses, ""
         return self._whole_seconds(), ""
+
+    @property
+    def note(self) -> str:
+        """What a reader of the figures must know; "" if sequences were measured."""
+        if not self._is_glimpse_all:
+            return ""
+        return f" (by the first {self._num_glimpsed}, because more would take too long)"
+
+    @property
+    def _num_glimpses(self) -> float:
+        """In a sequence."""
+        return self._whole.inputs_BT.shape[1] / self._num_glimpsed
+
+    def _first_glimpse_seconds(self) -> float:
+        """Finds how many tokens a glimpse has, and whether anything longer can be run."""
+        most = max(1, int(_GLIMPSE_RATIO * self._whole.inputs_BT.shape[1]))
+        self._num_glimpsed = 1
+        seconds = self._glimpse_seconds(1)
+        while self._num_glimpsed < most and seconds <= _PATIENT_GLIMPSE_SECONDS:
+            self._num_glimpsed = min(most, _GLIMPSE_GROWTH * self._num_glimpsed)
+            seconds = self._glimpse_seconds(self._num_glimpsed)
+        self._is_glimpse_all = seconds * self._num_glimpses > _MAX_SEQUENCE_SECONDS
+        return seconds
+
+    def _glimpse_seconds(self, num_tokens: int) -> float:
+        few_BT = self._whole.inputs_BT[:, :num_tokens]
+        return self._run_seconds(Examples(inputs_BT=few_BT, labels_BT=few_BT))
 
     def _whole_seconds(self) -> float:
         """Best of two runs after one to warm up; only the first if that is slow already."""

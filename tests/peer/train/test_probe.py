@@ -76,11 +76,23 @@ def test_what_the_owner_wants_is_had_or_refused() -> None:
         (5.0, 2.5, Precision.BF16, ("fp32 5000 ms", "bf16 2500 ms"), 17.0),
         (0.5, 32.0, Precision.FP32, ("took 2 s, 64 times as long as the best",), 8.0),
         (5.0, 320.0, Precision.FP32, ("took 20 s, 64 times as long",), 55.0),
-        (40.0, 10.0, Precision.FP32, ("bf16 not tried: measuring the others took 85 s",), 90.0),
+        (18.0, 300.0, Precision.FP32, ("bf16 not tried: 3 tokens took 19 s",), 90.0),
+        (40.0, 10.0, Precision.BF16, ("48 tokens (by the first 3, because", "fp32 40000 ms"), 9.0),
+        (600.0, 150.0, Precision.BF16, ("48 tokens (by the first 1, because",), 32.0),
+        (3600.0, 900.0, Precision.FP32, ("bf16 not tried: measuring the others took 75 s",), 76.0),
     ],
-    ids=["fast", "slow", "emulated", "slow-and-emulated", "very-slow"],
+    ids=[
+        "fast",
+        "slow",
+        "emulated",
+        "slow-and-emulated",
+        "slower-and-emulated",
+        "very-slow",
+        "minutes",
+        "hour",
+    ],
 )
-def test_measuring_ends_soon_whatever_bf16_takes(
+def test_measuring_ends_soon_whatever_a_sequence_takes(
     fp32_seconds: float,
     bf16_seconds: float,
     expected: Precision,
