@@ -5,7 +5,8 @@
 (Jordan et al. 2024) and scaled by 0.2 sqrt(max(rows, columns)), so that its root mean square is
 that of AdamW's step and learning rate and decay stay the same (Liu et al. 2025, arXiv 2502.16982,
 section 2.2); embedding, head and gains go by AdamW. It holds one moment instead of two for hidden
-matrices. Whole matrices are needed, so it cannot work on shards of them.
+matrices. Whole matrices are needed, so it cannot work on shards of them. `adamw8bit`: AdamW with
+a quarter of the memory for the moments of matrices (adamw8bit.py); slower, and meant for GPUs.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from peer.model.adamw8bit import AdamW8bit
 from protos.contract.run_spec import OptimizerSpec
 
 _MUON_MOMENTUM = 0.95
@@ -43,11 +45,19 @@ class InnerOptimizer:
         """Moments are zero."""
         self.lr = spec.peak_lr
         """Of the last step."""
-        hidden, others = [], []
+        hidden, compact, others = [], [], []
         for name, parameter in named_parameters:
-            is_hidden = parameter.ndim == 2 and name.startswith("layers.")
-            (hidden if spec.name == "muon" and is_hidden else others).append(parameter)
-        self._optimizers: list[torch.optim.Optimizer] = [adamw(spec, others)]
+            if spec.name == "muon" and parameter.ndim == 2 and name.startswith("layers."):
+                hidden.append(parameter)
+            elif spec.name == "adamw8bit" and parameter.ndim == 2:
+                compact.append(parameter)
+            else:
+                others.append(parameter)
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if others:
+            self._optimizers.append(adamw(spec, others))
+        if compact:
+            self._optimizers.append(AdamW8bit(spec, compact))
         if hidden:
             self._optimizers.append(
                 torch.optim.Muon(

@@ -113,11 +113,14 @@ def host_memory_bytes() -> int:
     return max(0, left_bytes)
 
 
-def measure_flop_per_second(device: torch.device, *, num_rows: int = 768) -> float:
-    """Speed of a matrix product in fp32 on CPU, bf16 elsewhere; takes some hundredths of a
-    second.
+def measure_flop_per_second(
+    device: torch.device, *, num_rows: int = 768, dtype: torch.dtype | None = None
+) -> float:
+    """Speed of a matrix product, by default in fp32 on CPU, in bf16 elsewhere; takes some
+    hundredths of a second.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     matrix = torch.ones((num_rows, num_rows), device=device, dtype=dtype)
     seconds = float("inf")
     for _ in range(4):

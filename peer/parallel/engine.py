@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from peer.model.decoder import Decoder, DecoderPart
-from peer.model.inner_optimizer import adamw
+from peer.model.inner_optimizer import InnerOptimizer
 from peer.model.loss import examples_on, summed_loss
 from peer.model.objectives import Examples
 from peer.parallel.bridge import CanonicalVector, Piece, collect, scatter
@@ -85,7 +85,7 @@ class RankEngine:
             for stage, part in self.parts.items()
         }
         self._schedule_by_shape: dict[tuple[int, int], object] = {}
-        self._optimizer: torch.optim.AdamW | None = None
+        self._optimizer: InnerOptimizer | None = None
         self._is_finished = False
 
     # Memory.
@@ -266,18 +266,17 @@ class RankEngine:
 
     @torch.no_grad()
     def inner_step(self, spec: OptimizerSpec, *, num_tokens: int, learning_rate: float) -> None:
-        """Divide the gradient by its tokens, clip its norm, one AdamW step; `zero` is included."""
+        """Divide the gradient by its tokens, clip its norm, one step; `zero` is included."""
         self.finish()
         norm = self.grad_norm() / num_tokens
         factor = min(1.0, spec.clip_norm / (norm + 1e-6)) / num_tokens
         if self._optimizer is None:
             self._locals = [nn.Parameter(held.values) for held in self._held]
-            self._optimizer = adamw(spec, self._locals)
+            names = (held.piece.name for held in self._held)
+            self._optimizer = InnerOptimizer(spec, list(zip(names, self._locals, strict=True)))
         for held, local in zip(self._held, self._locals, strict=True):
             local.grad = held.grad.mul_(factor)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        self._optimizer.step(lr=learning_rate)
         for local in self._locals:
             local.grad = None
         self.zero()

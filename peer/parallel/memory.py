@@ -35,7 +35,7 @@ class MemoryTable:
     parameters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    """Inner moments (diloco)."""
+    """Inner moments and summed gradients (diloco)."""
     activations_bytes: int
     head_bytes: int
     """Logits and their gradients."""
@@ -86,6 +86,8 @@ class Setting:
     """Of the strategy (protos/contract/digest.py)."""
     has_inner_optimizer: bool = False
     """True for diloco."""
+    moments_bytes: float = 2 * FP32_BYTES
+    """Of the inner optimizer's moments, per value."""
     is_cpu: bool = True
     activation_bytes: int = FP32_BYTES
     """Of one element of a matrix product's result: 2 under bf16 autocast."""
@@ -200,12 +202,13 @@ def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTabl
         temporaries += 2 * max(per_layer, 2 * largest)
     if setting.activation_bytes < FP32_BYTES:
         temporaries += num_values / 2
-    vectors = 3 if setting.has_inner_optimizer else 0
+    # Moments, and the sum of an inner step's gradients.
+    inner_bytes = setting.moments_bytes + FP32_BYTES if setting.has_inner_optimizer else 0
     host = _host_bytes(layout, setting)
     return MemoryTable(
         parameters_bytes=FP32_BYTES * num_values,
         gradients_bytes=FP32_BYTES * num_values,
-        optimizer_bytes=FP32_BYTES * vectors * num_values,
+        optimizer_bytes=ceil(inner_bytes * num_values),
         activations_bytes=round(FP32_BYTES * activations * tokens),
         head_bytes=FP32_BYTES * head * tokens,
         temporaries_bytes=round(FP32_BYTES * temporaries),

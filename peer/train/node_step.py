@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from peer.model.objectives import Examples
+from peer.parallel.devices import measure_flop_per_second
 from peer.shared_vectors import StatePosition
 from peer.train.step import Precision, StepResult
 from protos.contract.digest import Float32Vector
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from peer.parallel.ranks import LocalRanks
 
 _MIN_SPEEDUP_RATIO = 1.15
+_EMULATED_RATIO = 0.5
+"""A small bf16 product this much slower than in fp32: the CPU emulates it, tens of times slower."""
+_SMALL_ROWS = 128
 
 
 class NodeStep:
@@ -51,26 +55,46 @@ class NodeStep:
         return f"{self.precision.value} eager"
 
     def probe_precision(self, *, num_windows: int) -> tuple[float, str]:
-        """Choose bf16 where it is clearly quicker; returns (seconds of a turn, reason)."""
+        """Choose bf16 where it is clearly quicker; returns (seconds of a turn, reason). It is not
+        tried where the CPU emulates it: ranks that wait for each other must be done in time.
+        """
         generator = np.random.default_rng(0)
         shape = (num_windows, self.spec.seq_len)
         tokens_BT = generator.integers(0, self.spec.vocab_size, shape)
         examples = Examples(inputs_BT=tokens_BT, labels_BT=tokens_BT)
         seconds: dict[Precision, float] = {}
-        for precision in (Precision.BF16, Precision.FP32):
+        tried = (Precision.FP32,) if self._is_bf16_emulated() else (Precision.FP32, Precision.BF16)
+        for precision in tried:
             self.precision = precision
             self.run(examples)
             begin = time.perf_counter()
             self.run(examples)
             seconds[precision] = time.perf_counter() - begin
         self.ranks.call("zero")
-        is_bf16 = seconds[Precision.FP32] > _MIN_SPEEDUP_RATIO * seconds[Precision.BF16]
+        fp32_seconds = seconds[Precision.FP32]
+        bf16_seconds = seconds.get(Precision.BF16, float("inf"))
+        is_bf16 = fp32_seconds > _MIN_SPEEDUP_RATIO * bf16_seconds
         self.precision = Precision.BF16 if is_bf16 else Precision.FP32
         reason = (
-            f"a turn of {num_windows} windows takes {1000 * seconds[Precision.FP32]:.0f} ms in "
-            f"fp32 and {1000 * seconds[Precision.BF16]:.0f} ms in bf16: {self.precision.value}"
+            f"a turn of {num_windows} windows takes {1000 * fp32_seconds:.0f} ms in fp32 and "
+            + (
+                f"{1000 * bf16_seconds:.0f} ms in bf16"
+                if Precision.BF16 in seconds
+                else "bf16 was not tried, because this CPU emulates it"
+            )
         )
-        return seconds[self.precision], reason
+        return seconds[self.precision], f"{reason}: {self.precision.value}"
+
+    def _is_bf16_emulated(self) -> bool:
+        engine = self.ranks.local.engine
+        assert engine is not None
+        if engine.device.type != "cpu":
+            return False
+        bf16, fp32 = (
+            measure_flop_per_second(engine.device, num_rows=_SMALL_ROWS, dtype=dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        return bf16 < _EMULATED_RATIO * fp32
 
 
 class NodeParameters:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from peer.ipc import Message
+from peer.model.adamw8bit import STATE_BYTES
 from peer.model.decoder import Decoder, FlatParameters
 from peer.parallel.devices import (
     available_memory_bytes,
@@ -32,7 +33,7 @@ from peer.train.probe import set_up_step
 from peer.train.step import Execution, MicroStep
 from peer.train.strategies import build_strategy, flat_strategy, has_inner_optimizer
 from protos.contract.errors import MachineError
-from protos.contract.model_shape import ModelShape
+from protos.contract.model_shape import FP32_BYTES, ModelShape
 from protos.contract.run_spec import RunSpec
 
 _CPU_LINK = (2e9, 2e-4)
@@ -122,6 +123,7 @@ def plan_for(spec: RunSpec, message: Message) -> tuple[Plan, tuple[int, ...]]:
         shape=shape,
         num_state_vectors=len(spec.strategy.state_vectors),
         has_inner_optimizer=has_inner_optimizer(spec),
+        moments_bytes=STATE_BYTES if spec.optimizer.name == "adamw8bit" else 2 * FP32_BYTES,
         is_cpu=is_cpu,
         activation_bytes=4 if is_cpu else 2,
     )

@@ -36,7 +36,7 @@ class Objective(StrEnum):
 
 
 OBJECTIVES: tuple[str, ...] = tuple(Objective)
-OPTIMIZERS: tuple[str, ...] = ("adamw", "muon")
+OPTIMIZERS: tuple[str, ...] = ("adamw", "muon", "adamw8bit")
 _DIGEST_TAG = b"muster run spec 1\n"
 MIN_SPAN_SEQ_LEN = 16
 
@@ -111,8 +111,9 @@ class OptimizerSpec:
     """
 
     name: str = field(default="adamw", metadata=ADDED_LATER)
-    """adamw, or muon: hidden matrices by orthogonalised momentum, the rest by AdamW. muon is for
-    the inner steps of diloco only: its products have no exact form that is the same on every CPU.
+    """adamw; muon: hidden matrices by orthogonalised momentum, the rest by AdamW; adamw8bit: AdamW
+    with moments of a byte. The latter two are for the inner steps of diloco only: they have no
+    exact form that is the same on every CPU.
     """
     peak_lr: float = 4e-3
     beta1: float = 0.9
@@ -292,7 +293,7 @@ class RunSpec:
             "optimizer.name",
             self.optimizer.name,
             f"adamw with strategy.name = {self.strategy.name!r}: every member repeats its "
-            "update to the bit; muon goes with diloco",
+            f"update to the bit; {self.optimizer.name} goes with diloco",
         )
         if self.strategy.name == "diloco":
             self._check_diloco()

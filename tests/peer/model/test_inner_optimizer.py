@@ -37,7 +37,7 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix() -> None:
     assert torch.allclose(embedding.detach(), adamw, atol=1e-5), "the embedding goes by AdamW"
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adamw8bit"])
 def test_a_model_learns(name: str) -> None:
     model, flat = build(BASE)
     optimizer = InnerOptimizer(replace(MUON, name=name), list(model.named_parameters()))
@@ -52,12 +52,14 @@ def test_a_model_learns(name: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_muon_is_for_diloco() -> None:
-    with pytest.raises(UsageError, match="muon goes with diloco"):
-        replace(SPEC, optimizer=MUON)
+@pytest.mark.parametrize("name", ["muon", "adamw8bit"])
+def test_what_has_no_exact_form_is_for_diloco(name: str) -> None:
+    optimizer = replace(MUON, name=name)
+    with pytest.raises(UsageError, match=f"{name} goes with diloco"):
+        replace(SPEC, optimizer=optimizer)
     with pytest.raises(UsageError, match="adamw, muon"):
         OptimizerSpec(name="mion")
     seq_len = SPEC.model.seq_len
     strategy = StrategySpec(name="diloco", inner_steps=2, inner_batch_tokens=seq_len)
-    spec = replace(SPEC, optimizer=MUON, strategy=strategy)
+    spec = replace(SPEC, optimizer=optimizer, strategy=strategy)
     assert RunSpec.from_toml(spec.to_toml()) == spec

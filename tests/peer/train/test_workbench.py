@@ -51,6 +51,17 @@ def test_one_device_is_planned_as_ever() -> None:
     assert plan.layout.num_ranks == 1 and not plan.layout.has_checkpointing
 
 
+def test_moments_of_a_byte_take_a_quarter_of_the_planned_memory() -> None:
+    strategy = StrategySpec(name="diloco", inner_steps=2, inner_batch_tokens=SPEC.model.seq_len)
+    message = MESSAGE | {"devices": "", "device": "cpu", "layout": "auto"}
+    planned = []
+    for name in ("adamw", "adamw8bit"):
+        spec = replace(SPEC, strategy=strategy, optimizer=OptimizerSpec(name=name))
+        plan, _ = plan_for(spec, message)
+        planned.append(plan.table.optimizer_bytes - plan.table.gradients_bytes)
+    assert planned[1] == pytest.approx(planned[0] * 65 / 256, rel=1e-3)
+
+
 def test_ranks_refuse_what_needs_one_device() -> None:
     strategy = StrategySpec(name="diloco", inner_steps=2, inner_batch_tokens=SPEC.model.seq_len)
     muon = replace(SPEC, strategy=strategy, optimizer=OptimizerSpec(name="muon"))
