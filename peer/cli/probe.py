@@ -19,7 +19,12 @@ import torch
 
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.objectives import Examples
-from peer.parallel.devices import choose_device, describe_device, keep_freed_memory
+from peer.parallel.devices import (
+    choose_device,
+    describe_device,
+    keep_freed_memory,
+    unused_gpu_note,
+)
 from peer.train.probe import AUTO, measure_product_flop_per_second, set_up_step
 from peer.train.step import MicroStep
 from protos.contract.errors import MusterError
@@ -68,7 +73,7 @@ def main(arguments: list[str]) -> int:
         "product_flop_per_second": ceiling,
         "mfu_ratio": flop_per_second / ceiling,
         "execution": plan.execution.value,
-        "reason": str(plan),
+        "reason": (unused_gpu_note() if options.device == AUTO else "") + str(plan),
         "tried": [asdict(trial) for trial in plan.trials],
         "torch_version": torch.__version__,
     }

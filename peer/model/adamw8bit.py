@@ -9,7 +9,8 @@ level it would never come down again. One that is not zero is never rounded to z
 takes a step that is divided by epsilon alone.
 
 The step itself is made with moments that are not rounded yet, block by block with temporaries of a
-bounded size, by torch's elementwise operations: it runs on every device. Vectors keep fp32 moments
+bounded size, by torch's elementwise operations: it runs on every device, but on a CPU takes 25
+times as long as fused AdamW (40 ns a value), so it is meant for GPUs. Vectors keep fp32 moments
 (InnerOptimizer). It is for inner steps, whose moments are a peer's own: random numbers and device
 decide the last bits.
 

@@ -20,6 +20,16 @@ from protos.contract.errors import MachineError
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 2**30
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_LOST_WORDS = (
+    "uncorrectable",  # ECC, NVLink
+    "unspecified launch failure",
+    "busy or unavailable",
+    "no CUDA-capable device",
+    "GPU is lost",
+    "fallen off the bus",
+)
+"""Of CUDA's and NVML's messages (cudaGetErrorString) for a device that is of no use any more."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_FILES = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -57,16 +67,46 @@ def choose_device(wanted: str) -> torch.device:
     if wanted in ("", "auto"):
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
-    if device.type == "cuda" and not (
-        torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    ):
+    if device.type != "cuda":
+        return device
+    problem, num_devices = why_no_cuda(), torch.cuda.device_count()
+    if not problem and (device.index or 0) >= num_devices:
+        problem = f"there are {num_devices}, counted from 0"
+    if problem:
+        remedy = "install a CUDA build of torch and an NVIDIA driver"
+        if "too old" in problem:
+            remedy = (
+                "update the NVIDIA driver, or install a build of torch for the one that is here"
+            )
         raise MachineError(
-            f"device {wanted!r}, {torch.cuda.device_count()} CUDA devices usable by "
-            f"torch {torch.__version__}",
+            f"device {wanted!r}, {num_devices} CUDA devices usable by torch {torch.__version__}: "
+            f"{problem}",
             allowed="cpu, or a CUDA device that torch sees",
-            remedy="choose device cpu, or install a CUDA build of torch and its driver",
+            remedy=f"choose device cpu, or {remedy}",
         )
     return device
+
+
+def why_no_cuda() -> str:
+    """Why torch can use no CUDA device, in its own words, which name the version of a driver that
+    is too old; empty if it can.
+    """
+    if torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).split("\n")[0]
+    return "torch finds no device"
+
+
+def unused_gpu_note() -> str:
+    """What an owner must know who leaves the choice to us and has a GPU that torch cannot use;
+    empty otherwise.
+    """
+    if not _NVIDIA_DRIVER.exists() or not (problem := why_no_cuda()):
+        return ""
+    return f"the NVIDIA device here is not used ({problem}): "
 
 
 def describe_device(device: torch.device, *, num_threads: int) -> DeviceInfo:
@@ -142,3 +182,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
         return True
     return is_out_of_memory(error.__cause__)
+
+
+def is_device_lost(error: BaseException | None) -> bool:
+    """True if an accelerator is gone or broken, also as the cause of another error."""
+    if error is None:
+        return False
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_WORDS):
+        return True
+    return is_device_lost(error.__cause__)

@@ -19,7 +19,12 @@ import torch
 from peer.ipc import Channel, ChannelClosed, Message
 from peer.model.objectives import Examples
 from peer.parallel.bridge import CanonicalVector
-from peer.parallel.devices import choose_device, is_out_of_memory, keep_freed_memory
+from peer.parallel.devices import (
+    choose_device,
+    is_device_lost,
+    is_out_of_memory,
+    keep_freed_memory,
+)
 from peer.parallel.engine import RankEngine
 from peer.parallel.mesh import close_groups, open_groups, open_store
 from peer.parallel.rank_messages import examples_from, layout_from, specs_from
@@ -141,7 +146,12 @@ def main(arguments: list[str]) -> int:
     except (RuntimeError, MemoryError, OSError, ValueError, AssertionError) as error:
         _LOGGER.exception("rank %d failed", options.rank)
         reason = f"{type(error).__name__}: {error}"
-        channel.send("failed", reason=reason, is_out_of_memory=is_out_of_memory(error))
+        channel.send(
+            "failed",
+            reason=reason,
+            is_out_of_memory=is_out_of_memory(error),
+            is_device_lost=is_device_lost(error),
+        )
         return 1
     return 0
 

@@ -12,14 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from peer.ipc import Channel, ChannelClosed, Message
 from peer.model.objectives import Examples
-from peer.parallel.devices import is_out_of_memory
+from peer.parallel.devices import is_device_lost, is_out_of_memory
 from peer.parallel.engine import deal
 from peer.parallel.faults import GROUP_TIMEOUT_SECONDS, LocalRankError
 from peer.parallel.layout import Layout
@@ -159,6 +159,11 @@ class LocalRanks:
                 raise LocalRankError(
                     f"rank 0 is out of memory in {kind}: {error}", has_no_memory=True
                 ) from error
+            if is_device_lost(error):
+                raise LocalRankError(
+                    f"rank 0 has lost its device in {kind}: {error}",
+                    lost_devices=self._positions[:1],
+                ) from error
             raise self._blame(kind, f"{type(error).__name__}: {error}") from error
         deadline_seconds = time.monotonic() + self.timeout_seconds
         for rank in others:
@@ -186,29 +191,18 @@ class LocalRanks:
     ) -> LocalRankError:
         """Find the rank that is at fault: one that ended, one out of memory, one that is silent."""
         deadline_seconds = time.monotonic() + _BLAME_SECONDS
-        reasons: list[str] = []
-        lost: list[int] = []
-        has_no_memory = False
+        found: dict[int, Message | int | None] = {}
         for rank in range(1, self.layout.num_ranks):
-            answer = (heard or {}).get(rank) or self._answer(rank, deadline_seconds)
-            process = self.processes[rank]
-            if answer is not None:
-                if answer.get("is_out_of_memory"):
-                    has_no_memory = True
-                    reasons.append(f"local rank {rank} is out of memory: {answer['reason']}")
-                continue
-            try:
-                process.wait(0.2)
-            except subprocess.TimeoutExpired:
-                reasons.append(f"local rank {rank} does not answer")
-            else:
-                has_no_memory |= is_loader_out_of_memory(process.returncode, during=kind)
-                reasons.append(f"local rank {rank} {end_of_rank(process.returncode, during=kind)}")
-            lost.append(self._positions[rank])
-        if has_no_memory:
-            lost = []
+            found[rank] = (heard or {}).get(rank) or self._answer(rank, deadline_seconds)
+            if found[rank] is None:
+                try:
+                    found[rank] = self.processes[rank].wait(0.2)
+                except subprocess.TimeoutExpired:
+                    pass
+        reasons, lost_ranks, has_no_memory = judge(found, during=kind)
         reason = f"{'; '.join(reasons) or symptom} (in {kind}, {self.layout.text})"
         _LOGGER.warning("local ranks: %s; symptom: %s", reason, symptom)
+        lost = [self._positions[rank] for rank in lost_ranks]
         return LocalRankError(reason, lost_devices=lost, has_no_memory=has_no_memory)
 
     def close(self) -> None:
@@ -220,6 +214,35 @@ class LocalRanks:
         self.local.close()
         os.close(self._vector_fd)
         os.close(self._store_fd)
+
+
+def judge(
+    found: Mapping[int, Message | int | None], *, during: str
+) -> tuple[list[str], list[int], bool]:
+    """(reasons, ranks whose devices are lost, True if memory was not enough) from what each rank
+    has said, its exit code, or None for one that is silent. Pure. The silent are at fault only if
+    nobody else is: with NCCL, who waits for a rank that is gone says nothing.
+    """
+    reasons, silent = [], []
+    lost: list[int] = []
+    has_no_memory = False
+    for rank, end in found.items():
+        name = f"local rank {rank}"
+        if end is None:
+            silent.append(rank)
+        elif isinstance(end, int):
+            has_no_memory |= is_loader_out_of_memory(end, during=during)
+            reasons.append(f"{name} {end_of_rank(end, during=during)}")
+            lost.append(rank)
+        elif end.get("is_out_of_memory"):
+            has_no_memory = True
+            reasons.append(f"{name} is out of memory: {end['reason']}")
+        elif end.get("is_device_lost"):
+            reasons.append(f"{name} has lost its device: {end['reason']}")
+            lost.append(rank)
+    if not reasons:
+        reasons, lost = [f"local rank {rank} does not answer" for rank in silent], silent
+    return reasons, [] if has_no_memory else lost, has_no_memory
 
 
 def is_loader_out_of_memory(exit_code: int, *, during: str) -> bool:

@@ -23,7 +23,12 @@ from peer.eval.evaluate import token_byte_lengths
 from peer.ipc import Channel, Message
 from peer.model.objectives import ExampleBuilder
 from peer.model.probe import LayerStats
-from peer.parallel.devices import describe_device, is_out_of_memory, keep_freed_memory
+from peer.parallel.devices import (
+    describe_device,
+    is_device_lost,
+    is_out_of_memory,
+    keep_freed_memory,
+)
 from peer.parallel.faults import LocalRankError
 from peer.parent_death import die_with_parent
 from peer.shared_vectors import SharedVectors
@@ -34,7 +39,7 @@ from peer.train.loop import TrainLoop
 from peer.train.node_step import NodeStep
 from peer.train.probed_step import ProbedStep
 from peer.train.step import MicroStep
-from peer.train.workbench import Workbench, build_workbench
+from peer.train.workbench import Workbench, build_workbench, leader_position
 from protos.contract.errors import MusterError, UsageError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import RunSpec
@@ -119,11 +124,18 @@ def run_trainer(link: DaemonLink, vectors: SharedVectors) -> str:
         return "asked to stop before it was configured"
     if first["kind"] != "configure":
         raise UsageError(f"first message {first['kind']!r}", allowed="configure")
-    loop = build_loop(first, vectors=vectors, link=link)
-    for message in others:
-        loop.state.fold(message)
-    gc.freeze()
-    return loop.run()
+    try:
+        loop = build_loop(first, vectors=vectors, link=link)
+        for message in others:
+            loop.state.fold(message)
+        gc.freeze()
+        return loop.run()
+    except RuntimeError as error:
+        if isinstance(error, LocalRankError) or not is_device_lost(error):
+            raise
+        raise LocalRankError(
+            f"the device is lost: {error}", lost_devices=[leader_position(first)]
+        ) from error
 
 
 def main(arguments: list[str]) -> int:

@@ -21,6 +21,7 @@ from peer.parallel.devices import (
     choose_device,
     host_memory_bytes,
     measure_flop_per_second,
+    unused_gpu_note,
 )
 from peer.parallel.faults import GROUP_TIMEOUT_SECONDS
 from peer.parallel.layout import AUTO, Layout, LayoutWish, device_names, parse_layout
@@ -65,7 +66,9 @@ class Workbench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Lent:
-    """Devices that are left, with their positions among those that were lent."""
+    """Devices that are left, with their positions among those that were lent; rank 0 has the
+    first.
+    """
 
     names: tuple[str, ...]
     positions: tuple[int, ...]
@@ -76,6 +79,13 @@ class _Lent:
         names = device_names(message.get("devices") or message["device"])
         lost = set(message.get("lost_devices") or ())
         left = [position for position in range(len(names)) if position not in lost]
+        if not left:
+            raise MachineError(
+                f"all devices that were lent are lost: {', '.join(names)}",
+                allowed="at least one device that works",
+                remedy="see what the driver says of them (dmesg, nvidia-smi), restart the machine, "
+                "or lend the CPU with --device cpu",
+            )
         return cls(names=tuple(names[position] for position in left), positions=tuple(left))
 
 
@@ -141,7 +151,14 @@ def plan_for(spec: RunSpec, message: Message) -> tuple[Plan, tuple[int, ...]]:
         round_tokens=spec.strategy.global_batch_tokens,
         max_turn_sequences=message["max_micro_batch_sequences"],
     )
+    if AUTO in lent.names:
+        note = unused_gpu_note() + note
     return replace(plan, reason=note + plan.reason), lent.positions
+
+
+def leader_position(message: Message) -> int:
+    """Position of rank 0's device, or of the only one, among those that were lent."""
+    return _Lent.from_message(message).positions[0]
 
 
 def _wish(message: Message, *, num_devices: int) -> tuple[LayoutWish, str]:

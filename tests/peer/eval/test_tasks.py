@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from peer.checkpoint.store import CheckpointHeader, CheckpointStore
+from peer.cli.evaluate import evaluate as evaluate_command
 from peer.eval.harness import harness_tasks
 from peer.eval.in_context import in_context_task
 from peer.eval.memorization import memorization
 from peer.eval.text import evaluate_tokens
 from peer.eval.trained_text import heldout_windows, trained_windows
 from peer.model.decoder import Decoder
+from peer.model.init import initial_vector
 from peer.model.loss import summed_loss
 from protos.contract.chunk_format import MANIFEST_FILE, Manifest
+from protos.contract.digest import StateMeta, state_digest
 from protos.contract.errors import MachineError, UsageError
 from tests.peer.model.tiny import BASE, build
 from tests.peer.train.test_finetune import write_model
@@ -127,6 +131,33 @@ def test_trained_windows_are_those_of_the_schedule(tmp_path: Path) -> None:
     assert heldout_windows(spec, tmp_path, manifest, max_windows=3)
     with pytest.raises(UsageError, match="0 trained"):
         found(0)
+
+
+def test_the_command_says_what_a_checkpoint_has_memorised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = build_toy_dataset(tmp_path)
+    (tmp_path / "run_spec.json").write_bytes(spec.to_wire())
+    vectors = [np.zeros(np.size(initial_vector(spec)), dtype=np.float32) for _ in range(3)]
+    vectors[0][:] = initial_vector(spec)
+    meta = StateMeta(
+        run_digest=spec.run_digest, incarnation=1, outer_step=9, schedule_tokens=12 * 50,
+        directive_number=1,
+    )  # fmt: skip
+    header = CheckpointHeader(
+        meta=meta, state_digest=state_digest(meta, vectors), directive=b"", incarnation_record=b"",
+        unreported_certificates=(),
+    )  # fmt: skip
+    path = CheckpointStore(tmp_path / "state").save(header, vectors)
+    evaluate_command(path, dataset=tmp_path, is_memorization=True, threads=1, is_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["trained_bytes"] == 50 * 12 and found["num_windows"] == 40
+    assert abs(found["bits_per_parameter"]) <= 4 * found["bits_per_parameter_error"]
+    assert found["schedule_tokens"] == 600 and found["capacity_bits_per_parameter"] == 3.6
+    evaluate_command(path, dataset=tmp_path, is_memorization=True, threads=1)
+    assert "no statement about privacy" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UsageError, match="without a run"):
+        evaluate_command(write_model(tmp_path / "m"), dataset=tmp_path, is_memorization=True)
 
 
 def test_harness_tasks_or_a_clear_refusal(tmp_path: Path) -> None:

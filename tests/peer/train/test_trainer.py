@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 from peer.ipc import ChannelClosed
 from peer.model.objectives import Examples
 from peer.parallel.devices import is_out_of_memory
+from peer.parallel.faults import LocalRankError
 from peer.shared_vectors import StatePosition
+from peer.train.__main__ import run_trainer
 from peer.train.bad_batches import MAX_KEPT, BadBatches
 from protos.contract.errors import RunFailedError
 from protos.contract.run_spec import StrategySpec
@@ -34,7 +36,8 @@ def drain(daemon: FakeDaemon) -> None:
 
 def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
     with trainer_process(tmp_path) as daemon:
-        daemon.send("configure", **daemon.configuration | {"max_micro_batch_sequences": 3})
+        changes = {"max_micro_batch_sequences": 3, "probe_interval_seconds": 0.001}
+        daemon.send("configure", **daemon.configuration | changes)
         ready = daemon.expect("ready")
         assert ready["micro_batch_sequences"] == 3, "bounded, as after an out of memory"
         assert ready["num_threads"] == 1 and ready["device"].startswith("cpu")
@@ -66,6 +69,9 @@ def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
         assert 0 < evaluation["total_nats"] / evaluation["num_tokens"] < 6
         progress = next(m for m in daemon.seen if m["kind"] == "progress")
         assert progress["tokens_per_second"] > 0 and progress["trained_tokens"] > 0
+        probed = [m["layers"] for m in daemon.seen if m["kind"] == "layer_stats"]
+        assert [layer["layer"] for layer in probed[0]] == ["embedding", "0", "1", "norm"]
+        assert all(layer["gradient_rms"] > 0 for layer in probed[-1])
         turns = [m["longest_turn_seconds"] for m in daemon.seen if m["kind"] == "turn"]
         assert turns and 0.0 < max(turns) < 60.0, "the loop is heard to come round"
         begin_seconds = time.monotonic()
@@ -75,6 +81,25 @@ def test_a_process_from_configure_to_stop(tmp_path: Path) -> None:
         drain(daemon)
         # Lease 2 is partly in a contribution that may still be committed: the round decides.
         assert not [m for m in daemon.seen if m["kind"] == "released"]
+
+
+def test_a_lost_device_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Link:
+        def receive(self, *, wait_seconds: float) -> list[dict[str, object]]:
+            return [{"kind": "configure", "device": "cuda:3", "lost_devices": []}]
+
+    def end(words: str) -> BaseException:
+        def fail(*_: object, **__: object) -> None:
+            raise torch.AcceleratorError(words)
+
+        monkeypatch.setattr("peer.train.__main__.build_loop", fail)
+        with pytest.raises(RuntimeError) as raised:
+            run_trainer(Link(), None)  # type: ignore[arg-type]
+        return raised.value
+
+    lost = end("CUDA error: uncorrectable ECC error encountered")
+    assert isinstance(lost, LocalRankError) and lost.lost_devices == (0,)
+    assert not isinstance(end("CUDA error: misaligned address"), LocalRankError)
 
 
 def test_torchs_words_for_out_of_memory_are_known() -> None:

@@ -1,12 +1,13 @@
 """The plan that a trainer makes of its configuration, and the plan after a fault."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peer.shared_vectors import SharedVectors
-from peer.train.workbench import build_workbench, plan_for
+from peer.train.workbench import build_workbench, leader_position, plan_for
 from protos.contract.errors import MachineError
 from protos.contract.run_spec import OptimizerSpec, StrategySpec
 from tests.peer.model.tiny import SPEC
@@ -33,6 +34,37 @@ def test_a_lost_device_is_not_planned_with_and_the_reason_says_so() -> None:
     assert plan.reason.startswith("2 devices were asked for and 1 are left")
     plan, positions = plan_for(SPEC, MESSAGE | {"devices": "cpu:3", "lost_devices": [1]})
     assert plan.layout.tp == 2 and positions == (0, 2)
+
+
+def test_when_every_device_is_lost_the_owner_is_told() -> None:
+    with pytest.raises(MachineError, match="all devices that were lent are lost: cpu, cpu") as told:
+        plan_for(SPEC, MESSAGE | {"lost_devices": [0, 1]})
+    assert told.value.allowed and "nvidia-smi" in told.value.remedy
+    assert leader_position(MESSAGE | {"lost_devices": [0]}) == 1
+
+
+def test_a_gpu_that_torch_cannot_use_is_named_where_the_choice_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = MESSAGE | {"device": "auto", "devices": "", "layout": "auto"}
+    assert "NVIDIA" not in plan_for(SPEC, message)[0].reason
+    (tmp_path / "version").write_text("NVRM version")
+    monkeypatch.setattr("peer.parallel.devices._NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", too_old)
+    assert plan_for(SPEC, message)[0].reason.startswith(
+        "the NVIDIA device here is not used (The NVIDIA driver on your system is too old (found "
+        "version 11040).): one device on"
+    )
+    with pytest.raises(MachineError, match="found version 11040") as refused:
+        plan_for(SPEC, message | {"device": "cuda:0"})
+    assert "update the NVIDIA driver" in refused.value.remedy
+
+
+def too_old() -> None:
+    raise RuntimeError(
+        "The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
+    )
 
 
 def test_memory_that_was_not_enough_is_saved_by_recomputation() -> None:
