@@ -86,7 +86,7 @@ class RankEngine:
         }
         self._schedule_by_shape: dict[tuple[int, int], object] = {}
         self._optimizer: InnerOptimizer | None = None
-        self._is_finished = False
+        self._is_finished = self._is_tied_summed = False
 
     # Memory.
 
@@ -144,8 +144,18 @@ class RankEngine:
         collect(vector, ((held.piece, held.values) for held in self._held))
 
     def store_grads(self, vector: CanonicalVector) -> None:
-        """Write the finished gradients that this rank owns into the canonical vector."""
+        """Write whole gradients into the canonical vector. Two copies of a tied embedding are added
+        up there, which takes one pass over shared memory instead of a message each way.
+        """
+        are_apart = len(self._tied()) == 1 and not (self._is_finished and self._is_tied_summed)
+        self.finish(sums_tied=not are_apart)
         collect(vector, ((held.piece, held.grad) for held in self._held))
+        if not are_apart:
+            return
+        dist.all_reduce(torch.zeros(1), group=self._groups.embedding)  # the first has written
+        (copy,) = self._tied()
+        if copy.stage > 0 and self.place.dp_rank == 0:
+            vector.part(copy.piece).add_(copy.grad.cpu())
 
     # Forward and backward.
 
@@ -224,11 +234,18 @@ class RankEngine:
             held.parameter.grad = None
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Make gradients whole, once; every rank calls this between the last turn and `zero`."""
-        if self._is_finished:
-            return
-        self._is_finished = True
+    def finish(self, *, sums_tied: bool = True) -> None:
+        """Make gradients whole, once; every rank calls this between the last turn and `zero`.
+        Without `sums_tied` the copies of a tied embedding keep their own for now.
+        """
+        if not self._is_finished:
+            self._is_finished, self._is_tied_summed = True, False
+            self._make_whole()
+        if sums_tied and not self._is_tied_summed:
+            self._is_tied_summed = True
+            self._sum_tied()
+
+    def _make_whole(self) -> None:
         for held in self._held:
             grad = held.parameter.grad
             if grad is None:
@@ -236,20 +253,23 @@ class RankEngine:
             if isinstance(grad, DTensor) and isinstance(held.parameter, DTensor):
                 grad = grad.redistribute(placements=held.parameter.placements)
             held.parameter.grad = grad
-        self._sum_tied()
         if self._groups.dp is not None and not self.layout.is_sharded:
             for held in self._held:
                 dist.all_reduce(held.grad, group=self._groups.dp)
 
-    def _sum_tied(self) -> None:
+    def _tied(self) -> list[_Held]:
+        """This rank's copies of an embedding that several stages hold."""
         if not self.spec.has_tied_embeddings or self.layout.num_stages == 1:
-            return
-        copies = [held for held in self._held if held.piece.name == _EMBEDDING]
+            return []
+        return [held for held in self._held if held.piece.name == _EMBEDDING]
+
+    def _sum_tied(self) -> None:
+        copies = self._tied()
         if len(copies) == 2:  # V-shaped: both on this rank
             total = copies[0].grad + copies[1].grad
             for held in copies:
                 held.grad.copy_(total)
-        elif copies and self._groups.embedding is not None:
+        elif copies:
             dist.all_reduce(copies[0].grad, group=self._groups.embedding)
 
     @torch.no_grad()

@@ -88,7 +88,6 @@ class LocalRank:
             case "store":
                 engine.store(vector)
             case "store_grads":
-                engine.finish()
                 engine.store_grads(vector)
             case "norm":
                 engine.finish()
