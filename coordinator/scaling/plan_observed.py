@@ -26,6 +26,7 @@ def observed_law(table: Observations, *, name: str, seed: int = 0) -> PlanLaw:
         name=name,
         loss_law=fit.fit.law,
         allocation=fit.allocation.law,
+        smallest_flop=fit.smallest_flop,
         largest_flop=fit.largest_flop,
         source=f"{len(fit.observations)} of {fit.num_rows} rows of own runs; N from the "
         f"{fit.allocation.form.value} form, loss from the {fit.fit.form.value} form",

@@ -84,6 +84,11 @@ class StudyFit:
     flop_per_param_token: float
 
     @property
+    def smallest_flop(self) -> float:
+        """Smallest compute that was fitted."""
+        return float(self.observations.compute_flop.min())
+
+    @property
     def largest_flop(self) -> float:
         """Largest compute that was fitted."""
         return float(self.observations.compute_flop.max())
