@@ -63,6 +63,10 @@ class Selection:
         )
 
 
+ALL = Selection()
+"""Titles as they are, every row."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
     """Rows by field, with what was said of the columns."""

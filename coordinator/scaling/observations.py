@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.scaling.columns import COLUMNS, Read, Selection, read_rows
+from coordinator.scaling.columns import ALL, COLUMNS, Read, Selection, read_rows
 from coordinator.scaling.laws import PLAIN_FLOP_PER_PARAM_TOKEN
 from protos.contract.errors import UsageError
 
@@ -149,13 +149,12 @@ class Observations:
         return float(np.median(self.compute_flop / (self.params_n * self.tokens_d)))
 
 
-_ALL = Selection()
 _LEAST_PRODUCT_RATIO, _MOST_PRODUCT_RATIO = 0.01, 100.0
 """Of C to 6 N D: sparse models have less, tiny ones with long windows or a large head more."""
 
 
 def observations_from_csv(
-    text: str, *, name: str = "the table", selection: Selection = _ALL
+    text: str, *, name: str = "the table", selection: Selection = ALL
 ) -> Observations:
     """A table with columns N,D,C,loss; lines that begin with # are comments. Raises UsageError."""
     titles, rows = _cells(text)
@@ -163,7 +162,7 @@ def observations_from_csv(
 
 
 def observations_from_json(
-    text: str, *, name: str = "the table", selection: Selection = _ALL
+    text: str, *, name: str = "the table", selection: Selection = ALL
 ) -> Observations:
     """A list of objects with the same names, or an object with it as `observations`."""
     try:
@@ -202,7 +201,7 @@ def observations_to_json(table: Observations) -> str:
 
 
 def points_from_csv(
-    text: str, *, name: str, selection: Selection = _ALL
+    text: str, *, name: str, selection: Selection = ALL
 ) -> tuple[Array, Array, Array, Array | None]:
     """(N, D, C, loss or None) of rows to be predicted, whose losses may be missing; of `selection`
     what this table knows."""
@@ -284,8 +283,8 @@ def _check_product(rows: Sequence[Observation], name: str) -> None:
             f"C of {name} is {middle:.3g} times 6 N D (median of its rows)",
             allowed=f"{_LEAST_PRODUCT_RATIO:g} to {_MOST_PRODUCT_RATIO:g} times: N in parameters, "
             "D in tokens, C in FLOP",
-            remedy="check units and names of the columns (case does not matter: d is read as D, unless "
-            "`tokens` is there), or say which is which: --column D=TITLE",
+            remedy="check units and names of the columns (case does not matter: d is read as D, "
+            "unless `tokens` is there), or say which is which: --column D=TITLE",
         )
 
 

@@ -83,6 +83,16 @@ def _check_text(request: PlanRequest) -> None:
         )
 
 
+def _check_step(draft: Draft) -> None:
+    batch_tokens = draft.recipe.global_batch_tokens
+    if batch_tokens > draft.tokens_d:
+        raise UsageError(
+            f"a plan of {draft.tokens_d:,} tokens and a global batch of {batch_tokens:,}",
+            allowed="at least one step",
+            remedy="more compute or text, fewer peers, or a lower --seq-len",
+        )
+
+
 def _admit(request: PlanRequest) -> Admission | None:
     if request.pool is None:
         return None
@@ -269,13 +279,7 @@ def _complete(
     warning: str,
 ) -> Plan:
     """Everything that follows from the chosen draft; losses are nan where the law does not hold."""
-    if draft.recipe.global_batch_tokens > draft.tokens_d:
-        raise UsageError(
-            f"a plan of {draft.tokens_d:,} tokens and a global batch of "
-            f"{draft.recipe.global_batch_tokens:,}",
-            allowed="at least one step",
-            remedy="more compute or text, fewer peers, or a lower --seq-len",
-        )
+    _check_step(draft)
     most_nats = math.log(request.vocab_size)
     is_known = draft.loss_nats <= most_nats
     shape, law, recipe = draft.shape, draft.law, draft.recipe
