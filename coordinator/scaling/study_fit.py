@@ -44,6 +44,10 @@ from protos.contract.errors import UsageError
 Array = NDArray[np.float64]
 
 AUTO = "auto"
+_ALLOCATION_REASON = (
+    "N_opt and D_opt come from the {} form: on public sweeps its N_opt moved least (x1.05) when "
+    "the dearer half was added"
+)
 DEFAULT_DRAWS = 400
 
 
@@ -207,15 +211,12 @@ def fit_observations(
     band = ErrorBand.of(_mixed(tests, shares))
     reasons += [why, f"bands: {band.reason}"]
     if form is None:
-        reasons.append(
-            f"N_opt and D_opt come from the {allocation.value} form: on public sweeps its N_opt "
-            "moved least (x1.05) when the dearer half was added"
-        )
+        reasons.append(_ALLOCATION_REASON.format(allocation.value))
     warnings = [*table.warnings, *fit_warnings(fits[chosen], near)]
     k = near.flop_per_param_token()
     undetermined = undetermined_reason(fits[allocation], near, k)
-    if undetermined:
-        warnings.append(f"N_opt and D_opt are not determined by these rows: {undetermined}")
+    said = f"N_opt and D_opt are not determined by these rows: {undetermined}"
+    warnings += [said] * bool(undetermined)
     return StudyFit(
         observations=near,
         num_rows=len(table),
