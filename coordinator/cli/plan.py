@@ -16,9 +16,11 @@ from coordinator.cli.options import (
     print_json,
     say,
 )
+from coordinator.cli.tables import Columns, Where, selection_of
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 
 if TYPE_CHECKING:
+    from coordinator.scaling.columns import Selection
     from coordinator.scaling.plan_law import PlanLaw
     from coordinator.scaling.plan_types import Plan, PlanRequest
 
@@ -74,7 +76,11 @@ _LR_FROM = Annotated[
     str, typer.Option("--lr-from", help="LR@WIDTH: best rate of a trial, transferred (mu-style).")
 ]
 _FORCE = Annotated[
-    bool, typer.Option("--force-extrapolation", help="Beyond x1000 of the law's largest compute.")
+    bool,
+    typer.Option(
+        "--force-extrapolation",
+        help="Beyond x1000 of the law's largest compute, or x100,000 below its smallest.",
+    ),
 ]
 _WRITE = Annotated[
     Path | None,
@@ -96,6 +102,8 @@ def plan(
     unique_tokens: _UNIQUE = None,
     dataset: _DATASET = None,
     observations: _OBSERVATIONS = None,
+    columns: Columns = None,
+    where: Where = None,
     law: _LAW = "",
     vocab_size: _VOCABULARY = None,
     seq_len: _SEQ_LEN = 1024,
@@ -131,7 +139,7 @@ def plan(
     }
     _check_numbers(numbers)
     wishes: dict[str, Any] = {
-        "law": _law(law, observations, seed=seed),
+        "law": _law(law, observations, seed=seed, selection=selection_of(columns, where)),
         "seq_len": seq_len,
         "bytes_per_parameter": bytes_per_parameter,
         "serve_tokens": serve_tokens or 0.0,
@@ -287,7 +295,7 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _law(name: str, observations: Path | None, *, seed: int) -> "PlanLaw":
+def _law(name: str, observations: Path | None, *, seed: int, selection: "Selection") -> "PlanLaw":
     if observations is None:
         from coordinator.scaling.plan_law import DEFAULT_LAW, published_law
 
@@ -298,11 +306,10 @@ def _law(name: str, observations: Path | None, *, seed: int) -> "PlanLaw":
             allowed="a published law, or one fitted on your own runs",
             remedy="leave one out",
         )
-    from coordinator.scaling.observations import observations_from_csv, observations_from_json
+    from coordinator.cli.tables import read_observations
     from coordinator.scaling.plan_observed import observed_law
 
-    read = observations_from_json if observations.suffix == ".json" else observations_from_csv
-    table = read(_read_text(observations), name=observations.name)
+    table = read_observations(observations, selection)
     return observed_law(table, name=observations.name, seed=seed)
 
 

@@ -5,6 +5,7 @@ Fits run on numpy; pictures are refused by name where the extra [scaling] is mis
 """
 
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +20,10 @@ from coordinator.cli.options import (
     print_table,
     say,
 )
+from coordinator.cli.tables import Columns, Where, read_observations, read_table, selection_of
 
 if TYPE_CHECKING:
+    from coordinator.scaling.columns import Selection
     from coordinator.scaling.observations import Observations
     from coordinator.scaling.study_fit import StudyFit
 
@@ -28,7 +31,24 @@ app = typer.Typer(no_args_is_help=True, help="Scaling laws: small runs, fits, fo
 
 app.command("create")(study_swarm.create)
 app.command("status")(study_swarm.status)
-_LARGEST_TABLE_BYTES = 64 * 2**20
+
+
+_NearRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep rows within this share of the best loss at their compute (inf: all). "
+        "Default: all for additive and tied, 0.15 otherwise."
+    ),
+]
+_Forced = Annotated[
+    bool,
+    typer.Option(
+        "--force-extrapolation",
+        help="Beyond x1000 of the largest compute, or x100,000 below the smallest.",
+    ),
+]
+_MANY_ROWS = 2_000
+"""From here a fit is long enough to be followed."""
 
 
 @app.callback()
@@ -49,34 +69,20 @@ def need_scaling_extra(command: str, *packages: str) -> None:
         )
 
 
-def read_table(path: Path) -> str:
-    """Text of a table. Raises UsageError when it cannot be read."""
-    from protos.contract.errors import UsageError
+def make_plot_directory(directory: Path) -> None:
+    """Before the work is done for it. Raises MachineError where nothing can be written."""
+    from protos.contract.errors import MachineError
 
     try:
-        if path.stat().st_size > _LARGEST_TABLE_BYTES:
-            raise UsageError(
-                f"{path} has {path.stat().st_size} bytes",
-                allowed=f"tables of at most {_LARGEST_TABLE_BYTES} bytes",
-                remedy="thin the curves out",
-            )
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read {path}: {error}",
-            allowed="a text file with the columns N,D,C,loss",
-            remedy="check the path",
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise MachineError(
+            f"cannot write plots to {directory}: {error}",
+            allowed="a directory that can be written",
+            remedy="name another with --plot",
         ) from error
-
-
-def read_observations(path: Path) -> "Observations":
-    """A table in CSV, or in JSON by its ending. Raises UsageError."""
-    from coordinator.scaling.observations import observations_from_csv, observations_from_json
-
-    text = read_table(path)
-    if path.suffix.lower() == ".json":
-        return observations_from_json(text, name=str(path))
-    return observations_from_csv(text, name=str(path))
 
 
 def write_plots(directory: Path, pictures: dict[str, dict[str, bytes]]) -> list[str]:
@@ -85,7 +91,6 @@ def write_plots(directory: Path, pictures: dict[str, dict[str, bytes]]) -> list[
 
     paths = []
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, by_format in pictures.items():
             for ending, content in by_format.items():
                 path = directory / f"{name}.{ending}"
@@ -105,6 +110,8 @@ def fit(
     observations: Annotated[
         Path | None, typer.Option(help="Table N,D,C,loss (C optional: 6 N D).", readable=False)
     ] = None,
+    columns: Columns = None,
+    where: Where = None,
     study_id: Annotated[
         str, typer.Option("--study", help="Instead of a table: a study of this coordinator.")
     ] = "",
@@ -125,29 +132,19 @@ def fit(
     flop: Annotated[
         list[float] | None, typer.Option(help="Compute whose best N and D are shown; repeatable.")
     ] = None,
-    near_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Keep rows within this share of the best loss at their compute (inf: all). "
-            "Default: all for additive and tied, 0.15 otherwise."
-        ),
-    ] = None,
+    near_ratio: _NearRatio = None,
     convention: Annotated[
         str, typer.Option(help="Convert the table first: matmul or non-embedding.")
     ] = "",
     bootstrap: Annotated[int, typer.Option(help="Draws behind the intervals.")] = 400,
     seed: Annotated[int, typer.Option(help="Of starts and draws.", min=0)] = 0,
-    is_forced: Annotated[
-        bool,
-        typer.Option("--force-extrapolation", help="Go beyond 1,000 times the largest compute."),
-    ] = False,
+    is_forced: _Forced = False,
     plot: Annotated[
         Path | None, typer.Option(help="Directory for PNG and SVG.", readable=False)
     ] = None,
     is_json: AsJson = False,
 ) -> None:
     """Fit scaling laws to any table: constants with intervals, N_opt and D_opt, predictions."""
-    from coordinator.scaling.extrapolation import check_extrapolation
     from coordinator.scaling.laws import Form
     from coordinator.scaling.parametric import Loss
     from coordinator.scaling.report import chosen_value, fit_report, predict_rows
@@ -156,10 +153,13 @@ def fit(
     if plot is not None:
         need_scaling_extra("study fit --plot", "matplotlib")
     chosen = chosen_value("--form", form, [*(item.value for item in Form), AUTO])
-    table = _table(observations, study_id, data_dir, convention=convention)
+    _check_numbers(bootstrap=bootstrap, near_ratio=near_ratio, flop=flop or [], max_flop=max_flop)
+    selection = selection_of(columns, where)
+    table = _table(observations, study_id, data_dir, convention=convention, selection=selection)
     if export is not None:
         _write_table(export, table)
-    _check_numbers(bootstrap=bootstrap, near_ratio=near_ratio, flop=flop or [], max_flop=max_flop)
+    if plot is not None:
+        make_plot_directory(plot)
     study = fit_observations(
         table,
         form=None if chosen == AUTO else Form(chosen),
@@ -168,12 +168,15 @@ def fit(
         near_ratio=near_ratio,
         num_draws=bootstrap,
         seed=seed,
+        progress=say if len(table) > _MANY_ROWS else lambda _: None,
     )
     computes = flop or [study.largest_flop * factor for factor in (1.0, 10.0, 100.0)]
-    check_extrapolation(max(computes), study.largest_flop, law="this table", is_forced=is_forced)
-    report = fit_report(study, computes)
+    report = fit_report(study, computes, is_forced=is_forced)
     if predict is not None:
-        rows = predict_rows(study, read_table(predict), name=str(predict), is_forced=is_forced)
+        rows = predict_rows(
+            study, read_table(predict), name=str(predict), is_forced=is_forced, selection=selection
+        )
+        report["warnings"] += rows.pop("warnings")
         report.update(rows)
     if plot is not None:
         report["plots"] = write_plots(plot, _pictures(study, max(computes), report))
@@ -183,7 +186,9 @@ def fit(
         _show_fit(report)
 
 
-def _table(path: Path | None, study_id: str, data_dir: Path, *, convention: str) -> "Observations":
+def _table(
+    path: Path | None, study_id: str, data_dir: Path, *, convention: str, selection: "Selection"
+) -> "Observations":
     from coordinator.scaling.observations import Convention
     from coordinator.scaling.report import chosen_value
     from protos.contract.errors import UsageError
@@ -197,7 +202,7 @@ def _table(path: Path | None, study_id: str, data_dir: Path, *, convention: str)
     if path is None:
         table = study_swarm.load_observations(study_id, data_dir)
     else:
-        table = read_observations(path)
+        table = read_observations(path, selection)
     if not convention:
         return table
     allowed = [Convention.MATMUL.value, Convention.NON_EMBEDDING.value]
@@ -219,13 +224,17 @@ def _write_table(path: Path, table: "Observations") -> None:
 def _check_numbers(
     *, bootstrap: int, near_ratio: float | None, flop: list[float], max_flop: float
 ) -> None:
+    from coordinator.scaling.extrapolation import LEAST_FLOP
     from protos.contract.errors import UsageError
 
     checks = (
         ("--bootstrap", float(bootstrap), 0 <= bootstrap <= 100_000, "0 to 100,000 draws"),
         ("--near-ratio", near_ratio, near_ratio is None or near_ratio > 0, "a share above 0"),
         ("--max-flop", max_flop, max_flop > 0, "FLOP above 0"),
-        *(("--flop", one, 0 < one < 1e40, "FLOP above 0, at most 1e40") for one in flop),
+        *(
+            ("--flop", one, LEAST_FLOP <= one <= 1e40, "6 (one parameter, one token) to 1e40 FLOP")
+            for one in flop
+        ),
     )
     for name, value, is_good, allowed in checks:
         if not is_good:
@@ -286,7 +295,8 @@ def _show_fit(report: dict[str, Any]) -> None:
     print_table(
         ["FLOP", "N_opt", "95 % interval", "D_opt", "D/N", "loss", "90 % band"],
         [
-            [
+            [f"{row['flop']:.3g}", "not determined", "-", "-", "-", "-", "-"]
+            if not row["is_determined"] else [
                 f"{row['flop']:.3g}", f"{row['n_opt']:.4g}",
                 f"{row['n_opt_low']:.3g} to {row['n_opt_high']:.3g}",
                 f"{row['d_opt']:.4g}", f"{row['tokens_per_param']:.3g}",
@@ -317,6 +327,8 @@ def _show_fit(report: dict[str, Any]) -> None:
         typer.echo(f"- {reason}")
     for path in report.get("plots", []):
         typer.echo(f"plot: {path}")
+    for warning in report["warnings"]:
+        say(f"warning: {warning}")
 
 
 @app.command("replay")
@@ -334,6 +346,8 @@ def replay(
     plot: Annotated[
         Path | None, typer.Option(help="Directory for PNG and SVG.", readable=False)
     ] = None,
+    columns: Columns = None,
+    where: Where = None,
     is_json: AsJson = False,
 ) -> None:
     """Forecast a recorded run from every point of it, as it would have been done live."""
@@ -341,8 +355,12 @@ def replay(
 
     if plot is not None:
         need_scaling_extra("study replay --plot", "matplotlib")
-    others = None if observations is None else read_observations(observations)
-    report, points = replay_report(read_observations(curve), others)
+    selection = selection_of(columns, where)
+    others = None if observations is None else read_observations(observations, selection)
+    table = read_observations(curve, selection)
+    if plot is not None:
+        make_plot_directory(plot)
+    report, points = replay_report(table, others)
     if plot is not None:
         from coordinator.scaling.plots import forecast_plot
 
@@ -378,6 +396,10 @@ def replay(
             f"x{row['horizon_ratio']:g}: {row['num_forecasts']} forecasts, "
             f"median error {row['median_abs_error_percent']:.2f} %"
         )
+    for note in report["notes"]:
+        typer.echo(f"- {note}")
+    for warning in report["warnings"]:
+        say(f"warning: {warning}")
     for path in report.get("plots", []):
         typer.echo(f"plot: {path}")
 

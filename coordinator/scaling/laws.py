@@ -121,15 +121,7 @@ class LossLaw:
         that N is beyond all numbers: such a law was fitted to a table that says nothing of N.
         """
         product = compute_flop / flop_per_param_token
-        log_ratio = np.log(self.alpha * self.a) - np.log(self.beta * self.b)
-        log_n = (log_ratio + self.beta * np.log(product)) / (self.alpha + self.beta)
-        if not abs(log_n) <= MOST_LOG_PARAMS:
-            raise UsageError(
-                f"a fitted law whose best N would be e^{log_n:.0f}",
-                allowed="a table whose losses fall with N and with D",
-                remedy="look for rows that are wrong, add others, or choose --form additive",
-            )
-        params_n = float(np.exp(log_n))
+        params_n = float(np.exp(self._log_best_params(product)))
         tokens_d = product / params_n
         return Optimum(
             params_n=params_n,
@@ -137,6 +129,25 @@ class LossLaw:
             compute_flop=compute_flop,
             loss_nats=float(self.loss_nats(params_n, tokens_d)),
         )
+
+    def frontier_nats(self, compute_flop: Numbers, *, flop_per_param_token: float) -> Any:
+        """Least loss of every compute, `optimum(C).loss_nats`."""
+        product = np.asarray(compute_flop) / flop_per_param_token
+        params_n = np.exp(self._log_best_params(product))
+        return self.loss_nats(params_n, product / params_n)
+
+    def _log_best_params(self, product: Numbers) -> Any:
+        """ln N_opt of N D = `product`. Raises UsageError beyond all numbers."""
+        log_ratio = np.log(self.alpha * self.a) - np.log(self.beta * self.b)
+        log_n = (log_ratio + self.beta * np.log(product)) / (self.alpha + self.beta)
+        farthest = float(np.ravel(log_n)[np.argmax(np.abs(log_n))])
+        if not abs(farthest) <= MOST_LOG_PARAMS:
+            raise UsageError(
+                f"a fitted law whose best N would be e^{farthest:.0f}",
+                allowed="a table whose losses fall with N and with D",
+                remedy="look for rows that are wrong, add others, or choose --form additive",
+            )
+        return log_n
 
     def params_for_tokens(self, tokens_d: Numbers) -> Any:
         """The N for which `tokens_d` tokens are compute-optimal."""

@@ -83,11 +83,22 @@ def sent_bytes(num_values: float, codec: Codec, num_members: int) -> float:
     return num_values * codec.moved_bytes_per_value(num_members) * share
 
 
+def distinct_links(peers: Sequence[PoolPeer]) -> list[PoolPeer]:
+    """The first peer of every link speed and round trip: all that a round's time depends on."""
+    found: dict[tuple[float, float], PoolPeer] = {}
+    for peer in peers:
+        link = min(peer.upload_bytes_per_second, peer.download_bytes_per_second)
+        found.setdefault((link, peer.round_trip_seconds), peer)
+    return list(found.values())
+
+
 def round_seconds(
-    peers: Sequence[PoolPeer], num_values: float, codec: Codec
+    peers: Sequence[PoolPeer], num_values: float, codec: Codec, *, num_members: int = 0
 ) -> tuple[float, PoolPeer]:
-    """Time of one round over the slowest link, and whose link that is."""
-    moved = sent_bytes(num_values, codec, len(peers))
+    """Time of one round over the slowest link, and whose link that is; of `num_members` (0: so many
+    as peers) where `peers` are their distinct links.
+    """
+    moved = sent_bytes(num_values, codec, num_members or len(peers))
     slowest, seconds = peers[0], -1.0
     for peer in peers:
         link = min(peer.upload_bytes_per_second, peer.download_bytes_per_second)
@@ -112,10 +123,11 @@ def plan_sync(
     """
     codecs = [codec for codec in codecs if codec.bytes_per_value >= 1]
     best: StrategyChoice | None = None
+    links = distinct_links(peers)
     for codec in sorted(codecs, key=lambda codec: -codec.bytes_per_value):
         seconds, slowest = 0.0, peers[0]
         if peers[1:]:
-            seconds, slowest = round_seconds(peers, num_values, codec)
+            seconds, slowest = round_seconds(links, num_values, codec, num_members=len(peers))
         moved = sent_bytes(num_values, codec, len(peers))
         ratio = step_seconds / (step_seconds + seconds)
         reason = (
@@ -161,12 +173,14 @@ def plan_diloco(
     options = [(codec, steps) for codec in by_richness for steps in near]
     options += [(by_richness[-1], steps) for steps in far]
     choice: StrategyChoice | None = None
+    links = distinct_links(peers)
     for codec, inner_steps in options:
         for num_fragments in _FRAGMENTS:
             if inner_steps % num_fragments or num_fragments > most_fragments:
                 continue
             choice = _diloco_option(
-                peers,
+                links,
+                num_members=len(peers),
                 num_values=num_values,
                 step_seconds=step_seconds,
                 codec=codec,
@@ -181,8 +195,9 @@ def plan_diloco(
 
 
 def _diloco_option(
-    peers: Sequence[PoolPeer],
+    links: Sequence[PoolPeer],
     *,
+    num_members: int,
     num_values: int,
     step_seconds: float,
     codec: Codec,
@@ -191,8 +206,8 @@ def _diloco_option(
     rule: PowerRule,
 ) -> StrategyChoice:
     fragment_values = num_values / num_fragments
-    seconds, slowest = round_seconds(peers, fragment_values, codec)
-    moved = sent_bytes(fragment_values, codec, len(peers))
+    seconds, slowest = round_seconds(links, fragment_values, codec, num_members=num_members)
+    moved = sent_bytes(fragment_values, codec, num_members)
     interval_steps = inner_steps / num_fragments
     interval_seconds = interval_steps * step_seconds
     may_overlap = num_fragments > 1
@@ -200,11 +215,11 @@ def _diloco_option(
     overlap_steps = min(most_steps, math.ceil(seconds / step_seconds))
     waited = max(0.0, seconds - overlap_steps * step_seconds)
     utilisation = interval_seconds / (interval_seconds + waited)
-    kept = replica_ratio(rule, len(peers), inner_steps)
+    kept = replica_ratio(rule, num_members, inner_steps)
     beyond = []
     if inner_steps > MEASURED_H:
         beyond.append(f"H > {MEASURED_H}")
-    if len(peers) > MEASURED_REPLICAS:
+    if num_members > MEASURED_REPLICAS:
         beyond.append(f"M > {MEASURED_REPLICAS}")
     extrapolated = f" ({' and '.join(beyond)}: extrapolated)" if beyond else ""
     reason = (
@@ -213,7 +228,7 @@ def _diloco_option(
         f"{moved / 1e6:.3g} MB each way takes {seconds:.3g} s "
         f"over {slowest.name}'s link beside {interval_seconds:.3g} s of computing"
         + (f", {overlap_steps} steps of it overlapped" if overlap_steps else "")
-        + f": {utilisation:.1%} of the time computing; {len(peers)} replicas keep {kept:.0%} of "
+        + f": {utilisation:.1%} of the time computing; {num_members} replicas keep {kept:.0%} of "
         f"the compute's worth{extrapolated}"
     )
     return StrategyChoice(
@@ -224,7 +239,7 @@ def _diloco_option(
         overlap_inner_steps=overlap_steps,
         utilisation_ratio=utilisation,
         replica_ratio=kept,
-        num_replicas=len(peers),
+        num_replicas=num_members,
         step_seconds=step_seconds,
         round_seconds=seconds,
         round_wire_bytes=moved,

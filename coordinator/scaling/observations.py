@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.scaling.columns import ALL, COLUMNS, Read, Selection, read_rows
 from coordinator.scaling.laws import PLAIN_FLOP_PER_PARAM_TOKEN
 from protos.contract.errors import UsageError
 
@@ -77,10 +78,17 @@ class Observations:
 
     rows: tuple[Observation, ...]
     notes: tuple[str, ...] = ()
-    """What was filled in when it was read."""
+    """What was filled in, left out or not used when it was read."""
+    warnings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: Iterable[Observation], *, notes: Iterable[str] = ()) -> "Observations":
+    def of(
+        cls,
+        rows: Iterable[Observation],
+        *,
+        notes: Iterable[str] = (),
+        warnings: Iterable[str] = (),
+    ) -> "Observations":
         """Checked. Raises UsageError for numbers that cannot be and for mixed conventions."""
         listed = tuple(rows)
         for number, row in enumerate(listed, start=1):
@@ -93,7 +101,7 @@ class Observations:
                 "of N by up to 0.13",
                 remedy="convert the rows (they need head_params), or fit them apart",
             )
-        return cls(rows=listed, notes=tuple(notes))
+        return cls(rows=listed, notes=tuple(notes), warnings=tuple(warnings))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,47 +134,36 @@ class Observations:
     def where(self, mask: NDArray[np.bool_]) -> "Observations":
         """The rows of a mask."""
         kept = tuple(row for row, is_in in zip(self.rows, mask, strict=True) if is_in)
-        return Observations(rows=kept, notes=self.notes)
+        return replace(self, rows=kept)
 
     def converted(self, convention: Convention) -> "Observations":
         """Every row counted that way. Raises UsageError."""
-        return Observations.of((row.converted(convention) for row in self.rows), notes=self.notes)
+        return Observations.of(
+            (row.converted(convention) for row in self.rows),
+            notes=self.notes,
+            warnings=self.warnings,
+        )
 
     def flop_per_param_token(self) -> float:
         """k of C = k N D, the median over the rows: 6, or more where attention is counted."""
         return float(np.median(self.compute_flop / (self.params_n * self.tokens_d)))
 
 
-_ALIASES = {
-    "n": "params_n",
-    "d": "tokens_d",
-    "c": "compute_flop",
-    "loss": "loss_nats",
-    "params_n": "params_n",
-    "tokens_d": "tokens_d",
-    "compute_flop": "compute_flop",
-    "compute_c_flop": "compute_flop",
-    "loss_nats": "loss_nats",
-    "loss_l_nats": "loss_nats",
-    "convention": "convention",
-    "head_params": "head_params",
-    "seed": "seed",
-    "run_digest": "run_digest",
-    "source": "source",
-}
 _LEAST_PRODUCT_RATIO, _MOST_PRODUCT_RATIO = 0.01, 100.0
 """Of C to 6 N D: sparse models have less, tiny ones with long windows or a large head more."""
-_COLUMNS = "N,D,C,loss (C may be missing, or D if C is there) and optionally convention, "
-_COLUMNS += "head_params, seed, run_digest, source"
 
 
-def observations_from_csv(text: str, *, name: str = "the table") -> Observations:
+def observations_from_csv(
+    text: str, *, name: str = "the table", selection: Selection = ALL
+) -> Observations:
     """A table with columns N,D,C,loss; lines that begin with # are comments. Raises UsageError."""
-    lines = [line for line in text.lstrip("\ufeff").splitlines() if not line.startswith("#")]
-    return _from_dicts(_dict_rows(lines, name), name)
+    titles, rows = _cells(text)
+    return _from_read(read_rows(titles, rows, name=name, selection=selection), name)
 
 
-def observations_from_json(text: str, *, name: str = "the table") -> Observations:
+def observations_from_json(
+    text: str, *, name: str = "the table", selection: Selection = ALL
+) -> Observations:
     """A list of objects with the same names, or an object with it as `observations`."""
     try:
         plain = json.loads(text)
@@ -175,14 +172,13 @@ def observations_from_json(text: str, *, name: str = "the table") -> Observation
     listed = plain.get("observations") if isinstance(plain, dict) else plain
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise UsageError(
-            f"{name} holds no list of objects", allowed=_COLUMNS, remedy="check the file"
+            f"{name} holds no list of objects", allowed=COLUMNS, remedy="check the file"
         )
+    titles = list(dict.fromkeys(title for item in listed for title in item))
     rows = [
-        {_ALIASES[key.lower()]: str(value) for key, value in item.items()
-         if key.lower() in _ALIASES and value is not None}
-        for item in listed
-    ]  # fmt: skip
-    return _from_dicts(rows, name)
+        ["" if item.get(title) is None else str(item[title]) for title in titles] for item in listed
+    ]
+    return _from_read(read_rows(titles, rows, name=name, selection=selection), name)
 
 
 def observations_to_csv(table: Observations) -> str:
@@ -204,13 +200,17 @@ def observations_to_json(table: Observations) -> str:
     return json.dumps({"observations": [asdict(row) for row in table.rows]})
 
 
-def points_from_csv(text: str, *, name: str) -> tuple[Array, Array, Array, Array | None]:
-    """(N, D, C, loss or None) of rows to be predicted, whose losses may be missing."""
-    lines = [line for line in text.lstrip("\ufeff").splitlines() if not line.startswith("#")]
-    rows = _dict_rows(lines, name, needs_loss=False)
-    has_loss = all(row.get("loss_nats", "").strip() for row in rows)
-    filled = [row if has_loss else {**row, "loss_nats": "1"} for row in rows]
-    table = _from_dicts(filled, name)
+def points_from_csv(
+    text: str, *, name: str, selection: Selection = ALL
+) -> tuple[Array, Array, Array, Array | None]:
+    """(N, D, C, loss or None) of rows to be predicted, whose losses may be missing; of `selection`
+    what this table knows."""
+    titles, cells = _cells(text)
+    within = selection.within(titles)
+    read = read_rows(titles, cells, name=name, selection=within, needs_loss=False)
+    has_loss = all(row.get("loss_nats", "").strip() for row in read.rows)
+    filled = [row if has_loss else {**row, "loss_nats": "1"} for row in read.rows]
+    table = _from_read(replace(read, rows=filled), name)
     losses = table.loss_nats if has_loss else None
     return table.params_n, table.tokens_d, table.compute_flop, losses
 
@@ -226,35 +226,19 @@ class _Lines:
         self.text += text
 
 
-def _dict_rows(lines: Sequence[str], name: str, *, needs_loss: bool = True) -> list[dict[str, str]]:
-    reader = csv.DictReader(lines)
-    found = [title.strip() for title in reader.fieldnames or []]
-    known = {_ALIASES.get(title.lower()) for title in found}
-    has_point = "params_n" in known and known & {"tokens_d", "compute_flop"}
-    if not has_point or (needs_loss and "loss_nats" not in known):
-        raise UsageError(
-            f"{name} has the columns {', '.join(found) or 'none'}",
-            allowed=_COLUMNS,
-            remedy="name the columns in its first line",
-        )
-    rows = []
-    for raw in reader:
-        row = {
-            _ALIASES[title.strip().lower()]: text or ""
-            for title, text in raw.items()
-            if title is not None and title.strip().lower() in _ALIASES
-        }
-        if any(text.strip() for text in row.values()):
-            rows.append(row)
-    if not rows:
-        raise UsageError(f"{name} has no rows", allowed=_COLUMNS, remedy="check the file")
-    return rows
+def _cells(text: str) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of as many cells."""
+    lines = [line for line in text.lstrip("\ufeff").splitlines() if not line.startswith("#")]
+    reader = csv.reader(lines)
+    titles = [title.strip() for title in next(reader, [])]
+    rows = [[*row, *[""] * len(titles)][: len(titles)] for row in reader if row]
+    return titles, rows
 
 
-def _from_dicts(rows: Sequence[dict[str, str]], name: str) -> Observations:
+def _from_read(read: Read, name: str) -> Observations:
     num_c_filled = num_d_filled = 0
     observations = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(read.rows, start=1):
         where = f"row {number} of {name}"
         params_n, loss_nats = (
             _number(row.get(key, ""), where, key) for key in ("params_n", "loss_nats")
@@ -282,12 +266,12 @@ def _from_dicts(rows: Sequence[dict[str, str]], name: str) -> Observations:
         )
         observations.append(observation)
     _check_product(observations, name)
-    notes = []
+    notes = list(read.notes)
     if num_c_filled:
         notes.append(f"C was missing in {num_c_filled} rows and is 6 N D there")
     if num_d_filled:
         notes.append(f"D was missing in {num_d_filled} rows and is C / (6 N) there")
-    return Observations.of(observations, notes=notes)
+    return Observations.of(observations, notes=notes, warnings=read.warnings)
 
 
 def _check_product(rows: Sequence[Observation], name: str) -> None:
@@ -299,7 +283,8 @@ def _check_product(rows: Sequence[Observation], name: str) -> None:
             f"C of {name} is {middle:.3g} times 6 N D (median of its rows)",
             allowed=f"{_LEAST_PRODUCT_RATIO:g} to {_MOST_PRODUCT_RATIO:g} times: N in parameters, "
             "D in tokens, C in FLOP",
-            remedy="check units and names of the columns (case does not matter: d is read as D)",
+            remedy="check units and names of the columns (case does not matter: d is read as D, "
+            "unless `tokens` is there), or say which is which: --column D=TITLE",
         )
 
 

@@ -56,7 +56,8 @@ class LawFit:
 def check_rows(params_n: Array, tokens_d: Array, form: Form) -> None:
     """Raises UsageError when the rows cannot fix the constants of a form."""
     num_rows = len(params_n)
-    num_points = len({*zip(np.round(np.log(params_n), 6), np.round(np.log(tokens_d), 6))})  # noqa: B905
+    points = np.round(np.log(params_n), 6) + 1j * np.round(np.log(tokens_d), 6)
+    num_points = len(np.unique(points))
     if num_points < form.num_constants:
         raise UsageError(
             f"{num_points} different points (N, D) in {num_rows} rows for the {form.value} form",

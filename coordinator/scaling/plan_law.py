@@ -26,8 +26,10 @@ class PlanLaw:
     loss_law: LossLaw
     allocation: LossLaw | AllocationLaw | RatioLaw | None
     """None: N comes from the loss law."""
+    smallest_flop: float
+    """Smallest compute among the runs that it was fitted on."""
     largest_flop: float
-    """Largest compute among the runs that it was fitted on."""
+    """Largest of them."""
     source: str
     band_ratio_at: Callable[[float], float]
     """Half-width of the 90 % band of its predicted loss at a compute, as a share of the loss."""
@@ -56,31 +58,37 @@ class PlanLaw:
         return float(1e20 * (params_n / at_one) ** (1 / exponent))
 
     @property
+    def measured_flop(self) -> tuple[float, float]:
+        """Smallest and largest compute among its runs."""
+        return self.smallest_flop, self.largest_flop
+
+    @property
     def growth(self) -> Growth:
         """What ten times the compute does to N and D."""
         law = self.loss_law if self.allocation is None else self.allocation
         return growth_per_tenfold(law.params_exponent)
 
 
-_FIGURE_4 = 1.3e22
+_FIGURE_4 = (1.4e18, 1.3e22)
 _TRANSFER_REASON = (
     "constants of another corpus and tokenizer were off by "
     f"{TRANSFER_ERROR_RATIO:.1%} on average where that was measured; your own runs "
     "(--observations) narrow this"
 )
-# law -> (allocation or None, loss law, largest compute among its runs)
-_PARTS: Mapping[str, tuple[str | None, str, float]] = {
+# law -> (allocation or None, loss law, (smallest, largest) compute among its runs; the smallest of
+# Kaplan and Muennighoff from the sizes and tokens that they state)
+_PARTS: Mapping[str, tuple[str | None, str, tuple[float, float]]] = {
     "chinchilla": ("hoffmann-a1", "besiroglu", _FIGURE_4),
     "chinchilla-ratio": ("chinchilla-ratio", "besiroglu", _FIGURE_4),
     "hoffmann-a3": (None, "hoffmann-a3", _FIGURE_4),
     "hoffmann-a3-unrounded": (None, "hoffmann-a3-unrounded", _FIGURE_4),
     "besiroglu": (None, "besiroglu", _FIGURE_4),
     "huber-240": (None, "huber-240", _FIGURE_4),
-    "kaplan": ("kaplan", "kaplan-joint", 2e20),
-    "porian": ("porian", "besiroglu", 2.56e19),
-    "deepseek": ("deepseek", "besiroglu", 3e20),
-    "llama3": ("llama3", "besiroglu", 1e22),
-    "muennighoff": (None, "muennighoff", 1e22),
+    "kaplan": ("kaplan", "kaplan-joint", (1e14, 2e20)),
+    "porian": ("porian", "besiroglu", (1.25e16, 2.56e19)),
+    "deepseek": ("deepseek", "besiroglu", (1e17, 3e20)),
+    "llama3": ("llama3", "besiroglu", (6e18, 1e22)),
+    "muennighoff": (None, "muennighoff", (4e15, 1e22)),
 }
 LAW_NAMES: tuple[str, ...] = tuple(_PARTS)
 
@@ -91,7 +99,7 @@ def published_law(name: str) -> PlanLaw:
         raise UsageError(
             f"law {name!r}", allowed=", ".join(LAW_NAMES), remedy="name one of them in --law"
         )
-    allocation, loss, largest_flop = _PARTS[name]
+    allocation, loss, (smallest_flop, largest_flop) = _PARTS[name]
     loss_law = LOSS_LAWS[loss]
     source = loss_law.source
     if allocation is not None:
@@ -100,6 +108,7 @@ def published_law(name: str) -> PlanLaw:
         name=name,
         loss_law=loss_law.law,
         allocation=None if allocation is None else ALLOCATIONS[allocation].law,
+        smallest_flop=smallest_flop,
         largest_flop=largest_flop,
         source=source,
         band_ratio_at=lambda _: TRANSFER_ERROR_RATIO * 2.06,  # mean of |x| to 90 % of a normal

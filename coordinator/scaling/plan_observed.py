@@ -5,6 +5,7 @@ import numpy as np
 from coordinator.scaling.observations import Convention, Observations
 from coordinator.scaling.plan_law import PlanLaw
 from coordinator.scaling.study_fit import StudyFit, fit_observations
+from protos.contract.errors import UsageError
 
 
 def observed_law(table: Observations, *, name: str, seed: int = 0) -> PlanLaw:
@@ -16,9 +17,16 @@ def observed_law(table: Observations, *, name: str, seed: int = 0) -> PlanLaw:
     if table.convention is Convention.NON_EMBEDDING:
         table = table.converted(Convention.MATMUL)
     fit = fit_observations(table, seed=seed)
-    warnings: tuple[str, ...] = ()
+    if fit.undetermined_reason:
+        raise UsageError(
+            f"{name} does not say what N is best: {fit.undetermined_reason}",
+            allowed="rows of at least three sizes on both sides of the best, at several computes",
+            remedy="add such rows (study create measures them), or plan with a published --law",
+        )
+    warnings = fit.warnings
     if table.convention is Convention.UNSTATED:
         warnings = (
+            *warnings,
             f"{name} does not say what N counts; taken as matrices and head without the input "
             "embedding, as Muster counts",
         )
@@ -26,6 +34,7 @@ def observed_law(table: Observations, *, name: str, seed: int = 0) -> PlanLaw:
         name=name,
         loss_law=fit.fit.law,
         allocation=fit.allocation.law,
+        smallest_flop=fit.smallest_flop,
         largest_flop=fit.largest_flop,
         source=f"{len(fit.observations)} of {fit.num_rows} rows of own runs; N from the "
         f"{fit.allocation.form.value} form, loss from the {fit.fit.form.value} form",

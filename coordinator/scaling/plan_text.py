@@ -9,6 +9,8 @@ from coordinator.scaling.plan_types import Choice, Plan, PlanRequest
 from coordinator.scaling.pool import DAY_SECONDS
 from coordinator.scaling.sizing import NEAR_OPTIMAL_EFFICIENCY, PRACTICAL_DATA_PASSES
 
+FEWEST_STEPS = 100
+"""Below, a warm-up and a decay have no room."""
 FREE_DATA_PASSES = 4
 """Up to so many passes a repeated token is worth nearly a fresh one."""
 
@@ -104,8 +106,8 @@ def _size_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
             Choice(
                 name=cap.name,
                 value=f"N = {count(cap.params_n)}",
-                reason=f"{cap.reason}; alone it keeps {cap.efficiency_ratio:.1%} of the compute, "
-                f"{cap.regret_nats:.4f} nats",
+                reason=f"{cap.reason}; alone it keeps {cap.efficiency_ratio:.1%} of the compute"
+                + (f", {cap.regret_nats:.4f} nats" if plan.is_loss_known else ""),
             )
         )
     given = "N was given; " if request.params_n is not None else ""
@@ -207,15 +209,7 @@ def _strategy_reason(plan: Plan, request: PlanRequest, chosen: StrategyChoice) -
 
 
 def _outcome_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
-    found = [
-        Choice(
-            name="loss",
-            value=f"{plan.loss_nats:.3f} nats ({plan.loss_low_nats:.3f} to "
-            f"{plan.loss_high_nats:.3f})",
-            reason=f"per token, 90 % band; the law's floor is {plan.floor_nats:.3f}; "
-            f"{request.law.band_reason}",
-        )
-    ]
+    found = [_loss_choice(plan, request)]
     if plan.memorised_ratio:
         found.append(
             Choice(
@@ -252,8 +246,40 @@ def _outcome_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
     return found
 
 
+def _loss_choice(plan: Plan, request: PlanRequest) -> Choice:
+    if not plan.is_loss_known:
+        return Choice(
+            name="loss",
+            value="not known",
+            reason="the law would say more than ln of the vocabulary, "
+            f"{math.log(request.vocab_size):.3f} nats, which guessing reaches: it does not hold "
+            "for so few parameters and tokens",
+        )
+    return Choice(
+        name="loss",
+        value=f"{plan.loss_nats:.3f} nats ({plan.loss_low_nats:.3f} to {plan.loss_high_nats:.3f})",
+        reason=f"per token, 90 % band; the law's floor is {plan.floor_nats:.3f}; "
+        f"{request.law.band_reason}",
+    )
+
+
 def _warnings(plan: Plan, request: PlanRequest) -> list[str]:
     found = []
+    if not plan.is_loss_known:
+        found.append(
+            "no loss is predicted: the law does not hold for so few parameters and tokens, and N "
+            "and D are rules of thumb; measure small runs (study create) and pass --observations"
+        )
+    if plan.spent_flop < request.law.smallest_flop <= plan.compute_flop:
+        found.append(
+            f"only {plan.spent_flop:.3g} FLOP are spent, less than the smallest compute that law "
+            f"{request.law.name!r} was measured at, {request.law.smallest_flop:.3g}"
+        )
+    if plan.recipe.steps < FEWEST_STEPS:
+        found.append(
+            f"{plan.recipe.steps} optimizer steps: rules for batch, learning rate and weight decay "
+            f"were made for {FEWEST_STEPS} and more"
+        )
     if plan.memorised_ratio > 1:
         found.append(
             f"{plan.memorised_ratio:.2g} times the bits of the text fit into the model: it can "

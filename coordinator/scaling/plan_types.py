@@ -121,6 +121,7 @@ class Plan:
     near_optimal_params_n_90: tuple[float, float]
     caps: tuple[Cap, ...]
     loss_nats: float
+    """nan, like its band, where the law says more than ln of the vocabulary: it does not hold."""
     loss_low_nats: float
     loss_high_nats: float
     floor_nats: float
@@ -143,6 +144,11 @@ class Plan:
     calendar_high_seconds: float | None
     choices: tuple[Choice, ...]
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def is_loss_known(self) -> bool:
+        """False where the law's loss would be above that of guessing."""
+        return not math.isnan(self.loss_nats)
 
     @property
     def strategy_name(self) -> str:

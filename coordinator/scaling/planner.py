@@ -46,10 +46,11 @@ def plan(request: PlanRequest) -> Plan:
     """The plan. Raises UsageError for what cannot be planned: contradictions, too little memory,
     extrapolation beyond x1000 that nobody forced.
     """
+    _check_text(request)
     all_peers = () if request.pool is None else request.pool.peers
     warning = check_extrapolation(
         _compute(request, all_peers, utilisation_ratio=1.0).compute_flop,
-        request.law.largest_flop,
+        request.law.measured_flop,
         law=f"law {request.law.name!r}",
         is_forced=request.is_extrapolation_forced,
     )
@@ -71,6 +72,25 @@ def plan(request: PlanRequest) -> Plan:
         )
     best = min(allowed, key=lambda draft: draft.loss_nats)
     return _complete(request, admission, best, tuple(drafts.values()), warning)
+
+
+def _check_text(request: PlanRequest) -> None:
+    if request.unique_tokens < request.seq_len:
+        raise UsageError(
+            f"{request.unique_tokens:,.0f} unique tokens for windows of {request.seq_len:,}",
+            allowed="at least one window of different text; a law speaks of millions of tokens",
+            remedy="get more text, or lower --seq-len",
+        )
+
+
+def _check_step(draft: Draft) -> None:
+    batch_tokens = draft.recipe.global_batch_tokens
+    if batch_tokens > draft.tokens_d:
+        raise UsageError(
+            f"a plan of {draft.tokens_d:,} tokens and a global batch of {batch_tokens:,}",
+            allowed="at least one step",
+            remedy="more compute or text, fewer peers, or a lower --seq-len",
+        )
 
 
 def _admit(request: PlanRequest) -> Admission | None:
@@ -258,11 +278,16 @@ def _complete(
     drafts: tuple[Draft, ...],
     warning: str,
 ) -> Plan:
-    """Everything that follows from the chosen draft."""
+    """Everything that follows from the chosen draft; losses are nan where the law does not hold."""
+    _check_step(draft)
+    most_nats = math.log(request.vocab_size)
+    is_known = draft.loss_nats <= most_nats
     shape, law, recipe = draft.shape, draft.law, draft.recipe
     params_n, tokens_d = float(shape.num_matmul_parameters), draft.tokens_d
     optimum = law.optimum(draft.effective_flop)
-    low, high = loss_band(request, draft)
+    if not optimum.loss_nats <= most_nats:
+        optimum = replace(optimum, loss_nats=math.nan)
+    low, high = loss_band(request, draft) if is_known else (math.nan, math.nan)
     calendar = _calendar(request, admission, draft)
     micro_sequences, micro_steps = _micro(request, admission, draft)
     has_text = not math.isinf(request.unique_tokens)
@@ -270,7 +295,10 @@ def _complete(
     if has_text:
         bits = NUMBERS["memorised-bits-per-parameter"].law
         memorised = memorised_ratio(
-            params_n, request.unique_tokens, draft.loss_nats, bits_per_param=bits
+            params_n,
+            request.unique_tokens,
+            min(draft.loss_nats, most_nats),
+            bits_per_param=bits,
         )
     peers = () if admission is None else admission.admitted
     unfinished = Plan(
@@ -296,9 +324,9 @@ def _complete(
             law, draft.effective_flop, efficiency_ratio=0.9
         ),
         caps=plan_caps(request, admission, draft),
-        loss_nats=draft.loss_nats,
+        loss_nats=draft.loss_nats if is_known else math.nan,
         loss_low_nats=low,
-        loss_high_nats=high,
+        loss_high_nats=min(high, most_nats) if is_known else math.nan,
         floor_nats=law.e_nats,
         memorised_ratio=memorised,
         recipe=recipe,

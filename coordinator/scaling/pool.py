@@ -87,19 +87,20 @@ def estimate_compute(
     pool: Pool, *, seconds: float, utilisation_ratio: float, log_std: float | None = None
 ) -> ComputeEstimate:
     """C and s of a pool over `seconds`; `log_std` overrides s."""
-    flop = pool.mean_flop_per_second * utilisation_ratio * seconds
+    speed = pool.mean_flop_per_second
+    flop = speed * utilisation_ratio * seconds
     days = seconds / DAY_SECONDS
     presence = sum(
         peer.mean_flop_per_second**2 * (1 - peer.availability_ratio) / peer.availability_ratio
         for peer in pool.peers
     )
-    presence = math.log1p(presence / pool.mean_flop_per_second**2)
+    presence = math.log1p(presence / speed**2)
     drift = pool.drift_per_sqrt_day**2 * days / 3
     found = math.sqrt(presence + drift)
     std = max(LOWEST_LOG_STD, found) if log_std is None else log_std
     how = "measured" if pool.is_drift_measured else "assumed"
     reason = (
-        f"{len(pool.peers)} peers with {pool.mean_flop_per_second:.3g} FLOP/s (measured speed x "
+        f"{len(pool.peers)} peers with {speed:.3g} FLOP/s (measured speed x "
         f"availability) x {utilisation_ratio:.1%} of the time computing x {days:.3g} days = "
         f"{flop:.3g} FLOP"
     )

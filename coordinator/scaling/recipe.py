@@ -25,6 +25,10 @@ TOKENS_PER_PARAM = 20.0
 HIGHEST_LR = 1e-2
 """Small models tolerate no more, whatever a rule made for large ones extrapolates to: tuned byte
 models of 0.1 M to 1 M parameters were best at 5e-3 and worse at 2e-2."""
+LOWEST_LR = 1e-5
+"""Below, nothing is learnt in time; no published rule was measured there."""
+WEIGHT_DECAY_RANGE = (0.01, 0.5)
+"""A tenth and five times the anchor's; beyond, the timescale rule has not been tried."""
 STEP_LAW_RANGE = (60e6, 1.1e9)
 """N of the grid that the Step Law was fitted on, without vocabulary."""
 RULES = ("step-law", "deepseek", "porian", "bjorck")
@@ -148,7 +152,18 @@ def plan_recipe(
         peak_lr, lr_reason = tuned_lr, tuned_reason
     others = ", ".join(f"{name} {rates[name]:.2g}" for name in RULES if name != rule)
     timescale = anchor_timescale_ratio()
-    weight_decay = batch_tokens / (peak_lr * tokens_d * timescale)
+    wanted_decay = batch_tokens / (peak_lr * tokens_d * timescale)
+    least_decay, most_decay = WEIGHT_DECAY_RANGE
+    weight_decay = min(max(wanted_decay, least_decay), most_decay)
+    decay_reason = (
+        f"AdamW remembers {timescale:.2f} of the run, as in the Step Law's own setting (Power "
+        f"Lines): {batch_tokens:,} / ({peak_lr:.2g} x {tokens_d:.3g} x {timescale:.2f})"
+    )
+    if weight_decay != wanted_decay:
+        decay_reason += (
+            f" = {wanted_decay:.3g}, held at {weight_decay:g}: outside {least_decay:g} to "
+            f"{most_decay:g} the rule means nothing"
+        )
     steps = max(1, math.ceil(tokens_d / batch_tokens))
     outer_lr = outer_learning_rate(num_replicas) if is_diloco else 0.0
     return Recipe(
@@ -161,9 +176,7 @@ def plan_recipe(
         lr_by_rule=rates,
         batch_reason=batch_reason,
         lr_reason=f"{lr_reason}; other rules say {others}",
-        weight_decay_reason=f"AdamW remembers {timescale:.2f} of the run, as in the Step Law's own "
-        f"setting (Power Lines): {batch_tokens:,} / ({peak_lr:.2g} x {tokens_d:.3g} x "
-        f"{timescale:.2f})",
+        weight_decay_reason=decay_reason,
         steps_reason=f"{tokens_d:.4g} tokens / {batch_tokens:,} tokens per step",
     )
 
@@ -213,4 +226,7 @@ def _peak_lr(
     if peak_lr > HIGHEST_LR:
         reason += f", held at {HIGHEST_LR:g}, above which small models do not train well"
         peak_lr = HIGHEST_LR
+    if peak_lr < LOWEST_LR:
+        reason += f", held at {LOWEST_LR:g}, below which nothing is learnt in time"
+        peak_lr = LOWEST_LR
     return peak_lr, reason

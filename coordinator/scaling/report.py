@@ -10,7 +10,9 @@ import numpy as np
 from coordinator.scaling.approach1 import fit_envelope
 from coordinator.scaling.approach2 import IsoFlopFit, fit_isoflop
 from coordinator.scaling.bands import INTERVAL_LEVEL_RATIO, LEVEL_RATIO
+from coordinator.scaling.columns import ALL, Selection
 from coordinator.scaling.constants import GROUPS
+from coordinator.scaling.determined import interval_warning
 from coordinator.scaling.extrapolation import check_extrapolation
 from coordinator.scaling.forecast import MIN_POINTS, Points, forecast_run, known_at, past_errors
 from coordinator.scaling.laws import Form, LossLaw
@@ -19,6 +21,8 @@ from coordinator.scaling.study_fit import StudyFit
 from protos.contract.errors import UsageError
 
 _MAX_REPLAY_POINTS = 40
+_RISE_RATIO = 0.02
+"""Of the loss, above its lowest: more than evaluations on the same text differ by."""
 _HORIZON_RATIOS = (2.0, 4.0, 8.0)
 
 
@@ -83,8 +87,19 @@ def isoflop_or_reason(table: Observations) -> tuple[IsoFlopFit | None, str]:
     return fit, fit.reason
 
 
-def fit_report(study: StudyFit, compute_flop: Sequence[float]) -> dict[str, Any]:
-    """A whole fit with optima at the computes asked for."""
+def fit_report(
+    study: StudyFit, compute_flop: Sequence[float], *, is_forced: bool = True
+) -> dict[str, Any]:
+    """A whole fit with optima at the computes asked for. Raises UsageError beyond what was measured
+    unless forced.
+    """
+    said = [_extrapolation(study, compute, is_forced) for compute in compute_flop]
+    optima = [_optimum(study, compute) for compute in compute_flop]
+    said += [
+        interval_warning(row["flop"], row["n_opt_low"], row["n_opt_high"])
+        for row in optima
+        if row["n_opt"] is not None
+    ]
     boot = study.boots.get(study.fit.form)
     return {
         "form": study.fit.form.value,
@@ -121,16 +136,28 @@ def fit_report(study: StudyFit, compute_flop: Sequence[float]) -> dict[str, Any]
             "num_past_errors": study.band.num_past_errors,
             "num_cuts": study.band.num_cuts,
         },
-        "optima": [_optimum(study, compute) for compute in compute_flop],
+        "optima": optima,
+        "warnings": [*study.warnings, *(text for text in said if text)],
         **_other_approaches(study.observations),
     }
 
 
-def _optimum(study: StudyFit, compute_flop: float) -> dict[str, float]:
+def _extrapolation(study: StudyFit, compute_flop: float, is_forced: bool) -> str:
+    measured = study.smallest_flop, study.largest_flop
+    return check_extrapolation(compute_flop, measured, law="this table", is_forced=is_forced)
+
+
+def _optimum(study: StudyFit, compute_flop: float) -> dict[str, Any]:
+    """N, D and losses are None where the table does not determine them."""
+    if study.undetermined_reason:
+        sizes = ("n_opt", "n_opt_low", "n_opt_high", "d_opt", "tokens_per_param")
+        names = (*sizes, "loss", "loss_low", "loss_high")
+        return {"flop": compute_flop, "is_determined": False, **dict.fromkeys(names)}
     found = study.optimum(compute_flop)
     best = found.optimum
     return {
         "flop": compute_flop,
+        "is_determined": True,
         "n_opt": best.params_n,
         "n_opt_low": found.params_low,
         "n_opt_high": found.params_high,
@@ -168,12 +195,13 @@ def _other_approaches(table: Observations) -> dict[str, Any]:
     return {"approach1": first, "approach2": second}
 
 
-def predict_rows(study: StudyFit, text: str, *, name: str, is_forced: bool) -> dict[str, Any]:
+def predict_rows(
+    study: StudyFit, text: str, *, name: str, is_forced: bool, selection: Selection = ALL
+) -> dict[str, Any]:
     """Predicted losses of a table's rows, in its order, and how good they were where it says."""
-    params_n, tokens_d, compute_flop, losses = points_from_csv(text, name=name)
-    check_extrapolation(
-        float(compute_flop.max()), study.largest_flop, law="this table", is_forced=is_forced
-    )
+    params_n, tokens_d, compute_flop, losses = points_from_csv(text, name=name, selection=selection)
+    ends = (float(compute_flop.max()), float(compute_flop.min()))
+    warnings = [_extrapolation(study, end, is_forced) for end in ends]
     said = study.predict(params_n, tokens_d, compute_flop)
     rows = [
         {
@@ -187,7 +215,10 @@ def predict_rows(study: StudyFit, text: str, *, name: str, is_forced: bool) -> d
         }
         for i in range(len(params_n))
     ]
-    out: dict[str, Any] = {"predictions": rows}
+    out: dict[str, Any] = {
+        "predictions": rows,
+        "warnings": [f"{name}: {text}" for text in warnings if text],
+    }
     if losses is not None:
         error = np.abs(said.loss_nats / losses - 1)
         is_inside = (losses >= said.low_nats) & (losses <= said.high_nats)
@@ -213,11 +244,41 @@ def points_of(table: Observations) -> Points:
     )
 
 
+def curve_warnings(points: Points) -> list[str]:
+    """What is odd about one curve, in order of tokens. Raises UsageError where its loss rises on
+    the whole: no law through it forecasts anything.
+    """
+    loss, tokens = points.loss_nats, points.tokens_d
+    part = max(1, len(loss) // 4)
+    first, last = float(np.median(loss[:part])), float(np.median(loss[-part:]))
+    if last >= first:
+        raise UsageError(
+            f"a curve whose loss goes from {first:.4f} (first {part} of {len(loss)} points) to "
+            f"{last:.4f} (last {part})",
+            allowed="losses that fall with tokens: what rises, or stands, cannot be forecast",
+            remedy="check the column and the order, or look at why the run diverges",
+        )
+    lowest = int(np.argmin(loss))
+    if loss[-1] < loss[lowest] * (1 + _RISE_RATIO):
+        return []
+    return [
+        f"the loss rises from {loss[lowest]:.4f} at {tokens[lowest]:.4g} tokens to {loss[-1]:.4f} "
+        f"at the end, {tokens[-1]:.4g}: laws only fall, so forecasts from there on mean little"
+    ]
+
+
+@np.errstate(all="ignore")  # methods that fail on a piece of curve get no weight
 def replay_report(
     curve: Observations, others: Observations | None
 ) -> tuple[dict[str, Any], Points]:
     """The run is the largest N of `curve`; its other sizes and `others` are what was known."""
-    everything = curve if others is None else Observations.of([*curve.rows, *others.rows])
+    everything = curve
+    if others is not None:
+        everything = Observations.of(
+            [*curve.rows, *others.rows],
+            notes=dict.fromkeys([*curve.notes, *others.notes]),
+            warnings=dict.fromkeys([*curve.warnings, *others.warnings]),
+        )
     largest = float(curve.params_n.max())
     is_run = np.abs(np.log(curve.params_n / largest)) < 1e-3
     run = curve.where(is_run)
@@ -234,6 +295,7 @@ def replay_report(
             allowed=f"more than {MIN_POINTS} points of one run",
             remedy="record more evaluations",
         )
+    warnings = [*everything.warnings, *curve_warnings(points)]
     known = points_of(Observations(rows=tuple(rest))) if rest else None
     all_past = past_errors(points, known, horizon_ratios=_HORIZON_RATIOS)
     final_tokens, final_loss = float(points.tokens_d[-1]), float(points.loss_nats[-1])
@@ -263,6 +325,8 @@ def replay_report(
         "final_loss": final_loss,
         "num_other_rows": len(rest),
         "forecasts": rows,
+        "warnings": warnings,
+        "notes": list(everything.notes),
         "by_horizon": [row for ratio in _HORIZON_RATIOS for row in _by_horizon(all_past, ratio)],
     }
     return report, points

@@ -71,18 +71,29 @@ def impossible_rows(compute_flop: Array, loss_nats: Array) -> Mask:
     Such a row beats by 3 % every one of at least three others with up to 8 times its compute; at
     the top, where nothing dearer exists, by 25 % all with a quarter of it or more.
     """
-    found = np.zeros(len(loss_nats), dtype=bool)
-    for index, (compute, loss) in enumerate(zip(compute_flop, loss_nats, strict=True)):
-        others = np.arange(len(loss_nats)) != index
-        dearer = others & (compute_flop >= compute) & (compute_flop <= compute * _WINDOW_RATIO)
-        near = others & (compute_flop >= compute / _TOP_WINDOW_RATIO)
-        if dearer.sum() >= 3:
-            found[index] = loss < _TOO_LOW_RATIO * loss_nats[dearer].min() and bool(
-                (compute_flop[dearer] > compute * 1.5).sum() >= 2
+    order = np.argsort(compute_flop)
+    compute, loss = compute_flop[order], loss_nats[order]
+    same = np.searchsorted(compute, compute)  # the first of the same compute
+    last = np.searchsorted(compute, compute * _WINDOW_RATIO, side="right")
+    clearly = np.searchsorted(compute, compute * 1.5, side="right")
+    near = np.searchsorted(compute, compute / _TOP_WINDOW_RATIO)
+    found = np.zeros(len(loss), dtype=bool)
+    for index in range(len(loss)):
+        if last[index] - same[index] - 1 >= 3:
+            is_low = loss[index] < _TOO_LOW_RATIO * _least_other(
+                loss, same[index], index, last[index]
             )
-        elif near.sum() >= 3:
-            found[index] = loss < _TOO_LOW_AT_TOP_RATIO * loss_nats[near].min()
+            found[order[index]] = is_low and last[index] - clearly[index] >= 2
+        elif len(loss) - near[index] - 1 >= 3:
+            least = _least_other(loss, near[index], index, len(loss))
+            found[order[index]] = loss[index] < _TOO_LOW_AT_TOP_RATIO * least
     return found
+
+
+def _least_other(loss: Array, first: int, index: int, last: int) -> float:
+    """Least of loss[first:last] without loss[index]."""
+    before, after = loss[first:index], loss[index + 1 : last]
+    return min(float(part.min()) for part in (before, after) if len(part))
 
 
 def row_weights(params_n: Array, tokens_d: Array, compute_flop: Array) -> Array:
@@ -157,7 +168,7 @@ def backtests(
 def off_frontier_log(law: LossLaw, params_n: Array, tokens_d: Array, compute_flop: Array) -> Array:
     """ln(predicted loss / predicted best loss at that compute), at least 0, (n,)."""
     per_token = float(np.median(compute_flop / (params_n * tokens_d)))
-    best = [law.optimum(float(c), flop_per_param_token=per_token).loss_nats for c in compute_flop]
+    best = law.frontier_nats(compute_flop, flop_per_param_token=per_token)
     return np.asarray(np.maximum(np.log(law.loss_nats(params_n, tokens_d)) - np.log(best), 0.0))
 
 

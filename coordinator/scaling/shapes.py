@@ -51,21 +51,22 @@ def choose_shape(
     Where even the smallest shape is above (the head alone is vocab_size x d_model), that one is
     returned. `may_exceed` takes the nearest on either side.
     """
-    best: tuple[float, ModelShape] | None = None
+    best: tuple[float, int, int] | None = None
     for d_model in _widths(params_n, vocab_size):
+        head = vocab_size * d_model
+        one_layer = _shape(d_model, 1, vocab_size=vocab_size, seq_len=seq_len)
+        per_layer = one_layer.num_matmul_parameters - head
         for num_layers in _depths(d_model, params_n, vocab_size):
-            shape = _shape(d_model, num_layers, vocab_size=vocab_size, seq_len=seq_len)
-            found = shape.num_matmul_parameters
+            found = num_layers * per_layer + head
             if found > params_n and not may_exceed:
                 continue
             off_size = abs(math.log(found / params_n))
             off_ratio = abs(math.log(d_model / num_layers / _WIDTH_PER_LAYER))
             penalty = 20 * off_size + off_ratio
             if best is None or penalty < best[0]:
-                best = (penalty, shape)
-    if best is None:
-        return _shape(_NARROWEST, 1, vocab_size=vocab_size, seq_len=seq_len)
-    return best[1]
+                best = (penalty, d_model, num_layers)
+    _, d_model, num_layers = best or (0.0, _NARROWEST, 1)
+    return _shape(d_model, num_layers, vocab_size=vocab_size, seq_len=seq_len)
 
 
 def largest_params(memory_bytes: float, rule: MemoryRule, *, vocab_size: int, seq_len: int) -> int:

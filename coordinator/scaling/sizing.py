@@ -160,7 +160,7 @@ def best_size(law: LossLaw, demand: Demand) -> Size:
     if tokens_d > PRACTICAL_DATA_PASSES * unique:
         tokens_d = PRACTICAL_DATA_PASSES * unique
         most = fed_params * (1 - repetition.params_half_life * math.log(_LOWEST_PARAMS_WORTH))
-        params_n = min(product / tokens_d, max(most, params_n))
+        params_n = min(product / tokens_d, most)
     return Size(
         params_n=params_n,
         tokens_d=tokens_d,

@@ -26,7 +26,7 @@ from coordinator.scaling.laws import Form, LossLaw
 Array = NDArray[np.float64]
 
 NUM_STARTS = 24
-_MIN_EXPONENT, _MAX_EXPONENT = 1e-3, 4.0
+MIN_EXPONENT, MAX_EXPONENT = 1e-3, 4.0
 _MIN_LOG_KAPPA, _MAX_LOG_KAPPA = float(np.log(0.05)), float(np.log(4.0))
 _MIN_LOG_E_RATIO = float(np.log(1e-4))
 _E, _P, _U, _Q, _V, _KAPPA = range(6)
@@ -150,11 +150,9 @@ class _Batch:
         self.table, self.form, self.delta, self.weights = table, form, delta, weights
         least = float(table.log_loss.min())
         self.low = np.array(
-            [least + _MIN_LOG_E_RATIO, -40.0, _MIN_EXPONENT, -40.0, _MIN_EXPONENT, _MIN_LOG_KAPPA]
+            [least + _MIN_LOG_E_RATIO, -40.0, MIN_EXPONENT, -40.0, MIN_EXPONENT, _MIN_LOG_KAPPA]
         )
-        self.high = np.array(
-            [least - 1e-6, 40.0, _MAX_EXPONENT, 40.0, _MAX_EXPONENT, _MAX_LOG_KAPPA]
-        )
+        self.high = np.array([least - 1e-6, 40.0, MAX_EXPONENT, 40.0, MAX_EXPONENT, _MAX_LOG_KAPPA])
         self.free = [_E, _P, _U, _Q]
         if not form.is_tied:
             self.free.append(_V)

@@ -7,7 +7,7 @@ best inside the table, predicts with all forms mixed by those errors (their mist
 mix beats each), and takes N_opt from the tied general form, whose N_opt moved least.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,13 @@ from coordinator.scaling.bands import (
     ErrorBand,
     bootstrap,
     percentile_interval,
+)
+from coordinator.scaling.determined import (
+    check_losses,
+    explained_ratio,
+    filtered_error,
+    fit_warnings,
+    undetermined_reason,
 )
 from coordinator.scaling.frontier import NEAR_RATIO, is_near_frontier
 from coordinator.scaling.laws import Form, Optimum
@@ -37,8 +44,11 @@ from protos.contract.errors import UsageError
 Array = NDArray[np.float64]
 
 AUTO = "auto"
+_ALLOCATION_REASON = (
+    "N_opt and D_opt come from the {} form: on public sweeps its N_opt moved least (x1.05) when "
+    "the dearer half was added"
+)
 DEFAULT_DRAWS = 400
-_TOGETHER_CORRELATION = 0.995
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +91,15 @@ class StudyFit:
     boots: Mapping[Form, Bootstrap]
     band: ErrorBand
     reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    undetermined_reason: str
+    """Why these rows do not say what N is best; "" if they do."""
     flop_per_param_token: float
+
+    @property
+    def smallest_flop(self) -> float:
+        """Smallest compute that was fitted."""
+        return float(self.observations.compute_flop.min())
 
     @property
     def largest_flop(self) -> float:
@@ -135,6 +153,7 @@ class StudyFit:
         }
 
 
+@np.errstate(all="ignore")  # what comes of it is looked at (determined.py)
 def fit_observations(
     table: Observations,
     *,
@@ -144,6 +163,7 @@ def fit_observations(
     near_ratio: float | None = None,
     num_draws: int = DEFAULT_DRAWS,
     seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> StudyFit:
     """Fit a table; `form` None is auto, `near_ratio` None the way of the form (inf: all rows).
 
@@ -153,24 +173,17 @@ def fit_observations(
     if near_ratio is None:
         near_ratio = float("inf") if is_classic else NEAR_RATIO
     forms = tuple(Form) if form is None else (form,)
-    within, reasons = _usable(table, max_flop, is_screened=not is_classic)
-    near = within.where(
-        is_near_frontier(within.compute_flop, within.loss_nats, near_ratio=near_ratio)
-    )
-    if len(near) < len(within):
-        reasons.append(
-            f"{len(within) - len(near)} rows are more than {100 * near_ratio:.0f} % above the best "
-            "loss at their compute and left out"
-        )
+    check_losses(table)
+    within, near, reasons = _near_rows(table, max_flop, near_ratio, is_screened=not is_classic)
     weights = None if is_classic else row_weights(near.params_n, near.tokens_d, near.compute_flop)
     forms, reasons = _affordable(near, forms, form, reasons)
-    fits = {
-        each: fit_law(
-            near.params_n, near.tokens_d, near.loss_nats,
-            form=each, loss=loss, seed=seed, weights=weights,
-        )
-        for each in forms
-    }  # fmt: skip
+    progress(f"fitting {len(near):,} rows")
+    try:
+        fits = _fits(near, forms, loss, seed, weights)
+    except UsageError as error:
+        raise filtered_error(error, len(near), len(within), len(table), near_ratio) from error
+    fit_warnings(max(fits.values(), key=lambda fit: explained_ratio(fit, near)), near)
+    progress("trying the forms on dearer rows than they have seen")
     tests = backtests(
         within.params_n,
         within.tokens_d,
@@ -186,6 +199,7 @@ def fit_observations(
     shares = form_weights(errors, num_rows=len(near))
     chosen, why = _choose(forms, errors, form, tests)
     allocation = _allocation_form(forms, chosen, form)
+    progress(f"refitting {num_draws} draws for the intervals")
     boots = {
         each: bootstrap(
             fits[each], near.params_n, near.tokens_d, near.loss_nats,
@@ -195,12 +209,14 @@ def fit_observations(
         if num_draws > 0 and (shares[each] > 0.01 or each in (chosen, allocation))
     }  # fmt: skip
     band = ErrorBand.of(_mixed(tests, shares))
-    reasons += [why, f"bands: {band.reason}", *_warnings(near)]
+    reasons += [why, f"bands: {band.reason}"]
     if form is None:
-        reasons.append(
-            f"N_opt and D_opt come from the {allocation.value} form: on public sweeps its N_opt "
-            "moved least (x1.05) when the dearer half was added"
-        )
+        reasons.append(_ALLOCATION_REASON.format(allocation.value))
+    warnings = [*table.warnings, *fit_warnings(fits[chosen], near)]
+    k = near.flop_per_param_token()
+    undetermined = undetermined_reason(fits[allocation], near, k)
+    said = f"N_opt and D_opt are not determined by these rows: {undetermined}"
+    warnings += [said] * bool(undetermined)
     return StudyFit(
         observations=near,
         num_rows=len(table),
@@ -212,20 +228,35 @@ def fit_observations(
         boots=boots,
         band=band,
         reasons=tuple(reasons),
-        flop_per_param_token=near.flop_per_param_token(),
+        warnings=tuple(warnings),
+        undetermined_reason=undetermined,
+        flop_per_param_token=k,
     )
 
 
-def _warnings(near: Observations) -> list[str]:
-    """What the rows cannot tell."""
-    log_n, log_d = np.log(near.params_n), np.log(near.tokens_d)
-    together = float(np.corrcoef(log_n, log_d)[0, 1])
-    if together < _TOGETHER_CORRELATION:
-        return []
-    return [
-        f"warning: N and D rise together (correlation {together:.3f}): losses can be predicted "
-        "along that line, but what N would be best is not in these rows"
-    ]
+def _near_rows(
+    table: Observations, max_flop: float, near_ratio: float, *, is_screened: bool
+) -> tuple[Observations, Observations, list[str]]:
+    """(usable rows, those of them near the frontier, what was left out)."""
+    within, reasons = _usable(table, max_flop, is_screened=is_screened)
+    near = within.where(
+        is_near_frontier(within.compute_flop, within.loss_nats, near_ratio=near_ratio)
+    )
+    if len(near) < len(within):
+        reasons.append(
+            f"{len(within) - len(near)} rows are more than {100 * near_ratio:.0f} % above the best "
+            "loss at their compute and left out"
+        )
+    return within, near, reasons
+
+
+def _fits(
+    near: Observations, forms: tuple[Form, ...], loss: Loss, seed: int, weights: Array | None
+) -> dict[Form, LawFit]:
+    rows = near.params_n, near.tokens_d, near.loss_nats
+    return {
+        form: fit_law(*rows, form=form, loss=loss, seed=seed, weights=weights) for form in forms
+    }
 
 
 def _usable(

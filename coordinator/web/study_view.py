@@ -108,7 +108,7 @@ def fit_view(fit: StudyFit) -> dict[str, Any]:
         "form": fit.fit.form.value,
         "constants": constants_of(fit.fit.law),
         "n_opt_exponent": fit.allocation.law.params_exponent,
-        "reasons": list(fit.reasons),
+        "reasons": [*(f"warning: {said}" for said in fit.warnings), *fit.reasons],
         "frontier": [
             [float(compute), one.loss_nats, one.params_n]
             for compute, one in zip(computes, best, strict=True)

@@ -26,7 +26,11 @@ def test_a_written_spec_creates_a_run(tmp_path: Path) -> None:
     dataset_dir, spec_path = tmp_path / "dataset", tmp_path / "run.toml"
     write_dataset(dataset_dir)
     asked = ("plan", "--flop", "1e9", "--seq-len", "8", "--dataset", str(dataset_dir))
+    refused = run_here(*asked, "--write-spec", str(spec_path))
+    assert refused.returncode == 2 and "less than the smallest compute" in refused.stderr
+    asked = (*asked, "--force-extrapolation")
     found = ask(*asked, "--write-spec", str(spec_path))
+    assert found["loss_nats"] is None and any("no loss" in said for said in found["warnings"])
     assert found["data_passes"] > 0 and found["spec_path"] == str(spec_path)
     made = ask(
         "run", "create", "--dataset", str(dataset_dir), "--spec", str(spec_path),

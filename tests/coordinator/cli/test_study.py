@@ -82,6 +82,24 @@ def test_replay(tmp_path: Path) -> None:
     assert all(math.isfinite(row["loss_predicted"]) for row in report["forecasts"])
 
 
+def test_a_curve_that_rises(tmp_path: Path) -> None:
+    table = tmp_path / "curve.csv"
+
+    def write(losses: list[float]) -> None:
+        rows = [f"1e6,{k + 1}e6,{loss}" for k, loss in enumerate(losses)]
+        table.write_text("N,D,loss\n" + "\n".join(rows) + "\n")
+
+    write([2 + k / 10 for k in range(12)])
+    done = run_here("study", "replay", "--curve", str(table))
+    assert done.returncode == 2 and "a curve whose loss goes from 2.1" in done.stderr
+    write([*(4 - k / 10 for k in range(12)), 3.2, 3.4])
+    done = run_here("study", "replay", "--curve", str(table))
+    assert done.returncode == 0 and "warning: the loss rises from 2.9000" in done.stderr
+    assert "RuntimeWarning" not in done.stderr
+    report = ask("study", "replay", "--curve", str(table))
+    assert "the loss rises" in report["warnings"][0]
+
+
 @pytest.mark.slow
 def test_replay_for_people(tmp_path: Path) -> None:
     table = curve_table(tmp_path)
@@ -105,6 +123,10 @@ def test_replay_for_people(tmp_path: Path) -> None:
         ("good", ("--max-flop", "-1"), 2, "--max-flop -1"),
         ("good", ("--bootstrap", "-1"), 2, "--bootstrap -1"),
         ("good", ("--flop", "1e30"), 2, "times the largest compute"),
+        ("good", ("--flop", "1e-5"), 2, "--flop 1e-05"),
+        ("good", ("--flop", "1e10"), 2, "less than the smallest compute"),
+        ("good", ("--plot", "/dev/null/x"), 4, "cannot write plots"),
+        ("good", ("--where", "tag=x"), 2, "0 columns 'tag'"),
         ("good", ("--predict", "nowhere.csv"), 2, "cannot read"),
         ("good", ("--convention", "matmul"), 2, "head_params"),
     ],

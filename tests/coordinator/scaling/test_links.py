@@ -1,11 +1,14 @@
 """What averaging costs, and the strategy that follows."""
 
+from typing import Any
+
 import pytest
 
 from coordinator.scaling.constants import COMPUTE_WORTH
 from coordinator.scaling.links import (
     AIM_UTILISATION,
     Codec,
+    distinct_links,
     merge_advice,
     plan_diloco,
     plan_sync,
@@ -117,3 +120,17 @@ def test_close_peers_are_merged() -> None:
     assert found is not None and found.num_replicas == 3
     assert found.compute_ratio == pytest.approx((4 / 3) ** 0.17)
     assert "p1, p2 at lab" in found.reason
+
+
+def test_alike_links_are_looked_at_once() -> None:
+    fields: dict[str, Any] = {
+        "flop_per_second": 1e12, "availability_ratio": 1.0, "memory_bytes": 1e9,
+        "upload_bytes_per_second": 1e6, "download_bytes_per_second": 2e6,
+    }  # fmt: skip
+    many = [PoolPeer(name=f"p{index}", **fields) for index in range(5000)]
+    many.append(PoolPeer(name="slow", **(fields | {"upload_bytes_per_second": 1e5})))
+    codec = Codec(name="fp32", bytes_per_value=4.0)
+    links = distinct_links(many)
+    assert [peer.name for peer in links] == ["p0", "slow"]
+    said = round_seconds(links, 1e6, codec, num_members=len(many))
+    assert said == round_seconds(many, 1e6, codec)

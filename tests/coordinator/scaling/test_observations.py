@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from coordinator.scaling.columns import Selection
 from coordinator.scaling.observations import (
     Convention,
     Observation,
@@ -42,7 +43,7 @@ def test_missing_columns_are_filled_and_said() -> None:
     assert "6 N D" in table.notes[0]
     table = observations_from_csv("n,c,LOSS,other\n1e8,1.2e18,3,x\n")
     assert table.tokens_d == pytest.approx([2e9])
-    assert "C / (6 N)" in table.notes[0]
+    assert table.notes[0] == "columns not used: other" and "C / (6 N)" in table.notes[1]
 
 
 def test_points_without_losses() -> None:
@@ -50,6 +51,50 @@ def test_points_without_losses() -> None:
     assert (params[0], tokens[0], compute[0], losses) == (1e8, 2e9, pytest.approx(1.2e18), None)
     *_, losses = points_from_csv("N,D,loss\n1e8,2e9,3\n", name="g.csv")
     assert losses is not None and np.array_equal(losses, [3.0])
+
+
+MIXED = "tag,d,N,tokens,loss\n" + "".join(
+    f"{tag},64,{n}e5,{d}e6,{4 - n / 10 - d / 20}\n"
+    for tag in ("const", "wsd") for n in (1, 2, 3) for d in (1, 2)
+)  # fmt: skip
+
+
+def test_columns_are_named_and_rows_chosen() -> None:
+    table = observations_from_csv(MIXED)
+    assert table.tokens_d[0] == 1e6, "d beside tokens is a width"
+    assert "columns not used: tag, d" in table.notes
+    assert "several kinds by tag (const, wsd)" in table.warnings[0]
+    chosen = observations_from_csv(MIXED, selection=Selection.of(where=["tag=wsd"]))
+    assert (len(chosen), chosen.warnings) == (6, ())
+    assert "6 of 12 rows have tag = wsd" in chosen.notes[0]
+    named = "Model Size,n,D,loss\n1e8,48,2e9,3\n"
+    table = observations_from_csv(named, selection=Selection.of(["N=Model Size"]))
+    assert table.params_n == pytest.approx([1e8])
+    plain = '[{"params": 1e8, "D": 2e9, "loss": 3}]'
+    table = observations_from_json(plain, selection=Selection.of(["N=params"]))
+    assert table.params_n == pytest.approx([1e8])
+    assert points_from_csv("N,D\n1e8,2e9\n", name="g", selection=Selection.of(["N=params"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "where", "words"),
+    [
+        ("N,D,loss,loss\n1e8,2e9,3,9\n", [], [], "'loss' (column 3) and 'loss' (column 4)"),
+        ("N,n,D,loss\n1e8,48,2e9,3\n", [], [], "'N' (column 1) and 'n' (column 2)"),
+        ("N,D,tokens,loss\n1e8,2e9,2e9,3\n", [], [], "'D' (column 2) and 'tokens'"),
+        (MIXED, ["N=params"], [], "0 columns 'params'"),
+        (MIXED, ["Q=N"], [], "--column Q=N"),
+        (MIXED, ["N"], [], "--column 'N'"),
+        (MIXED, [], ["tag=cosine"], "no row of the table has tag = cosine"),
+        (MIXED, [], ["kind=wsd"], "0 columns 'kind'"),
+    ],
+)
+def test_unclear_columns_are_refused(
+    text: str, columns: list[str], where: list[str], words: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        observations_from_csv(text, selection=Selection.of(columns, where))
+    assert words in caught.value.found and caught.value.allowed and caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -67,7 +112,7 @@ def test_points_without_losses() -> None:
         ("N,D,loss\n1e8,2e9\n", "loss_nats"),
         ("N,D,loss\n1e8,2e9,2e4\n", "20000"),
         ("N,D,loss,convention\n1e8,2e9,3,matmul\n1e8,2e9,3,non-embedding\n", "mixes"),
-        ("N,d,C,loss,tokens\n1e5,64,6e10,3,1e5\n1e5,64,9e10,2.9,1.5e5\n", "times 6 N D"),
+        ("N,d,C,loss\n1e5,64,6e10,3\n1e5,64,9e10,2.9\n", "times 6 N D"),
         ("N,D,loss,convention\n1e8,2e9,3,matmul\n1e8,2e9,3,\n", "mixes"),
         ("N,D,loss,convention\n1e8,2e9,3,mine\n", "'mine'"),
     ],

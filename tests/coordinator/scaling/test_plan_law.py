@@ -68,13 +68,18 @@ def test_compute_for_params_is_the_inverse(name: str) -> None:
 
 def test_extrapolation_is_refused_unless_forced() -> None:
     def check(compute_flop: float, *, is_forced: bool = False) -> str:
-        return check_extrapolation(compute_flop, 1e19, law="it", is_forced=is_forced)
+        return check_extrapolation(compute_flop, (1e17, 1e19), law="it", is_forced=is_forced)
 
-    assert check(1e22) == ""
+    assert check(1e22) == check(1e17) == ""
     with pytest.raises(UsageError, match="times the largest compute") as caught:
         check(1.001e22)
     assert "--force-extrapolation" in caught.value.remedy
     assert "by force" in check(1.001e22, is_forced=True)
+    assert "10 times less than the smallest compute" in check(1e16)
+    with pytest.raises(UsageError, match="less than the smallest") as caught:
+        check(0.999e12)
+    assert "--force-extrapolation" in caught.value.remedy
+    assert "by force" in check(0.999e12, is_forced=True)
 
 
 def test_unknown_law() -> None:

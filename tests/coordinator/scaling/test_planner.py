@@ -1,5 +1,6 @@
 """Whole plans: contradictions do not survive, and every choice carries its reason."""
 
+import math
 from typing import Any
 
 import pytest
@@ -130,7 +131,9 @@ def test_text_serving_and_uncertainty_each_have_a_price() -> None:
 def test_scarce_text_warns() -> None:
     found = make(compute_flop=1e20, unique_tokens=1e7)
     assert found.spent_flop < 0.1e20
-    assert any("by heart" in warning for warning in found.warnings)
+    assert found.params_n < 2e7, "no further than a parameter is worth a tenth"
+    tiny = make(compute_flop=1e20, unique_tokens=1e5)
+    assert any("by heart" in warning for warning in tiny.warnings)
     assert any("passes over the text" in warning for warning in found.warnings)
     assert "text is the limit" in reason_of(found, "unique tokens")
 
@@ -150,6 +153,31 @@ def test_extrapolation_is_refused_unless_forced() -> None:
         make(compute_flop=1e27)
     found = make(compute_flop=1e27, is_extrapolation_forced=True)
     assert "extrapolated by force" in found.warnings[0]
+
+
+def test_below_the_measured_computes_no_loss_is_promised() -> None:
+    with pytest.raises(UsageError, match="less than the smallest compute"):
+        make(compute_flop=1e12)
+    assert "times less than the smallest" in make(compute_flop=1e17).warnings[0]
+    forced = make(compute_flop=1e12, is_extrapolation_forced=True)
+    assert math.isnan(forced.loss_nats) and not forced.is_loss_known
+    assert any("no loss is predicted" in warning for warning in forced.warnings)
+    assert next(c.value for c in forced.choices if c.name == "loss") == "not known"
+    spec = run_spec(forced)
+    assert spec.optimizer.weight_decay <= 0.5 and 1e-5 <= spec.optimizer.peak_lr <= 1e-2
+
+
+def test_too_little_text_for_any_law() -> None:
+    with pytest.raises(UsageError, match="1,000 unique tokens"):
+        make(compute_flop=1e21, unique_tokens=1000)
+    found = make(compute_flop=1e21, unique_tokens=5000)
+    assert not found.is_loss_known and found.recipe.weight_decay <= 0.5
+    assert found.params_n < 1e7, "not a size that no text feeds"
+    assert any("only" in w and "FLOP are spent" in w for w in found.warnings)
+    assert any("optimizer steps" in warning for warning in found.warnings)
+    crowd = pool(200, mbit=1000)
+    with pytest.raises(UsageError, match="at least one step"):
+        make(pool=crowd, compute_flop=1e18, unique_tokens=5000, strategies=("sync",))
 
 
 def test_unmeasured_links_leave_sync_without_promises() -> None:

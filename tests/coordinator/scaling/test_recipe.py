@@ -4,6 +4,8 @@ import pytest
 
 from coordinator.scaling.recipe import (
     HIGHEST_LR,
+    LOWEST_LR,
+    WEIGHT_DECAY_RANGE,
     anchor_timescale_ratio,
     critical_batch_of_loss,
     critical_batch_tokens,
@@ -77,6 +79,15 @@ def test_small_models_are_held() -> None:
     tiny = recipe(params_n=1e5, tokens_d=2e6, compute_flop=1.2e12, seq_len=128, num_peers=2)
     assert tiny.peak_lr == HIGHEST_LR
     assert "outside its grid" in tiny.lr_reason
+
+
+def test_rules_are_held_where_they_mean_something() -> None:
+    short = recipe(params_n=1e7, tokens_d=5e5, compute_flop=3e13, seq_len=1024, num_peers=1)
+    assert short.weight_decay == WEIGHT_DECAY_RANGE[1]
+    assert "held at 0.5" in short.weight_decay_reason
+    starved = recipe(params_n=1e10, tokens_d=1e5, compute_flop=6e15, seq_len=1024, num_peers=1)
+    assert starved.peak_lr == LOWEST_LR and "held at 1e-05" in starved.lr_reason
+    assert "held" not in recipe().weight_decay_reason + recipe().lr_reason
 
 
 def test_mu_transfer() -> None:

@@ -16,6 +16,11 @@ def test_shapes_are_near_and_not_above(params_n: float) -> None:
     ModelSpec.from_shape(shape)
 
 
+def test_absurd_sizes_are_quick() -> None:
+    shape = choose_shape(8.3e13, vocab_size=32_768, seq_len=1024)
+    assert 0.9 * 8.3e13 <= shape.num_matmul_parameters <= 8.3e13
+
+
 def test_the_tiny_preset_is_an_ordinary_shape() -> None:
     tiny = ModelShape.from_spec(TINY_MODEL)
     found = choose_shape(tiny.num_matmul_parameters * 1.001, vocab_size=4096, seq_len=256)

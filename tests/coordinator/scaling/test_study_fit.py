@@ -1,5 +1,8 @@
 """Fits of whole tables: the form by extrapolation, bands that cover, odd tables survived."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,8 @@ from coordinator.scaling.bands import ErrorBand, conformal_quantile
 from coordinator.scaling.laws import Form
 from coordinator.scaling.observations import Observation, Observations
 from coordinator.scaling.parametric import Loss
+from coordinator.scaling.plan_observed import observed_law
+from coordinator.scaling.report import fit_report
 from coordinator.scaling.selection import (
     form_weights,
     impossible_rows,
@@ -113,7 +118,7 @@ def test_rows_of_one_ratio_predict_their_line_and_warn() -> None:
     study = fit_observations(Observations.of(rows), num_draws=20)
     said = study.predict(np.array([1e10]), np.array([2e11]), np.array([1.2e22]))
     assert said.loss_nats[0] == pytest.approx(TRUTH.loss_nats(1e10, 2e11), rel=0.02)
-    assert any("rise together" in reason for reason in study.reasons)
+    assert any("rise together" in warning for warning in study.warnings)
 
 
 def test_refusals() -> None:
@@ -128,6 +133,54 @@ def test_refusals() -> None:
     )
     with pytest.raises(UsageError, match="different N"):
         fit_observations(one_size)
+
+
+def grid(loss_of: Callable[[float, float], float]) -> Observations:
+    """Four sizes, five token counts."""
+    return Observations.of(
+        Observation(params_n=n, tokens_d=d, compute_flop=6 * n * d, loss_nats=loss_of(n, d))
+        for n in np.geomspace(1e7, 1e9, 4).tolist()
+        for d in np.geomspace(3e8, 3e10, 5).tolist()
+    )
+
+
+@pytest.mark.parametrize("form", [None, Form.TIED])
+def test_losses_without_a_law_are_refused(form: Form | None) -> None:
+    generator = np.random.default_rng(0)
+    for loss_of, words in (
+        (lambda n, d: 3.0, "20 losses between 3 and 3"),
+        (lambda n, d: 1 + 0.2 * math.log(n * d), "rows"),
+        (lambda n, d: float(generator.uniform(2, 5)), "rows"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            fit_observations(grid(loss_of), form=form, num_draws=0)
+
+
+def test_an_optimum_far_from_every_size_is_not_shown() -> None:
+    of_tokens = grid(lambda n, d: 2 + 1e-4 * n**-0.3 + 600 * d**-0.3)
+    study = fit_observations(of_tokens, form=Form.TIED, num_draws=0)
+    assert "far from every size" in study.undetermined_reason
+    row = fit_report(study, [1e20])["optima"][0]
+    assert (row["is_determined"], row["n_opt"], row["loss"]) == (False, None, None)
+    assert any("not determined" in text for text in fit_report(study, [1e20])["warnings"])
+    with pytest.raises(UsageError, match="does not say what N is best"):
+        observed_law(of_tokens, name="own.csv")
+    clear = fit_observations(made_up(num_budgets=4), form=Form.TIED, num_draws=0)
+    assert clear.undetermined_reason == "" and clear.warnings == ()
+
+
+def test_the_filter_is_named_when_it_leaves_too_few() -> None:
+    with pytest.raises(UsageError, match="rows were left out because") as caught:
+        fit_observations(made_up(num_budgets=3), near_ratio=1e-6, num_draws=0)
+    assert "of 21 rows" in caught.value.found and "--near-ratio" in caught.value.remedy
+
+
+def test_many_rows_are_screened_quickly() -> None:
+    generator = np.random.default_rng(0)
+    compute = np.sort(np.exp(generator.uniform(0, 12, 20_000)))
+    loss = 2 + compute**-0.1 * np.exp(0.001 * generator.standard_normal(20_000))
+    loss[[500, 19_999]] *= 0.5
+    assert np.flatnonzero(impossible_rows(compute, loss)).tolist() == [500, 19_999]
 
 
 def test_weights() -> None:
