@@ -177,10 +177,15 @@ class Decoder(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits_BTV of the last layer's output."""
-        is_tied = self.spec.has_tied_embeddings
-        weight_VD = self.tok_embeddings.weight if is_tied else self.output.weight
-        logits_BTV: Tensor = self.head(self.norm(x_BTD), weight_VD)
+        logits_BTV: Tensor = self.head(self.norm(x_BTD), self.head_weight)
         return logits_BTV
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """weight_VD of the output head, which may be the embedding."""
+        is_tied = self.spec.has_tied_embeddings
+        weight: nn.Parameter = (self.tok_embeddings if is_tied else self.output).weight
+        return weight
 
     def empty_cache(self) -> KeyValueCache:
         """A cache that holds nothing yet."""

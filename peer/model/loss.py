@@ -1,8 +1,10 @@
 """Loss as a *sum* over tokens, so that micro-batches, peers and layouts add up exactly; who needs a
 mean divides once.
 
-Letters: B sequences, T positions, V vocabulary.
+Letters: B sequences, T positions, N = B T of them in a row, D model width, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,66 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, weights_B: Tensor | None 
     if weights_B is None:
         return nats
     return (nats.view(labels_BT.shape).sum(dim=1) * weights_B).sum()
+
+
+MAX_WHOLE_LOGITS = 2**25
+"""Values; more are never in memory at once where `pieced_loss` is used."""
+_PIECE_LOGITS = 2**24
+
+
+def pieced_loss(
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, weights_B: Tensor | None = None
+) -> Tensor:
+    """`summed_loss` of the logits hidden_BTD weight_VD^T, piece by piece: each piece's gradients
+    are made at once, so neither logits nor their gradients are kept. Under autocast products are
+    in its precision, sums over pieces in fp32.
+    """
+    weights_N = torch.ones_like(labels_BT, dtype=torch.float32)
+    if weights_B is not None:
+        weights_N = weights_N * weights_B[:, None]
+    labels_N = labels_BT.flatten()
+    weights_N = torch.where(labels_N == IGNORED, 0.0, weights_N.flatten())
+    nats: Tensor = _PiecedHead.apply(
+        hidden_BTD.flatten(0, 1), weight_VD, labels_N.clamp_min(0), weights_N
+    )
+    return nats
+
+
+class _PiecedHead(torch.autograd.Function):
+    """Head and cross-entropy; gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor
+    ) -> Tensor:
+        kind = hidden_ND.device.type
+        is_low = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if is_low else hidden_ND.dtype
+        with torch.autocast(kind, enabled=False):
+            product_VD = weight_VD.to(dtype)
+            grad_ND = torch.empty_like(hidden_ND)
+            grad_VD = torch.zeros_like(weight_VD)
+            nats = torch.zeros((), device=hidden_ND.device)
+            size = max(1, _PIECE_LOGITS // weight_VD.shape[0])
+            for begin in range(0, hidden_ND.shape[0], size):
+                rows = slice(begin, begin + size)
+                hidden, labels, weights = hidden_ND[rows].to(dtype), labels_N[rows], weights_N[rows]
+                logits = (hidden @ product_VD.t()).float()
+                total = logits.logsumexp(dim=1)
+                picked = logits.gather(1, labels[:, None])[:, 0]
+                nats += ((total - picked) * weights).sum()
+                grad = logits.sub_(total[:, None]).exp_()
+                grad[torch.arange(labels.numel(), device=grad.device), labels] -= 1.0
+                grad = grad.mul_(weights[:, None]).to(dtype)
+                grad_ND[rows] = grad @ product_VD
+                grad_VD += grad.t() @ hidden
+        ctx.save_for_backward(grad_ND, grad_VD)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        grad_ND, grad_VD = ctx.saved_tensors
+        return grad_ND * grad, grad_VD * grad, None, None
 
 
 def examples_on(

@@ -59,7 +59,8 @@ _MIN_SECONDS = 1e-6
 _NOISE = 0.05
 _NUM_NOISE_VALUES = 1_000_003
 """Repeated; a prime, so that no two rows of a matrix are the same."""
-_GEMM_SIZES = (2048, 768, 2048)
+PRODUCT_SIZES = {"cpu": (2048, 768, 2048), "cuda": (8192, 8192, 8192)}
+"""Rows, inner, columns of a product that shows what a device can do."""
 _GEMM_RUNS = 8
 _MAX_ERROR_RATIO = {Precision.FP32: 1e-3, Precision.BF16: 0.1}
 """Of native gradients against eager fp32 ones; rounding gives 1e-6 and 0.01."""
@@ -474,7 +475,7 @@ def measure_product_flop_per_second(device: torch.device, precision: Precision) 
     """What one matrix product reaches here, on as many threads as torch uses: the ceiling that
     model FLOP utilisation is given against. Best of a few, of CPU time times threads on CPU.
     """
-    rows, inner, columns = _GEMM_SIZES
+    rows, inner, columns = PRODUCT_SIZES[device.type]
     dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(columns, inner, device=device).to(dtype)
