@@ -2,7 +2,7 @@
 stops.
 
 lock + store -> keys -> RECOVERING -> writer thread -> rendezvous child -> gRPC server -> ticker,
-refit -> web thread
+refit, dialler -> web thread
 
 Stopping goes the other way, with a deadline for calls in progress; a process that is killed instead
 loses nothing that was acknowledged. `serve` and `up` use the same object.
@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from coordinator.api.server import build_server, join_address
 from coordinator.config import CoordinatorConfig, package_version
+from coordinator.dial_back.dialler import Dialler
 from coordinator.domain.policy import SwarmPolicy
 from coordinator.identity import (
     Identity,
@@ -145,6 +146,9 @@ class Coordinator:
         refitter = Refitter(writer)
         refitter.start()
         on_stop.push_async_callback(refitter.stop)
+        dialler = Dialler(writer)
+        dialler.start()
+        on_stop.push_async_callback(dialler.stop)
         web = WebServer(
             build_app(cache=cache, metrics=metrics), host=config.http_host, port=config.http_port
         )

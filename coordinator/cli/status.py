@@ -14,7 +14,7 @@ from coordinator.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from coordinator.operations.requests_admin import StatusResponse
+    from coordinator.operations.requests_admin import PeerStatus, StatusResponse
 
 
 def status(
@@ -72,6 +72,7 @@ def status(
             f"{found.num_live_peers} live, {found.num_voters} with a vote, "
             f"{found.num_peers_seen} seen",
         ),
+        *((("warning", found.reach_warning),) if found.reach_warning else ()),
         ("states equal", "yes" if found.state_digests_equal else "NO"),
         ("checkpoint", found.newest_checkpoint_path or "-"),
     ):
@@ -102,6 +103,14 @@ def _forecast_lines(found: "StatusResponse") -> list[tuple[str, str]]:
     ]
 
 
+def _why(peer: "PeerStatus") -> str:
+    """Why a member is in its state, and why it does not reduce."""
+    is_told = peer.is_live and peer.claims.state
+    reason = peer.claims.state_reason if is_told else peer.state_reason
+    problem = peer.capabilities.reach_problem if peer.is_live else ""
+    return f"{reason}; cannot be dialled ({problem}), so reduces nothing" if problem else reason
+
+
 def peers(
     run_id: RunId = "", data_dir: DataDir = DEFAULT_DATA_DIR, is_json: AsJson = False
 ) -> None:
@@ -129,7 +138,7 @@ def peers(
             f"{peer.claims.averaging_bytes_per_second / 1e6:.1f}",
             str(peer.claims.num_attempts_discarded),
             f"{peer.credited_tokens:,}",
-            peer.claims.state_reason if peer.is_live and peer.claims.state else peer.state_reason,
+            _why(peer),
         ]
         for peer in found.peers
     ]

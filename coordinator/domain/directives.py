@@ -191,6 +191,10 @@ def _changes(newest: DirectiveContent, wanted: DirectiveContent) -> list[str]:
                 else "restarted, contributes later"
             )
             changes.append(f"{_named(after)} {does}")
+        elif before.contact.can_accept_connections != after.contact.can_accept_connections:
+            can = after.contact.can_accept_connections
+            does = "can be dialled and reduces" if can else "cannot be dialled and reduces nothing"
+            changes.append(f"{_named(after)} {does}")
         elif before.contact != after.contact:
             changes.append(f"{_named(after)} has other addresses or another name")
     for name in ("budget_tokens", "cooldown_start_tokens"):

@@ -7,6 +7,8 @@ another for the life of the membership. What a peer cannot honour of the run's s
 before it costs anybody anything.
 """
 
+from dataclasses import replace
+
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -18,6 +20,7 @@ from coordinator.operations.common import OperationContext, load_book, load_run,
 from coordinator.operations.duties import release_duties
 from coordinator.operations.leases import release_all
 from coordinator.operations.members import (
+    capabilities_from_json,
     capabilities_to_json,
     live_addresses,
     member_from_row,
@@ -287,6 +290,9 @@ def _admit(
     now_unix_ms = unix_ms(now_unix_seconds)
     before = None if known is None else member_from_row(known)
     member = after_join(before, peer_id=peer_id, now_unix_seconds=now_unix_seconds)
+    reach_problem = (
+        "" if known is None else capabilities_from_json(known.capabilities_json).reach_problem
+    )
     row = PeerRow(
         run_id=run.run_id,
         peer_id=peer_id,
@@ -300,7 +306,9 @@ def _admit(
         last_heartbeat_unix_ms=now_unix_ms,
         session_key=context.random_bytes(SESSION_KEY_BYTES),
         session_expire_unix_ms=unix_ms(now_unix_seconds + context.policy.session_seconds),
-        capabilities_json=capabilities_to_json(request.capabilities),
+        capabilities_json=capabilities_to_json(
+            replace(request.capabilities, reach_problem=reach_problem)
+        ),
         claims_json="{}",
         attested_incarnation=-1,
         attested_outer_step=0,

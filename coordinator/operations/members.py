@@ -119,7 +119,8 @@ def contact_from_row(row: PeerRow) -> Contact:
     return Contact(
         p2p_peer_id=row.p2p_peer_id,
         public_key=row.public_key,
-        can_accept_connections=capabilities.can_accept_connections,
+        can_accept_connections=capabilities.can_accept_connections
+        and not capabilities.reach_problem,
         addresses=capabilities.addresses,
         name=row.name,
     )

@@ -16,7 +16,9 @@ from protos.muster.v1 import common_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a peer says of its machine; field for field membership.proto's PeerCapabilities."""
+    """What a peer says of its machine; membership.proto's PeerCapabilities, and what
+    the coordinator found out.
+    """
 
     package_version: str = ""
     torch_version: str = ""
@@ -28,6 +30,9 @@ class Capabilities:
     codecs: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ()
+    reach_problem: str = ""
+    """Not the peer's word: why the coordinator could not dial it; "" if it could, or did not try.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -270,6 +270,8 @@ class StatusResponse:
     has_final_checkpoint: bool
     forecast: ForecastStatus
     equivocation_reason: str = ""
+    reach_warning: str = ""
+    """What is wrong if of several live peers none can be dialled; "" otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from coordinator.operations.duties import load_duties
 from coordinator.operations.forecasts import all_forecasts, forecast_status
 from coordinator.operations.members import capabilities_from_json, claims_from_json, member_from_row
 from coordinator.operations.pool_budget import goodput_tokens_per_second
+from coordinator.operations.reachability import reach_warning
 from coordinator.operations.requests_admin import (
     EvaluationPoint,
     EventsRequest,
@@ -64,6 +65,7 @@ def status(
     num_live_steps, num_rolled_back_steps = tx.num_certificates(run.run_id)
     goodput = _goodput(tx, run, now_unix_seconds=now_unix_seconds)
     train_seconds = _train_seconds(tx, run, now_unix_seconds=now_unix_seconds)
+    mean_goodput = book.credited_tokens / train_seconds if train_seconds else 0.0
     checkpoints = proved_checkpoints(tx, context, run.run_id)
     recovering = is_recovering(tx, now_unix_seconds=now_unix_seconds)
     newest = tx.live_certificate(run.run_id, book.certified_outer_step)
@@ -106,9 +108,7 @@ def status(
         first_evaluation=evaluations[0] if evaluations else None,
         last_evaluation=evaluations[-1] if evaluations else None,
         goodput_tokens_per_second=goodput,
-        mean_goodput_tokens_per_second=book.credited_tokens / train_seconds
-        if train_seconds
-        else 0.0,
+        mean_goodput_tokens_per_second=mean_goodput,
         train_seconds=train_seconds,
         eta_seconds=_eta_seconds(run, book, goodput),
         state_digests_equal=not unequal_reason(tx, run.run_id),
@@ -126,6 +126,7 @@ def status(
         in done,
         forecast=forecast_status(tx, run, now_unix_seconds=now_unix_seconds),
         equivocation_reason="" if accepted is None else accepted.equivocation_reason,
+        reach_warning=reach_warning(rows),
     )
 
 

@@ -6,6 +6,11 @@ import typer
 
 from peer.cli.options import AsJson, HomeDir, print_json, print_line
 
+_NOT_DIALLED = (
+    "others cannot connect to this peer (found by the coordinator): it reduces nothing; open "
+    "--listen-port, or tell the right address with --announce"
+)
+
 
 def status(home: HomeDir = None, is_json: AsJson = False) -> None:
     """Show what the peer on this home is doing."""
@@ -45,6 +50,7 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
             ),
             ("leases", f"{found['held_leases']} with {found['held_tokens']:,} tokens left"),
             *_round_rows(found),
+            *([] if found.get("is_dialled", True) else [("reach", _NOT_DIALLED)]),
             ("coordinator", "reachable" if found["is_coordinator_reachable"] else "away"),
             ("memory", format_bytes(found["memory_bytes"])),
             ("clock", f"{found['clock_offset_seconds']:+.3f} s against the coordinator"),

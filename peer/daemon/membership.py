@@ -75,6 +75,13 @@ class Membership:
         directive = common_pb2.Directive.FromString(self.response.directive.payload)
         return int(directive.directive_number)
 
+    @property
+    def is_dialled(self) -> bool:
+        """False if the newest roster says that others cannot connect to this peer."""
+        directive = common_pb2.Directive.FromString(self.response.directive.payload)
+        own = [entry for entry in directive.roster if entry.peer_id == self.response.peer_id]
+        return all(entry.can_accept_connections for entry in own)
+
     def updated(self, heartbeat: membership_pb2.HeartbeatResponse) -> "Membership":
         """With what a heartbeat brought. Raises CorruptDataError if the coordinator did not sign
         it.

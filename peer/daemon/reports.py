@@ -85,6 +85,8 @@ class SessionNumbers:
     """How micro-batches are run, and why."""
     micro_batch_sequences: int = 0
     addresses: list[str] = field(default_factory=list)
+    is_dialled: bool = True
+    """False if the coordinator found that nobody can connect to this peer."""
 
     @property
     def last_committed(self) -> AttemptTimeline | None:

@@ -370,12 +370,27 @@ class RunningSession:
             self._tell_swarm("incarnation", record=record)
         if new.directive != old.directive:
             self._tell_swarm("directive", directive=new.directive.SerializeToString())
+            self._note_reach()
         if list(new.initial_peers) != list(old.initial_peers):
             self._tell_swarm("initial_peers", addresses=list(new.initial_peers))
         try:
             save_membership(self._home.path, membership)
         except MachineError as error:
             self._core.note(f"membership not saved: {error}")
+
+    def _note_reach(self) -> None:
+        """Tell the owner when others can or cannot connect, as the coordinator found."""
+        core, is_dialled = self._core, self._membership.is_dialled
+        if is_dialled != core.numbers.is_dialled:
+            core.numbers.is_dialled = is_dialled
+            core.note(
+                "the coordinator can connect to this peer: it reduces like others"
+                if is_dialled
+                else "the coordinator cannot connect to this peer, so it averages over connections "
+                "that it makes itself and reduces nothing for others; to change that, let "
+                "--listen-port through the firewall or router, or tell the address that leads to "
+                "it with --announce"
+            )
 
     def _pass_certificates(self, certificates: list[bytes]) -> None:
         self._tell_swarm("certificates", certificates=certificates)

@@ -72,6 +72,17 @@ def test_remembered_over_a_restart(tmp_path: Path, membership: Membership) -> No
     assert load_membership(tmp_path) is None
 
 
+def test_the_roster_says_whether_others_can_connect(membership: Membership) -> None:
+    assert membership.is_dialled, "nothing is known before the roster names the peer"
+    for can_accept in (False, True):
+        own = common_pb2.RosterEntry(peer_id="p", can_accept_connections=can_accept)
+        other = common_pb2.RosterEntry(peer_id="q", can_accept_connections=not can_accept)
+        directive = common_pb2.Directive(run_id="demo", roster=[own, other])
+        signed = COORDINATOR.signed(Tag.DIRECTIVE, directive.SerializeToString())
+        beat = membership_pb2.HeartbeatResponse(directive=signed)
+        assert membership.updated(beat).is_dialled is can_accept
+
+
 def test_heartbeats_bring_directives_and_incarnations(membership: Membership) -> None:
     beat = membership_pb2.HeartbeatResponse(directive=signed_directive(3), outer_step=9)
     updated = membership.updated(beat)

@@ -86,6 +86,10 @@ class Daemon:
     vectors: SharedVectors
     host: str = "127.0.0.1"
     upload_limit_mbit: float | None = None
+    announce: tuple[str, ...] = ()
+    """Addresses that it announces instead of its true ones."""
+    can_accept_connections: bool = True
+    """What the coordinator found out about it."""
     prefix: tuple[str, ...] = ()
     """Before the command of its process, such as `ip netns exec NAME`."""
     process: asyncio.subprocess.Process | None = None
@@ -161,7 +165,7 @@ class Hub:
                 has_vote=d in voters,
                 round_tokens=WINDOWS * SEQ_LEN,
                 max_round_tokens=4 * WINDOWS * SEQ_LEN,
-                can_accept_connections=True,
+                can_accept_connections=d.can_accept_connections,
                 addresses=d.addresses,
             )
             for d in members
@@ -290,7 +294,7 @@ class Hub:
             dht_prefix="swarmtest",
             initial_peers=known[:2],
             listen_port=0,
-            announce=[],
+            announce=list(daemon.announce),
             host=daemon.host,
             upload_limit_mbit=daemon.upload_limit_mbit,
             incarnation_record=self.record.SerializeToString(),
