@@ -227,6 +227,7 @@ class SessionMachine:
         facts = self._facts
         old = facts.position or facts.trainer_position
         facts.position = Position(event.incarnation, event.outer_step, event.round_tokens)
+        facts.coming_tokens = event.coming_tokens
         facts.is_run_paused = event.is_paused
         if old is not None and old.incarnation != event.incarnation:
             facts.is_contributing = False
@@ -356,17 +357,17 @@ class SessionMachine:
         facts, link, position = self._facts, self._link, self._facts.position
         if facts.drain_reason is not None or not facts.is_joined or link.is_rejoining:
             return
-        if position is None or position.round_tokens == 0 or facts.is_run_paused:
+        if position is None or (round_tokens := facts.tokens_to_lease) == 0:
             return
         if not link.is_reachable:
             link.no_lease_reason = f"WAITING_FOR_COORDINATOR: {link.lost_reason}"
-            if self.leases.left_tokens < position.round_tokens:
+            if self.leases.left_tokens < round_tokens:
                 self._tell_no_more()
             return
         action = link.plan_leases(
             self.leases,
             incarnation=position.incarnation,
-            round_tokens=position.round_tokens,
+            round_tokens=round_tokens,
             now_seconds=self._now_seconds,
         )
         if action is not None:

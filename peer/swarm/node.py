@@ -443,8 +443,7 @@ class SwarmNode:
         self._tell_state()
 
     def _tell_state(self) -> None:
-        is_newest = self._replica.position[1] >= self._target_step
-        self._reporter.state(may_train=is_newest and self._begin_directive() is not None)
+        self._reporter.state(is_newest=self._replica.position[1] >= self._target_step)
 
     # After an event ---------------------------------------------------------------------------
 
