@@ -386,6 +386,7 @@ class SwarmNode:
         record = self._replica.record_content
         self._reporter.phase("SYNC", f"looking for the base of incarnation {record.incarnation}")
         if await self._catch_up.rebase() or await self._try_checkpoint():
+            self._next_settle_seconds = 0.0  # the swarm may be ahead of it
             await self._publish_new_state("a new incarnation has begun")
         elif self._catch_up.newer_record is None:
             self._ask_checkpoint(record.to_outer_step)
