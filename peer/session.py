@@ -227,6 +227,8 @@ class SessionMachine:
         facts = self._facts
         old = facts.position or facts.trainer_position
         facts.position = Position(event.incarnation, event.outer_step, event.round_tokens)
+        if event.incarnation > 0 and not event.round_tokens and facts.trainer_position is None:
+            self._tell_swarm_idle(True)
         facts.coming_tokens = event.coming_tokens
         facts.is_run_paused = event.is_paused
         if old is not None and old.incarnation != event.incarnation:
@@ -254,8 +256,7 @@ class SessionMachine:
         """
         facts = self._facts
         facts.is_contributing = False
-        numbers = self.leases.discard_contribution()
-        self.leases.forget(numbers)
+        self.leases.forget(numbers := self.leases.discard_contribution())
         self._release(numbers, reason)
         facts.outcome = event or ev.RoundEnded(
             outcome=RoundOutcome.RESYNC, incarnation=0, outer_step=0, reason=reason

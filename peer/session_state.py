@@ -53,9 +53,10 @@ class SessionFacts:
     phase: RoundPhase = RoundPhase.SYNC
     phase_reason: str = "the swarm process is starting"
     is_trainer_idle: bool = False
-    is_swarm_told_idle: bool = True
-    """What the swarm process was told of this peer's work last. Until the trainer has a state, it
-    takes part in rounds without any: so it gets each step's bytes with the others, who do not wait.
+    is_swarm_told_idle: bool = False
+    """What the swarm process was told of this peer's work last. A joiner has none before its roster
+    is in force: it takes part in rounds, gets each step's bytes with the others, and they do not
+    wait for it.
     """
     is_trainer_paused: bool = False
     trainer_position: Position | None = None

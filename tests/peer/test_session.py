@@ -90,7 +90,7 @@ def test_a_joiner_has_its_leases_before_its_roster_is_in_force() -> None:
         state_reached(3, round_tokens=0),
         IDLE_PHASE,
     )
-    assert timeline.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=True)]
+    assert timeline.take(ev.TellSwarmIdle)[-1] == ev.TellSwarmIdle(is_idle=True)
     assert timeline.take(ev.AcquireLeases) == []
     coming = dataclasses.replace(state_reached(4, round_tokens=0), coming_tokens=ROUND_TOKENS)
     timeline.feed(coming)
@@ -105,6 +105,13 @@ def test_a_joiner_has_its_leases_before_its_roster_is_in_force() -> None:
     assert len(timeline.take(ev.TellStateReady)) == 1
     assert timeline.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=False)]
     assert timeline.take(ev.AcquireLeases) == []
+
+
+def test_a_peer_of_a_new_run_is_waited_for_while_its_trainer_starts() -> None:
+    timeline = Timeline()
+    before = state_reached(0, incarnation=0, round_tokens=0)
+    timeline.feed(JOINED, ev.ChildReady(child=ChildName.SWARM), before, state_reached(0))
+    assert timeline.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=False)]
 
 
 def test_a_paused_run_leases_nothing_for_later() -> None:
