@@ -275,6 +275,8 @@ class SessionMachine:
                 f"made for step {event.outer_step} of incarnation {event.incarnation}, "
                 f"the state is step {position.outer_step} of incarnation {position.incarnation}"
             )
+            if facts.trainer_position == position:
+                facts.outcome = None  # on its way already; a second one would hit its next work
         else:
             self._do(ev.PassContribution())
 
@@ -483,13 +485,10 @@ class SessionMachine:
             self._do(ev.ReleaseLeases(lease_numbers=numbers, reason=reason))
 
     def _set_trainer_pause(self) -> None:
-        should_pause = self._facts.is_run_paused or self._is_grace_over()
+        should_pause = self._facts.is_run_paused or self._link.is_grace_over(self._now_seconds)
         if self._facts.is_trainer_ready and should_pause != self._facts.is_trainer_paused:
             self._facts.is_trainer_paused = should_pause
             self._do(ev.TellPause(is_paused=should_pause))
-
-    def _is_grace_over(self) -> bool:
-        return self._link.is_grace_over(self._now_seconds)
 
     def _begin_drain(self, reason: str, exit_code: int) -> None:
         if self._facts.drain_reason is None:

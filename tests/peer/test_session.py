@@ -203,7 +203,10 @@ def test_a_contribution_to_an_older_state_is_not_passed_on(training: Timeline) -
     training.feed(state_reached(6), contribution(5, [(1, 0, 16)]))
     assert training.take(ev.PassContribution) == []
     assert training.take(ev.ReleaseLeases)[0].lease_numbers == (1,)
-    assert training.take(ev.TellRoundOutcome)[-1].outcome is RoundOutcome.RESYNC
+    told = training.take(ev.TellRoundOutcome)
+    assert [(action.outcome, action.outer_step) for action in told] == [(RoundOutcome.RESYNC, 6)]
+    training.feed(contribution(6, [(2, 0, 16)]))
+    assert len(training.take(ev.PassContribution)) == 1 and training.take(ev.TellRoundOutcome) == []
 
 
 def test_heartbeats_are_jittered_and_renew_what_is_held(training: Timeline) -> None:
