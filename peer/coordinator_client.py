@@ -301,15 +301,15 @@ class CoordinatorClient:
 
     async def report_certificates(
         self, certificates: Iterable[rounds_pb2.Certificate]
-    ) -> list[rounds_pb2.CertificateReceipt]:
-        """Report in order of outer_step; one receipt for each."""
+    ) -> rounds_pb2.ReportCertificatesResponse:
+        """Report in order of outer_step; one receipt for each, and a directive that is news."""
         request = rounds_pb2.ReportCertificatesRequest(
             request_id=_new_request_id(), certificates=list(certificates)
         )
-        response = await self._call(
+        response: rounds_pb2.ReportCertificatesResponse = await self._call(
             self._rounds.ReportCertificates, "/muster.v1.Rounds/ReportCertificates", request
         )
-        return list(response.receipts)
+        return response
 
     async def fetch_certificates(
         self, *, incarnation: int, from_outer_step: int, num_certificates: int

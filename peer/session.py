@@ -227,6 +227,9 @@ class SessionMachine:
         facts = self._facts
         old = facts.position or facts.trainer_position
         facts.position = Position(event.incarnation, event.outer_step, event.round_tokens)
+        if event.incarnation > 0 and not event.round_tokens and facts.trainer_position is None:
+            self._tell_swarm_idle(True)
+        facts.coming_tokens = event.coming_tokens
         facts.is_run_paused = event.is_paused
         if old is not None and old.incarnation != event.incarnation:
             facts.is_contributing = False
@@ -253,8 +256,7 @@ class SessionMachine:
         """
         facts = self._facts
         facts.is_contributing = False
-        numbers = self.leases.discard_contribution()
-        self.leases.forget(numbers)
+        self.leases.forget(numbers := self.leases.discard_contribution())
         self._release(numbers, reason)
         facts.outcome = event or ev.RoundEnded(
             outcome=RoundOutcome.RESYNC, incarnation=0, outer_step=0, reason=reason
@@ -273,6 +275,8 @@ class SessionMachine:
                 f"made for step {event.outer_step} of incarnation {event.incarnation}, "
                 f"the state is step {position.outer_step} of incarnation {position.incarnation}"
             )
+            if facts.trainer_position == position:
+                facts.outcome = None  # on its way already; a second one would hit its next work
         else:
             self._do(ev.PassContribution())
 
@@ -356,17 +360,17 @@ class SessionMachine:
         facts, link, position = self._facts, self._link, self._facts.position
         if facts.drain_reason is not None or not facts.is_joined or link.is_rejoining:
             return
-        if position is None or position.round_tokens == 0 or facts.is_run_paused:
+        if position is None or (round_tokens := facts.tokens_to_lease) == 0:
             return
         if not link.is_reachable:
             link.no_lease_reason = f"WAITING_FOR_COORDINATOR: {link.lost_reason}"
-            if self.leases.left_tokens < position.round_tokens:
+            if self.leases.left_tokens < round_tokens:
                 self._tell_no_more()
             return
         action = link.plan_leases(
             self.leases,
             incarnation=position.incarnation,
-            round_tokens=position.round_tokens,
+            round_tokens=round_tokens,
             now_seconds=self._now_seconds,
         )
         if action is not None:
@@ -481,13 +485,10 @@ class SessionMachine:
             self._do(ev.ReleaseLeases(lease_numbers=numbers, reason=reason))
 
     def _set_trainer_pause(self) -> None:
-        should_pause = self._facts.is_run_paused or self._is_grace_over()
+        should_pause = self._facts.is_run_paused or self._link.is_grace_over(self._now_seconds)
         if self._facts.is_trainer_ready and should_pause != self._facts.is_trainer_paused:
             self._facts.is_trainer_paused = should_pause
             self._do(ev.TellPause(is_paused=should_pause))
-
-    def _is_grace_over(self) -> bool:
-        return self._link.is_grace_over(self._now_seconds)
 
     def _begin_drain(self, reason: str, exit_code: int) -> None:
         if self._facts.drain_reason is None:

@@ -92,6 +92,8 @@ class StateReached:
     outer_step: int
     round_tokens: int
     is_paused: bool
+    coming_tokens: int = 0
+    """Of a round by the newest directive, while one without this peer is in force."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,12 +47,17 @@ class SessionFacts:
     """True if that trainer could still recompute activations."""
     position: Position | None = None
     """The swarm process's state; None while it has none."""
+    coming_tokens: int = 0
+    """Of a round once the newest directive is in force, if this peer has none before."""
     is_run_paused: bool = False
     phase: RoundPhase = RoundPhase.SYNC
     phase_reason: str = "the swarm process is starting"
     is_trainer_idle: bool = False
     is_swarm_told_idle: bool = False
-    """What the swarm process was told of this peer's work last."""
+    """What the swarm process was told of this peer's work last. A joiner has none before its roster
+    is in force: it takes part in rounds, gets each step's bytes with the others, and they do not
+    wait for it.
+    """
     is_trainer_paused: bool = False
     trainer_position: Position | None = None
     """What the trainer was told last; None before its first state."""
@@ -69,6 +74,13 @@ class SessionFacts:
     deaths_by_child: dict[ChildName, list[float]] = field(default_factory=dict)
     proven_children: set[ChildName] = field(default_factory=set)
     """Those that were ready at least once, so that this machine can run them."""
+
+    @property
+    def tokens_to_lease(self) -> int:
+        """Of one round of this peer, now or as soon as the newest directive is in force."""
+        if self.position is None or self.is_run_paused:
+            return 0
+        return self.position.round_tokens or self.coming_tokens
 
 
 def derive_state(

@@ -48,7 +48,8 @@ class RoundsServicer(rounds_pb2_grpc.RoundsServicer):
         report = ReportCertificatesRequest(run_id=caller().run_id, certificates=tuple(certificates))
         response = await self._calls.change(report_certificates, report)
         return rounds_pb2.ReportCertificatesResponse(
-            receipts=[wire.receipt_to_wire(receipt) for receipt in response.receipts]
+            receipts=[wire.receipt_to_wire(receipt) for receipt in response.receipts],
+            directive=response.directive,
         )
 
     async def FetchCertificates(

@@ -175,7 +175,9 @@ def plan_directive(
 
 
 def _changes(newest: DirectiveContent, wanted: DirectiveContent) -> list[str]:
-    """Everything but round budgets that differs, one sentence each."""
+    """Everything but round budgets that differs, one sentence each. How to reach a member that has
+    no part in a round yet can wait for the directive that gives it one.
+    """
     old = {line.peer_id: line for line in newest.roster}
     new = {line.peer_id: line for line in wanted.roster}
     changes = [f"{_named(new[peer])} joined" for peer in new if peer not in old]
@@ -191,12 +193,16 @@ def _changes(newest: DirectiveContent, wanted: DirectiveContent) -> list[str]:
                 else "restarted, contributes later"
             )
             changes.append(f"{_named(after)} {does}")
-        elif before.contact.can_accept_connections != after.contact.can_accept_connections:
-            can = after.contact.can_accept_connections
-            does = "can be dialled and reduces" if can else "cannot be dialled and reduces nothing"
+        elif before.contact != after.contact and (after.has_vote or after.round_tokens):
+            does = "has other addresses or another name"
+            can_accept = after.contact.can_accept_connections
+            if can_accept != before.contact.can_accept_connections:
+                does = (
+                    "can be dialled and reduces"
+                    if can_accept
+                    else "cannot be dialled and reduces nothing"
+                )
             changes.append(f"{_named(after)} {does}")
-        elif before.contact != after.contact:
-            changes.append(f"{_named(after)} has other addresses or another name")
     for name in ("budget_tokens", "cooldown_start_tokens"):
         if getattr(newest, name) != getattr(wanted, name):
             changes.append(f"{name} {getattr(newest, name)} -> {getattr(wanted, name)}")

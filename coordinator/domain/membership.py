@@ -17,6 +17,8 @@ from protos.contract.telemetry import PeerState
 LIVE_STATES = frozenset({PeerState.JOINED, PeerState.SYNCED, PeerState.VOTER})
 """States of peers that take part or are about to."""
 
+MAX_STEPS_BEHIND = 8
+"""Certified steps beyond the state that a member attests, with which it may get its vote."""
 MAX_CLAIM = 1e18
 """No claimed number is above this."""
 
@@ -105,8 +107,11 @@ def after_attestation(
     outer_step: int,
     state_digest: bytes,
     current_incarnation: int,
+    certified_outer_step: int,
 ) -> Member:
-    """The member after an attestation that was found consistent with what is proved."""
+    """The member after an attestation that was found consistent with what is proved. One without a
+    vote gets its part once it is as far as the others: they would wait for it.
+    """
     if not member.is_live:
         return member
     newer = (incarnation, outer_step) >= (member.attested_incarnation, member.attested_outer_step)
@@ -118,6 +123,11 @@ def after_attestation(
             attested_digest=state_digest,
         )
     if member.state is PeerState.JOINED and incarnation == current_incarnation:
+        if not member.has_vote and outer_step + MAX_STEPS_BEHIND < certified_outer_step:
+            reason = (
+                f"catches up: attested outer step {outer_step}, {certified_outer_step} is certified"
+            )
+            return replace(member, state_reason=reason)
         state = PeerState.VOTER if member.has_vote else PeerState.SYNCED
         reason = f"attested the state of outer step {outer_step}"
         return replace(member, state=state, state_reason=reason)

@@ -11,10 +11,17 @@ from coordinator.domain.directives import (
     RosterLine,
     RunTerms,
     build_content,
+    plan_directive,
 )
 from coordinator.domain.incarnations import Base, voters_of_base
 from coordinator.domain.membership import Member, after_directive, after_incarnation
-from coordinator.operations.common import OperationContext, load_book, load_run_data, unix_ms
+from coordinator.operations.common import (
+    OperationContext,
+    load_book,
+    load_directive,
+    load_run_data,
+    unix_ms,
+)
 from coordinator.operations.members import (
     contact_from_row,
     member_from_row,
@@ -132,6 +139,55 @@ def issue_directive(
     run = replace(run, directive_number=number)
     tx.update_run(run)
     return run
+
+
+def issue_due_directive(
+    tx: Transaction, context: OperationContext, run: RunRow, *, now_unix_seconds: float
+) -> tuple[RunRow, str]:
+    """Issue the next directive of an incarnation if one is due; returns the run's row and why, or
+    "".
+    """
+    row = tx.directive(run.run_id, run.directive_number)
+    newest = load_directive(tx, context, run.run_id, run.directive_number)
+    assert row is not None and newest is not None, "a run has a directive"
+    swarm = load_swarm(tx, run.run_id)
+    plan = plan_directive(
+        content_from_directive(newest),
+        swarm.members,
+        issue_unix_seconds=row.issue_unix_ms / 1000,
+        now_unix_seconds=now_unix_seconds,
+        contact_by_peer=swarm.contact_by_peer,
+        speed_by_peer=swarm.speed_by_peer,
+        terms=load_terms(tx, context, run.run_id),
+        policy=context.policy,
+    )
+    if plan.content is None:
+        return run, ""
+    run = issue_directive(
+        tx,
+        context,
+        run,
+        plan.content,
+        members=swarm.members,
+        reason=plan.reason,
+        now_unix_seconds=now_unix_seconds,
+    )
+    return run, plan.reason
+
+
+def admit_at_once(
+    tx: Transaction, context: OperationContext, run: RunRow, *, now_unix_seconds: float
+) -> RunRow:
+    """A member has come or has said what state it holds: issue the directive that it waits for now,
+    not at the next tick, unless the last one is too young. Returns the run's row.
+    """
+    row = tx.directive(run.run_id, run.directive_number)
+    if run.incarnation == 0 or row is None:
+        return run
+    age_seconds = now_unix_seconds - row.issue_unix_ms / 1000
+    if age_seconds < context.policy.directive_interval_seconds:
+        return run  # a crowd that comes at once is admitted together, by a tick
+    return issue_due_directive(tx, context, run, now_unix_seconds=now_unix_seconds)[0]
 
 
 def next_incarnation(tx: Transaction, run: RunRow) -> int:

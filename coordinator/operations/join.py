@@ -18,6 +18,7 @@ from coordinator.domain.membership import after_join, missing_capability
 from coordinator.domain.run_state import FINAL_STATES
 from coordinator.operations.common import OperationContext, load_book, load_run, unix_ms
 from coordinator.operations.duties import release_duties
+from coordinator.operations.epochs import admit_at_once
 from coordinator.operations.leases import release_all
 from coordinator.operations.members import (
     capabilities_from_json,
@@ -94,6 +95,7 @@ def join(
         p2p_peer_id=p2p_peer_id,
         now_unix_seconds=now_unix_seconds,
     )
+    run = admit_at_once(tx, context, run, now_unix_seconds=now_unix_seconds)
     return _answer(
         tx,
         context,

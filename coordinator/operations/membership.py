@@ -29,6 +29,7 @@ from coordinator.operations.duties import (
     release_duties,
     save_duty,
 )
+from coordinator.operations.epochs import admit_at_once
 from coordinator.operations.join import NUM_INITIAL_PEERS, check_addresses
 from coordinator.operations.leases import release_all, renew_leases
 from coordinator.operations.members import (
@@ -142,6 +143,10 @@ def heartbeat(
     run = load_run(tx, request.run_id)
     before = load_session_row(tx, request.run_id, request.peer_id)
     row = _take_report(tx, context, run, before, request, now_unix_seconds=now_unix_seconds)
+    is_over = run.state in FINAL_STATES
+    if row.state != before.state and not is_over:
+        run = admit_at_once(tx, context, run, now_unix_seconds=now_unix_seconds)
+        row = load_session_row(tx, request.run_id, request.peer_id)
     renewal = RenewLeasesRequest(
         run_id=request.run_id,
         peer_id=request.peer_id,
@@ -149,7 +154,6 @@ def heartbeat(
         lease_numbers=request.lease_numbers,
     )
     renewed = renew_leases(tx, renewal, context=context, now_unix_seconds=now_unix_seconds)
-    is_over = run.state in FINAL_STATES
     duty = None if is_over else _duty_for(tx, run, row, request, now_unix_seconds=now_unix_seconds)
     return HeartbeatResponse(
         directive=_newer_directive(tx, run, request),

@@ -157,6 +157,8 @@ class ReportCertificatesResponse:
     """One receipt for each certificate, in order."""
 
     receipts: tuple[CertificateReceipt, ...]
+    directive: common_pb2.Signed | None = None
+    """Newest directive, if the newest certificate names an older one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,8 @@ each names the roster that decides the next; one that comes too early is answere
 missing.
 """
 
+from collections.abc import Sequence
+
 from google.protobuf.message import DecodeError
 
 from coordinator.domain import acceptor
@@ -300,15 +302,30 @@ def report_certificates(
     now_unix_seconds: float,
 ) -> ReportCertificatesResponse:
     """Check each certificate against its roster and the chain, store and credit it; known ones are
-    confirmed.
+    confirmed. The swarm hears of a new directive here first: it takes effect with a step.
     """
     run = load_run(tx, request.run_id)
-    return ReportCertificatesResponse(
-        receipts=tuple(
-            _report(tx, certificate, run, context=context, now_unix_seconds=now_unix_seconds)
-            for certificate in request.certificates
-        )
+    receipts = tuple(
+        _report(tx, certificate, run, context=context, now_unix_seconds=now_unix_seconds)
+        for certificate in request.certificates
     )
+    return ReportCertificatesResponse(
+        receipts=receipts, directive=_later_directive(tx, run, request.certificates)
+    )
+
+
+def _later_directive(
+    tx: Transaction, run: RunRow, certificates: Sequence[rounds_pb2.Certificate]
+) -> common_pb2.Signed | None:
+    """The newest directive, if the newest of the certificates is of this incarnation and names an
+    older one.
+    """
+    value = _round_value(certificates[-1].value) if certificates else None
+    if value is None or (value.run_id, value.incarnation) != (run.run_id, run.incarnation):
+        return None
+    if value.next_directive_number >= run.directive_number:
+        return None
+    return _signed_directive(tx, run)
 
 
 def _report(

@@ -251,6 +251,7 @@ def _take(
         outer_step=outer_step,
         state_digest=digest,
         current_incarnation=run.incarnation,
+        certified_outer_step=load_book(tx, run.run_id).certified_outer_step,
     )
 
 

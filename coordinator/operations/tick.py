@@ -9,7 +9,6 @@ coming back.
 
 from dataclasses import replace
 
-from coordinator.domain.directives import plan_directive
 from coordinator.domain.duties import (
     STATE_KINDS,
     DutyKind,
@@ -36,7 +35,6 @@ from coordinator.operations.common import (
     OperationContext,
     is_recovering,
     load_book,
-    load_directive,
     load_run,
     unix_ms,
 )
@@ -48,10 +46,8 @@ from coordinator.operations.duties import (
 )
 from coordinator.operations.epochs import (
     begin_incarnation,
-    content_from_directive,
-    issue_directive,
+    issue_due_directive,
     load_swarm,
-    load_terms,
     next_incarnation,
     pause_reason,
 )
@@ -313,33 +309,11 @@ class _RunTick:
             self.changes.append(change)
 
     def _issue_directive(self) -> None:
-        run_id = self._run.run_id
-        row = self._tx.directive(run_id, self._run.directive_number)
-        newest = load_directive(self._tx, self._context, run_id, self._run.directive_number)
-        assert row is not None and newest is not None, "a run has a directive"
-        swarm = load_swarm(self._tx, run_id)
-        plan = plan_directive(
-            content_from_directive(newest),
-            swarm.members,
-            issue_unix_seconds=row.issue_unix_ms / 1000,
-            now_unix_seconds=self._now,
-            contact_by_peer=swarm.contact_by_peer,
-            speed_by_peer=swarm.speed_by_peer,
-            terms=load_terms(self._tx, self._context, run_id),
-            policy=self._context.policy,
+        self._run, reason = issue_due_directive(
+            self._tx, self._context, self._run, now_unix_seconds=self._now
         )
-        if plan.content is None:
-            return
-        self._run = issue_directive(
-            self._tx,
-            self._context,
-            self._run,
-            plan.content,
-            members=swarm.members,
-            reason=plan.reason,
-            now_unix_seconds=self._now,
-        )
-        self.changes.append(f"directive {self._run.directive_number}: {plan.reason}")
+        if reason:
+            self.changes.append(f"directive {self._run.directive_number}: {reason}")
 
     def _handle_duties(self) -> None:
         run_id = self._run.run_id

@@ -67,6 +67,8 @@ class Hooks:
     """The membership changed: remember it, tell the swarm process."""
     pass_certificates: Callable[[list[bytes]], None]
     """Stored certificates that this peer lacks, for the swarm process."""
+    pass_directive: Callable[[common_pb2.Signed], None]
+    """A newer directive than the one in force, for the swarm process."""
     acknowledge: Callable[[list[CertificateKey]], None]
     """The coordinator stores these."""
     note: Callable[[str], None]
@@ -249,7 +251,7 @@ class CoordinatorTasks:
         """Report the oldest certificates; False if nothing came of it."""
         batch = self._outbox.next_report()
         try:
-            receipts = await self._client.report_certificates([cert for _, cert in batch])
+            response = await self._client.report_certificates([cert for _, cert in batch])
         except UnavailableError:
             return False
         except MusterError as error:
@@ -259,8 +261,10 @@ class CoordinatorTasks:
                     self._outbox.settle_certificate(key)
             _LOGGER.warning("certificates were refused: %s", error)
             return False
+        if response.HasField("directive"):
+            self._hooks.pass_directive(response.directive)
         stored = []
-        for (key, _), receipt in zip(batch, receipts, strict=False):
+        for (key, _), receipt in zip(batch, response.receipts, strict=False):
             if receipt.is_stored:
                 stored.append(key)
             else:

@@ -148,6 +148,7 @@ class MessageDesk:
                 outer_step=outer_step,
                 round_tokens=message["round_tokens"],
                 is_paused=message["is_paused"],
+                coming_tokens=message["coming_tokens"],
             )
         )
 

@@ -45,7 +45,7 @@ from peer.supervisor import Supervisor
 from protos.contract import telemetry
 from protos.contract.errors import MachineError, MusterError, UnavailableError
 from protos.contract.telemetry import SessionState
-from protos.muster.v1 import membership_pb2
+from protos.muster.v1 import common_pb2, membership_pb2
 
 _LOGGER = logging.getLogger(__name__)
 STATUS_SECONDS = 1.0
@@ -108,6 +108,7 @@ class RunningSession:
                 feed=core.feed,
                 keep_membership=self._keep_membership,
                 pass_certificates=self._pass_certificates,
+                pass_directive=self._pass_directive,
                 acknowledge=self._acknowledge,
                 note=core.note,
                 keep_trial=lambda *named: self._duties.keep_trial(*named),
@@ -394,6 +395,9 @@ class RunningSession:
 
     def _pass_certificates(self, certificates: list[bytes]) -> None:
         self._tell_swarm("certificates", certificates=certificates)
+
+    def _pass_directive(self, directive: common_pb2.Signed) -> None:
+        self._tell_swarm("directive", directive=directive.SerializeToString())
 
     def _acknowledge(self, keys: list[CertificateKey]) -> None:
         """The swarm process may forget certificates up to the oldest that is still to be

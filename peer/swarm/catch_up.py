@@ -36,6 +36,8 @@ from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 logger = logging.getLogger(__name__)
 
 _MOST_PAUSE_SECONDS = 60.0
+_MAX_TRIES = 3
+"""Of downloading a state that its donors have left meanwhile."""
 _MAX_PASSES = 16
 """Of asking members in a row; the swarm moves on while a state travels, but slower than this."""
 
@@ -105,7 +107,7 @@ class CatchUp:
         self, from_outer_step: int | None = None
     ) -> dict[str, state_pb2.StateInfoResponse]:
         """What the members hold, with certificates from a step on, else from the one after ours;
-        notes records of later incarnations.
+        learns their directives and notes records of later incarnations.
         """
         replica = self._replica
         if from_outer_step is None:
@@ -120,6 +122,8 @@ class CatchUp:
             record = replica.open_record(info.incarnation_record)
             if record is not None and record.incarnation > replica.incarnation:
                 self.newer_record = info.incarnation_record
+            for signed in (info.directive, *info.directives):
+                replica.learn_directive(signed)
         return infos
 
     async def forward(self) -> bool:
@@ -137,14 +141,10 @@ class CatchUp:
 
     async def _pass(self) -> bool:
         """Ask members once and use what they have; True if the state has changed."""
-        replica = self._replica
         infos = await self.infos()
         if self.newer_record is not None:
             return False
         changed = False
-        for info in infos.values():
-            for signed in (info.directive, *info.directives):
-                replica.learn_directive(signed)
         for peer_id, info in infos.items():
             try:
                 for certificate in info.certificates:
@@ -197,9 +197,7 @@ class CatchUp:
                 return False
             await asyncio.to_thread(replica.hold_averaged, averaged)
         if value.next_directive_number not in replica.directive_by_number:
-            for info in (await self.infos()).values():
-                for signed in (info.directive, *info.directives):
-                    replica.learn_directive(signed)
+            await self.infos()
         directive = replica.directive_by_number.get(value.next_directive_number)
         if directive is None:
             return False
@@ -241,8 +239,25 @@ class CatchUp:
                 found[value.outer_step] = directive
         return found
 
-    async def _load_proven(self, infos: dict[str, state_pb2.StateInfoResponse]) -> bool:
-        """Download the newest proven state if it is newer than ours, or contradicts it."""
+    async def _load_proven(
+        self, infos: dict[str, state_pb2.StateInfoResponse], *, after_outer_step: int = -1
+    ) -> bool:
+        """Download the newest proven state, later than an outer step, if it is newer than ours or
+        contradicts it. The donors may make a step between their answer and the request: ask again.
+        """
+        tried: set[bytes] = set()
+        while (proven := self._wanted_state(infos)) is not None and not self.stop.is_set():
+            if proven.outer_step <= after_outer_step or proven.state_digest in tried:
+                return False
+            if await self._download(proven):
+                self._pause.downloaded(time.monotonic())
+                return True
+            tried.add(proven.state_digest)
+            infos = await self.infos() if len(tried) < _MAX_TRIES else {}
+        return False
+
+    def _wanted_state(self, infos: dict[str, state_pb2.StateInfoResponse]) -> ProvenState | None:
+        """The newest proven state, if it is to be downloaded now."""
         replica = self._replica
         newest = common_pb2.Directive.FromString(replica.newest_directive().payload)
         proven = newest_proven_state(
@@ -255,22 +270,19 @@ class CatchUp:
             certifiers=self._certifiers(infos),
         )
         if proven is None:
-            return False
+            return None
         place = (proven.incarnation, proven.outer_step)
         same_place = replica.is_current and place == replica.position
         is_contradicted = same_place and proven.state_digest != replica.state_digest
         if replica.is_current and place <= replica.position and not is_contradicted:
-            return False
+            return None
         if (left_seconds := self._pause.left_seconds(time.monotonic())) > 0:
             self.problem = (
                 f"the swarm is at outer step {proven.outer_step}, we hold {replica.position[1]}: "
                 f"it moves on faster than a state travels here; next try in {left_seconds:.0f} s"
             )
-            return False
-        if not await self._download(proven):
-            return False
-        self._pause.downloaded(time.monotonic())
-        return True
+            return None
+        return proven
 
     async def _download(self, proven: ProvenState) -> bool:
         def tell(progress: Progress) -> None:
@@ -369,7 +381,9 @@ class CatchUp:
     # Base of an incarnation -------------------------------------------------------------------
 
     async def rebase(self) -> bool:
-        """Find the base of the current incarnation and become it; False if nobody here has it."""
+        """Find the base of the current incarnation and become it, or a proven later state of it;
+        False if nobody here has either.
+        """
         replica, record = self._replica, self._replica.record_content
         if replica.rebase():
             return True
@@ -378,6 +392,8 @@ class CatchUp:
             is_loaded = await asyncio.to_thread(replica.load_checkpoint_file, path)
             if is_loaded and replica.rebase():
                 return True
+        if await self._load_proven(await self.infos(), after_outer_step=record.to_outer_step):
+            return replica.is_current  # a newcomer: the swarm has left the base behind
         if record.to_outer_step == 0:
             is_built = await asyncio.to_thread(replica.build_initial)
             if is_built and replica.rebase():

@@ -386,6 +386,7 @@ class SwarmNode:
         record = self._replica.record_content
         self._reporter.phase("SYNC", f"looking for the base of incarnation {record.incarnation}")
         if await self._catch_up.rebase() or await self._try_checkpoint():
+            self._next_settle_seconds = 0.0  # the swarm may be ahead of it
             await self._publish_new_state("a new incarnation has begun")
         elif self._catch_up.newer_record is None:
             self._ask_checkpoint(record.to_outer_step)
@@ -443,8 +444,7 @@ class SwarmNode:
         self._tell_state()
 
     def _tell_state(self) -> None:
-        is_newest = self._replica.position[1] >= self._target_step
-        self._reporter.state(may_train=is_newest and self._begin_directive() is not None)
+        self._reporter.state(is_newest=self._replica.position[1] >= self._target_step)
 
     # After an event ---------------------------------------------------------------------------
 

@@ -46,13 +46,12 @@ class Reporter:
             self._next_progress_seconds = now + 1.0
             self.phase("SYNC", text)
 
-    def state(self, *, may_train: bool) -> None:
+    def state(self, *, is_newest: bool) -> None:
         """Tell which state is held now, then which certificates the coordinator lacks."""
         replica, meta = self._replica, self._replica.meta
         assert meta is not None
         self.has_state = True
         in_force = replica.directive_in_force()
-        entry = next((e for e in in_force.roster if e.peer_id == self._own_peer_id), None)
         newest = common_pb2.Directive.FromString(replica.newest_directive().payload)
         self._channel.send(
             "state",
@@ -62,12 +61,20 @@ class Reporter:
             directive_number=meta.directive_number,
             state_digest=replica.state_digest,
             attestation=replica.attestation.SerializeToString(),
-            round_tokens=entry.round_tokens if entry is not None and may_train else 0,
+            round_tokens=self._own_tokens(in_force) if is_newest else 0,
+            coming_tokens=self._own_tokens(newest) if is_newest else 0,
             is_paused=newest.is_paused,
         )
         if replica.unreported:
             first = self._most_wanted(replica.unreported)
             self._channel.send("certificates", certificates=[c.SerializeToString() for c in first])
+
+    def _own_tokens(self, directive: common_pb2.Directive) -> int:
+        """What this peer trains under a directive; nobody does without a voter."""
+        if not any(entry.has_vote for entry in directive.roster):
+            return 0
+        entries = (e.round_tokens for e in directive.roster if e.peer_id == self._own_peer_id)
+        return int(next(entries, 0))
 
     def _most_wanted(
         self, certificates: list[rounds_pb2.Certificate]

@@ -77,6 +77,51 @@ def test_a_peer_without_a_round_budget_waits_and_says_so() -> None:
     assert len(timeline.take(ev.TellStateReady)) == 1
 
 
+def test_a_joiner_has_its_leases_before_its_roster_is_in_force() -> None:
+    """Asks as soon as the newest directive gives it tokens, and trains under that one only; until
+    then it takes part in rounds without work.
+    """
+    timeline = Timeline()
+    timeline.feed(
+        JOINED,
+        ev.ChildReady(child=ChildName.SWARM),
+        ev.DatasetReady(),
+        ev.ChildReady(child=ChildName.TRAINER),
+        state_reached(3, round_tokens=0),
+        IDLE_PHASE,
+    )
+    assert timeline.take(ev.TellSwarmIdle)[-1] == ev.TellSwarmIdle(is_idle=True)
+    assert timeline.take(ev.AcquireLeases) == []
+    coming = dataclasses.replace(state_reached(4, round_tokens=0), coming_tokens=ROUND_TOKENS)
+    timeline.feed(coming)
+    assert timeline.take(ev.AcquireLeases) == [
+        ev.AcquireLeases(incarnation=1, wanted_tokens=2 * ROUND_TOKENS, held_tokens=0)
+    ]
+    timeline.feed(grant(1, 2), ev.LeaseFetched(lease_number=1), ev.LeaseFetched(lease_number=2))
+    assert timeline.state is SessionState.WAITING
+    assert len(timeline.take(ev.SendLeases)) == 2
+    assert timeline.take(ev.TellStateReady) == [] and timeline.take(ev.TellSwarmIdle) == []
+    timeline.feed(state_reached(5))
+    assert len(timeline.take(ev.TellStateReady)) == 1
+    assert timeline.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=False)]
+    assert timeline.take(ev.AcquireLeases) == []
+
+
+def test_a_peer_of_a_new_run_is_waited_for_while_its_trainer_starts() -> None:
+    timeline = Timeline()
+    before = state_reached(0, incarnation=0, round_tokens=0)
+    timeline.feed(JOINED, ev.ChildReady(child=ChildName.SWARM), before, state_reached(0))
+    assert timeline.take(ev.TellSwarmIdle) == [ev.TellSwarmIdle(is_idle=False)]
+
+
+def test_a_paused_run_leases_nothing_for_later() -> None:
+    timeline = Timeline()
+    paused = state_reached(3, round_tokens=0, is_paused=True)
+    timeline.feed(JOINED, ev.ChildReady(child=ChildName.SWARM))
+    timeline.feed(dataclasses.replace(paused, coming_tokens=ROUND_TOKENS))
+    assert timeline.take(ev.AcquireLeases) == []
+
+
 def test_refills_below_one_and_a_half_rounds(training: Timeline) -> None:
     assert training.take(ev.AcquireLeases) == []
     training.feed(contribution(5, [(1, 0, 16)]))
@@ -158,7 +203,10 @@ def test_a_contribution_to_an_older_state_is_not_passed_on(training: Timeline) -
     training.feed(state_reached(6), contribution(5, [(1, 0, 16)]))
     assert training.take(ev.PassContribution) == []
     assert training.take(ev.ReleaseLeases)[0].lease_numbers == (1,)
-    assert training.take(ev.TellRoundOutcome)[-1].outcome is RoundOutcome.RESYNC
+    told = training.take(ev.TellRoundOutcome)
+    assert [(action.outcome, action.outer_step) for action in told] == [(RoundOutcome.RESYNC, 6)]
+    training.feed(contribution(6, [(2, 0, 16)]))
+    assert len(training.take(ev.PassContribution)) == 1 and training.take(ev.TellRoundOutcome) == []
 
 
 def test_heartbeats_are_jittered_and_renew_what_is_held(training: Timeline) -> None:

@@ -260,10 +260,12 @@ class ReportCertificatesRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., certificates: _Optional[_Iterable[_Union[Certificate, _Mapping]]] = ...) -> None: ...
 
 class ReportCertificatesResponse(_message.Message):
-    __slots__ = ("receipts",)
+    __slots__ = ("receipts", "directive")
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    DIRECTIVE_FIELD_NUMBER: _ClassVar[int]
     receipts: _containers.RepeatedCompositeFieldContainer[CertificateReceipt]
-    def __init__(self, receipts: _Optional[_Iterable[_Union[CertificateReceipt, _Mapping]]] = ...) -> None: ...
+    directive: _common_pb2.Signed
+    def __init__(self, receipts: _Optional[_Iterable[_Union[CertificateReceipt, _Mapping]]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class CertificateReceipt(_message.Message):
     __slots__ = ("outer_step", "is_stored", "credited_tokens", "uncredited_tokens", "reason")

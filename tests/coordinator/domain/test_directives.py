@@ -162,6 +162,15 @@ def test_other_addresses_and_budgets_are_reasons() -> None:
     assert "budget_tokens 1000 -> 2000" in plan(content(members), members, terms=more).reason
 
 
+def test_addresses_of_a_member_without_a_part_wait_for_the_directive_that_gives_it_one() -> None:
+    moved = CONTACTS | {"b": contact("b", "/ip4/10.0.0.1")}
+    joined = [member("a"), member("b", PeerState.JOINED)]
+    assert plan(content(joined), joined, contacts=moved).content is None
+    synced = [member("a"), member("b", PeerState.SYNCED)]
+    found = plan(content(joined), synced, contacts=moved).content
+    assert found is not None and found.roster[1].contact == moved["b"]
+
+
 def test_no_directive_without_a_voter() -> None:
     found = plan(content([member("a")]), [member("a", PeerState.LOST)])
     assert found.content is None and "without a voter" in found.reason

@@ -1,10 +1,12 @@
 """Members' states and reasons, transition by transition."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from coordinator.domain.membership import (
+    MAX_STEPS_BEHIND,
     Member,
     after_attestation,
     after_directive,
@@ -29,7 +31,12 @@ def joined() -> Member:
 
 def voter() -> Member:
     member = after_attestation(
-        joined(), incarnation=1, outer_step=5, state_digest=DIGEST, current_incarnation=1
+        joined(),
+        incarnation=1,
+        outer_step=5,
+        state_digest=DIGEST,
+        current_incarnation=1,
+        certified_outer_step=5,
     )
     return after_directive(member, has_vote=True, directive_number=3)
 
@@ -38,7 +45,12 @@ def test_join_attest_vote() -> None:
     member = joined()
     assert member.state is PeerState.JOINED and not member.has_vote
     member = after_attestation(
-        member, incarnation=1, outer_step=5, state_digest=DIGEST, current_incarnation=1
+        member,
+        incarnation=1,
+        outer_step=5,
+        state_digest=DIGEST,
+        current_incarnation=1,
+        certified_outer_step=5,
     )
     assert member.state is PeerState.SYNCED and "outer step 5" in member.state_reason
     member = after_directive(member, has_vote=True, directive_number=3)
@@ -47,7 +59,12 @@ def test_join_attest_vote() -> None:
 
 def test_an_attestation_of_an_older_incarnation_is_kept_but_gives_no_rights() -> None:
     member = after_attestation(
-        joined(), incarnation=0, outer_step=0, state_digest=DIGEST, current_incarnation=1
+        joined(),
+        incarnation=0,
+        outer_step=0,
+        state_digest=DIGEST,
+        current_incarnation=1,
+        certified_outer_step=5,
     )
     assert member.state is PeerState.JOINED and member.attested_incarnation == 0
 
@@ -77,9 +94,40 @@ def test_a_restart_keeps_the_vote_until_it_attests() -> None:
     member = after_join(voter(), peer_id="a", now_unix_seconds=200.0)
     assert member.state is PeerState.JOINED and member.has_vote
     member = after_attestation(
-        member, incarnation=1, outer_step=4, state_digest=DIGEST, current_incarnation=1
+        member,
+        incarnation=1,
+        outer_step=4,
+        state_digest=DIGEST,
+        current_incarnation=1,
+        certified_outer_step=5,
     )
     assert member.state is PeerState.VOTER
+
+
+@pytest.mark.parametrize(
+    ("outer_step", "has_vote", "state"),
+    [
+        (100 - MAX_STEPS_BEHIND, False, PeerState.SYNCED),
+        (99 - MAX_STEPS_BEHIND, False, PeerState.JOINED),
+        (0, False, PeerState.JOINED),
+        (0, True, PeerState.VOTER),
+    ],
+)
+def test_a_joiner_has_no_part_before_it_is_as_far_as_the_others(
+    outer_step: int, has_vote: bool, state: PeerState
+) -> None:
+    """One that still catches up would be waited for; who has a vote already is."""
+    member = after_attestation(
+        replace(joined(), has_vote=has_vote),
+        incarnation=1,
+        outer_step=outer_step,
+        state_digest=DIGEST,
+        current_incarnation=1,
+        certified_outer_step=100,
+    )
+    assert member.state is state
+    assert member.attested_outer_step == outer_step
+    assert ("catches up" in member.state_reason) == (state is PeerState.JOINED)
 
 
 @pytest.mark.parametrize("state", [PeerState.LEFT, PeerState.EVICTED, PeerState.LOST])

@@ -39,6 +39,7 @@ from coordinator.operations.requests_admin import (
 from coordinator.operations.requests_ledger import (
     AcquireLeasesRequest,
     ReportCertificatesRequest,
+    ReportCertificatesResponse,
 )
 from coordinator.store.sqlite import SqliteStore
 from protos.contract.certificate import (
@@ -127,6 +128,8 @@ class SwarmWorld:
     now: float = 1_000_000.0
     secret: bytes = b""
     peers: list[Peer] = field(default_factory=list)
+    report: ReportCertificatesResponse | None = None
+    """What the coordinator answered to the newest certificate."""
 
     @classmethod
     def create(
@@ -330,8 +333,16 @@ class SwarmWorld:
                 ]
             )
 
-    def commit(self, indices: Sequence[int] | None = None, *, num_windows: int = 4) -> int:
-        """Make the next outer step with these peers and report it; returns its number."""
+    def commit(
+        self,
+        indices: Sequence[int] | None = None,
+        *,
+        num_windows: int = 4,
+        next_directive_number: int = 0,
+    ) -> int:
+        """Make the next outer step with these peers and report it; returns its number. It names the
+        newest directive if no other.
+        """
         group = [self.peer(i) for i in (indices or [peer.index for peer in self.peers])]
         outer_step = max(peer.outer_step for peer in group) + 1
         incarnation = group[0].incarnation
@@ -357,12 +368,13 @@ class SwarmWorld:
             averaged_digest=hashlib.sha256(body).digest(),
             contributions_digest=contributions_digest(body),
             previous_state_digest=digest_of(incarnation, outer_step - 1),
-            next_directive_number=self.directive().directive_number,
+            next_directive_number=next_directive_number or self.directive().directive_number,
         ).SerializeToString()
         votes = [peer.key.vote(value, 0, peer.peer_id) for peer in group]
         certificate = certificate_from_votes(votes, body)
         request = ReportCertificatesRequest(run_id=RUN_ID, certificates=(certificate,))
-        receipt = self.do(rounds.report_certificates, request).receipts[0]
+        self.report = self.do(rounds.report_certificates, request)
+        receipt = self.report.receipts[0]
         assert receipt.is_stored, receipt.reason
         for peer in group:
             peer.outer_step = outer_step

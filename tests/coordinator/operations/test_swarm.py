@@ -103,6 +103,62 @@ def test_a_joiner_gets_tokens_and_a_vote_after_it_attests() -> None:
     assert world.acquire(2)
 
 
+def test_a_joiner_waits_for_no_tick() -> None:
+    """The answers to Join and to its attestation bring the rosters with it."""
+    world = SwarmWorld.create(policy=PATIENT)
+    world.start(1)
+    world.commit()
+    world.now += 2.0
+    first = common_pb2.Directive.FromString(world.join(1).directive.payload)
+    assert [entry.peer_id in (world.id_of(0), world.id_of(1)) for entry in first.roster] == [
+        True
+    ] * 2
+    tokens_by_peer = {entry.peer_id: entry.round_tokens for entry in first.roster}
+    assert tokens_by_peer == {world.id_of(0): 8 * SEQ_LEN, world.id_of(1): 0}
+    world.beat(1)
+    world.now += 2.0
+    world.peer(1).outer_step = 1
+    world.attest(1)
+    reply = world.peer(1).reply
+    assert reply is not None and reply.directive is not None
+    second = common_pb2.Directive.FromString(reply.directive.payload)
+    assert second.directive_number == first.directive_number + 1
+    assert [entry.has_vote for entry in second.roster] == [True, True]
+    assert [entry.round_tokens for entry in second.roster] == [4 * SEQ_LEN] * 2
+    assert world.row(1).state == "VOTER" and world.voters() == [0, 1]
+    assert world.tick(0.0) == ()
+
+
+def test_a_crowd_is_admitted_together_by_the_tick() -> None:
+    world = SwarmWorld.create(policy=PATIENT)
+    world.start(1)
+    world.now += 2.0
+    for index in range(1, 5):
+        world.join(index)
+    assert len(world.directive().roster) == 2
+    world.tick(1.0)
+    assert len(world.directive().roster) == 2
+    world.tick(1.0)
+    assert len(world.directive().roster) == 5
+
+
+def test_the_report_of_a_step_brings_a_directive_that_it_does_not_name() -> None:
+    """A member that trains hears of a joiner with its next step, not with its next heartbeat."""
+    world = SwarmWorld.create(policy=PATIENT)
+    world.start(1)
+    world.commit()
+    assert world.report is not None and world.report.directive is None
+    named = world.directive().directive_number
+    world.now += 2.0
+    world.join(1)
+    world.commit([0], next_directive_number=named)
+    assert world.report.directive is not None
+    brought = common_pb2.Directive.FromString(world.report.directive.payload)
+    assert brought == world.directive() and len(brought.roster) == 2
+    world.commit([0])
+    assert world.report.directive is None
+
+
 def test_a_silent_peer_is_lost_and_may_come_back() -> None:
     world = SwarmWorld.create(policy=PATIENT)
     world.start(3)

@@ -21,6 +21,7 @@ class Session:
             feed=self.events.append,
             keep_membership=nothing,
             pass_certificates=nothing,
+            pass_directive=nothing,
             acknowledge=nothing,
             note=self.notes.append,
             keep_trial=nothing,

@@ -5,9 +5,8 @@ disk and memory bounds.
 import asyncio
 import gc
 import os
-import socket
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,53 +23,11 @@ from peer.swarm.state_download import FetchedState, StateDownload
 from peer.swarm.state_image import ImageShelf, StateImage, make_image
 from peer.swarm.state_server import StateServer, serving_bytes_per_second
 from peer.swarm.state_transfer import ProvenState
-from peer.swarm.transport import PeerCallError, Stream, StreamError
+from peer.swarm.transport import Stream, StreamError
 from protos.contract.digest import state_digest
 from protos.muster.v1 import state_pb2
 from tests.peer.swarm.swarm_hub import RUN_ID, SPEC, Hub
-
-Handler = Callable[[str, Stream], Awaitable[None]]
-
-
-class Wire:
-    """Transport between members of one process: real streams over socket pairs, opened by name."""
-
-    slice_bytes = None
-
-    def __init__(self) -> None:
-        self.handler_by_peer: dict[str, Handler] = {}
-        self.received_bytes = 0
-        self.tasks: list[asyncio.Task[None]] = []
-
-    def reserve(self, num_bytes: int) -> float:
-        return 0.0
-
-    def count(self, peer_id: str, *, sent_bytes: int = 0, received_bytes: int = 0) -> None:
-        if peer_id != "newcomer":
-            self.received_bytes += received_bytes
-
-    async def open_stream(self, peer_id: str, name: str) -> Stream:
-        if peer_id not in self.handler_by_peer:
-            raise PeerCallError("nobody is there", is_down=True)
-        left, right = socket.socketpair()
-        mine, theirs = [
-            Stream(
-                *await asyncio.open_connection(sock=end),
-                peer_id=peer_id if end is left else "newcomer",
-                transport=self,  # type: ignore[arg-type]
-            )
-            for end in (left, right)
-        ]
-        self.tasks.append(asyncio.ensure_future(self._serve(peer_id, theirs)))
-        return mine
-
-    async def _serve(self, peer_id: str, stream: Stream) -> None:
-        try:
-            await self.handler_by_peer[peer_id]("newcomer", stream)
-        except (StreamError, TimeoutError):
-            pass
-        finally:
-            stream.close()
+from tests.peer.swarm.wire import Handler, Wire
 
 
 @pytest.fixture
