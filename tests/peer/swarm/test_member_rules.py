@@ -177,7 +177,9 @@ def _info(peer: SigningKey, digest: bytes) -> state_pb2.StateInfoResponse:
     return state_pb2.StateInfoResponse(attestations=[signed])
 
 
-def _certified(directive: common_pb2.Directive, *, has_coordinator: bool = False) -> CertifiedStep:
+def _certified_under(
+    directive: common_pb2.Directive, *, has_coordinator: bool = False
+) -> CertifiedStep:
     return CertifiedStep(directive=directive, has_coordinator=has_coordinator)
 
 
@@ -204,7 +206,7 @@ def test_own_vote_proves_a_state_only_among_two_and_only_a_step_that_has_happene
         directive=directive,
         own_peer_id=keys[0].peer_id,
         base_outer_step=base_outer_step,
-        certified_by_step={certified_step: _certified(directive)},
+        certified_by_step={certified_step: _certified_under(directive)},
     )
     assert (proven is not None) == (has_happened and num_voters == 2)
 
@@ -225,7 +227,7 @@ def test_who_certified_a_step_proves_its_state_to_voters_that_are_behind() -> No
             directive=common_pb2.Directive(roster=roster),
             own_peer_id=keys[1].peer_id,
             base_outer_step=0,
-            certified_by_step={step: _certified(alone)},
+            certified_by_step={step: _certified_under(alone)},
         )
         assert (proven is not None) == is_proven
 
@@ -253,7 +255,7 @@ def test_half_of_the_voters_prove_a_state_that_the_coordinator_certified_with_th
         directive=directive,
         own_peer_id=keys[3].peer_id,
         base_outer_step=0,
-        certified_by_step={5: _certified(directive, has_coordinator=has_coordinator)},
+        certified_by_step={5: _certified_under(directive, has_coordinator=has_coordinator)},
     )
     assert (proven is not None) == is_proven
 
