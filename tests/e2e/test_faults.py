@@ -14,7 +14,7 @@ import pytest
 from protos.contract.telemetry import ATTEMPT_PHASES, AttemptOutcome, SessionState
 from tests.e2e.harness import ROOT, Swarm, is_alive, running_swarm, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
