@@ -24,8 +24,9 @@ def run_phases(seed: int, *, num_members: int) -> dict[str, Any]:
     """Every phase with every signal once, on one swarm; what went wrong is a result."""
     from protos.contract.telemetry import ATTEMPT_PHASES
 
-    faults = [(phase, sent) for phase in ATTEMPT_PHASES for sent in SIGNALS]
-    random.Random(seed).shuffle(faults)
+    rng = random.Random(seed)
+    faults = [(phase, sent, rng.random() < 0.5) for phase in ATTEMPT_PHASES for sent in SIGNALS]
+    rng.shuffle(faults)
     began_seconds = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="muster-soak-") as directory:
         recoveries, problem = asyncio.run(_strike_all(Path(directory), faults, num_members))
@@ -36,7 +37,10 @@ def run_phases(seed: int, *, num_members: int) -> dict[str, Any]:
         "part": "phases",
         "seed": seed,
         "problem": problem,
-        "faults": [f"{phase} {sent.name}" for phase, sent in faults[: len(recoveries)]],
+        "faults": [
+            f"{phase} {sent.name}{' leader' * is_leader}"
+            for phase, sent, is_leader in faults[: len(recoveries)]
+        ],
         "recoveries": recoveries,
         "seconds": round(time.monotonic() - began_seconds, 1),
     }
@@ -53,12 +57,14 @@ async def _strike_all(
     phase, sent = "START", signal.SIGKILL
     try:
         await swarm.start(num_members)
-        num_fds = swarm.num_open_files()
-        for phase, sent in faults:
-            recovery = await swarm.strike(phase, sent)
+        num_fds, memory_bytes = swarm.num_open_files(), swarm.memory_bytes()
+        for phase, sent, is_leader in faults:
+            recovery = await swarm.strike(phase, sent, is_leader=is_leader)
             recoveries.append(vars(recovery) | {"noticed_seconds": recovery.noticed_seconds})
             await swarm.round_with_all()
         grown = swarm.num_open_files() - num_fds
+        grown_mib = (swarm.memory_bytes() - memory_bytes) / 2**20
+        say(f"resident memory of the largest member: {grown_mib:+.0f} MiB over all faults")
         await swarm.stop()
         if grown > MOST_GROWN_FILES:
             return recoveries, f"{grown} more open files in one member after {len(faults)} faults"

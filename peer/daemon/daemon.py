@@ -69,6 +69,7 @@ class Daemon:
         self._core = Core(
             numbers=numbers, metrics=self._metrics, report=report, on_drain=self._on_drain
         )
+        self._status_path = home.run / "status.json"
         self._client: CoordinatorClient | None = None
         self._end: asyncio.Future[ev.BeginDrain] = asyncio.get_running_loop().create_future()
         self._now = asyncio.Event()
@@ -84,8 +85,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
-        status_path = self._home.run / "status.json"
-        numbers.save(status_path)
+        numbers.save(self._status_path)
         try:
             membership = await self._join_or_end()
             if membership is None:
@@ -96,7 +96,7 @@ class Daemon:
                 await self._client.close()
             self._metrics.close()
             with contextlib.suppress(OSError):
-                numbers.save(status_path)
+                numbers.save(self._status_path)
 
     async def _join_or_end(self) -> Membership | None:
         """Join; None if the owner ends it first."""
@@ -140,6 +140,7 @@ class Daemon:
                 if loop.time() >= give_up_seconds:
                     raise
                 self._core.feed(ev.JoinBegun(reason=f"{error.found}; trying again"))
+                numbers.save(self._status_path)
                 await asyncio.sleep(_JOIN_RETRY_SECONDS)
 
     async def _open_client(self, saved: Membership | None) -> CoordinatorClient:

@@ -35,15 +35,19 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGTERM)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("asyncio").addFilter(_is_no_cancellation)
+    logging.getLogger("asyncio").addFilter(_is_news)
     return asyncio.run(_run(arguments))
 
 
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """False for the answer to a stream that was cancelled at the end: asyncio logs it as an error
-    up to Python 3.11 (StreamReaderProtocol asks a cancelled task for its exception).
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for two things that asyncio logs as errors with a traceback.
+
+    One is the answer to a stream that was cancelled at the end (up to Python 3.11
+    StreamReaderProtocol asks a cancelled task for its exception); the other is the lost connection
+    to a p2pd that has ended, which hivemind's writer task leaves behind: `_run_while_alive` tells.
     """
-    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+    told = (asyncio.CancelledError, ConnectionError)
+    return record.exc_info is None or not isinstance(record.exc_info[1], told)
 
 
 async def _run(arguments: argparse.Namespace) -> int:

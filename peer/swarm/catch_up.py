@@ -20,6 +20,7 @@ from peer.swarm.piece_plan import PieceLayout
 from peer.swarm.replica import Replica
 from peer.swarm.state_download import Progress, StateDownload
 from peer.swarm.state_transfer import (
+    CertifiedStep,
     ProvenState,
     ask_state_info,
     fetch_averaged,
@@ -30,6 +31,7 @@ from peer.swarm.state_transfer import (
 from peer.swarm.transport import Transport
 from protos.contract.digest import StateMeta, num_pieces, state_digest_of_pieces
 from protos.contract.errors import CorruptDataError
+from protos.contract.ids import COORDINATOR_VOTER
 from protos.contract.signing import check_certificate
 from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 
@@ -213,13 +215,9 @@ class CatchUp:
         self._pause.step_made()
         return True
 
-    def _certifiers(
-        self, infos: dict[str, state_pb2.StateInfoResponse]
-    ) -> dict[int, common_pb2.Directive]:
-        """Under which directive the members' newest outer steps were certified, where that can be
-        checked.
-        """
-        found: dict[int, common_pb2.Directive] = {}
+    def _certified(self, infos: dict[str, state_pb2.StateInfoResponse]) -> dict[int, CertifiedStep]:
+        """How the members' newest outer steps were certified, where that can be checked."""
+        found: dict[int, CertifiedStep] = {}
         for peer_id, info in infos.items():
             try:
                 value = rounds_pb2.RoundValue.FromString(info.newest_certificate.value)
@@ -236,7 +234,10 @@ class CatchUp:
                 directive=directive,
                 coordinator_public_key=self._replica.coordinator_public_key,
             ):
-                found[value.outer_step] = directive
+                voters = {vote.voter for vote in info.newest_certificate.votes}
+                found[value.outer_step] = CertifiedStep(
+                    directive=directive, has_coordinator=COORDINATOR_VOTER in voters
+                )
         return found
 
     async def _load_proven(
@@ -267,7 +268,7 @@ class CatchUp:
             directive=newest,
             own_peer_id=self._own_peer_id,
             base_outer_step=replica.record_content.to_outer_step,
-            certifiers=self._certifiers(infos),
+            certified_by_step=self._certified(infos),
         )
         if proven is None:
             return None

@@ -116,6 +116,8 @@ class SwarmNode:
         self._offers = Offers(self._shell, replica, self._reporter, own_peer_id=self._own_peer_id)
         replica.learn_directive(config.directive)
         await asyncio.to_thread(self._load_local)
+        if replica.is_current:  # others may have gone on meanwhile, and be idle now: ask them
+            self._behind_since_seconds = 0.0
         self._update_members()
         await self._server.start()
         self._tasks.start(self._server.sweep(), name="sweep")
@@ -248,16 +250,12 @@ class SwarmNode:
         elif current is None or place > current:
             self._early.append((place, event))
             is_ahead = current is not None or place > self._next_place()
-            if isinstance(event, rt.Received) and is_ahead:
-                self._note_behind()
+            if isinstance(event, rt.Received) and is_ahead and self._behind_since_seconds is None:
+                self._behind_since_seconds = time.monotonic()
 
     def _next_place(self) -> Place:
         incarnation, outer_step = self._replica.position
         return (incarnation, outer_step + 1)
-
-    def _note_behind(self) -> None:
-        if self._behind_since_seconds is None:
-            self._behind_since_seconds = time.monotonic()
 
     # Daemon -----------------------------------------------------------------------------------
 

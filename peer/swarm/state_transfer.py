@@ -17,10 +17,11 @@ from google.protobuf.message import DecodeError
 from peer.swarm.allreduce import AveragedVector
 from peer.swarm.codecs import EncodedVector, piece_byte_bounds
 from peer.swarm.transport import PeerCallError, Stream, StreamError, Transport
-from protos.contract.certificate import Tag, half_votes_by_voter
+from protos.contract.certificate import Tag, half_votes_by_voter, is_quorum
 from protos.contract.codecs_wire import result_codec_of_bytes
 from protos.contract.digest import StateMeta, digest_of_pieces, num_pieces, piece_digest
 from protos.contract.errors import CorruptDataError
+from protos.contract.ids import COORDINATOR_VOTER
 from protos.contract.signing import has_valid_signature
 from protos.muster.v1 import common_pb2, rounds_pb2, state_pb2
 
@@ -62,6 +63,16 @@ async def ask_state_info(
     return {peer_id: answer for peer_id, answer in answers if answer is not None}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertifiedStep:
+    """What a checked certificate says of an outer step."""
+
+    directive: common_pb2.Directive
+    """Under which it was certified."""
+    has_coordinator: bool
+    """The coordinator's half vote is among its votes."""
+
+
 def newest_proven_state(
     infos: Mapping[str, state_pb2.StateInfoResponse],
     *,
@@ -70,17 +81,19 @@ def newest_proven_state(
     directive: common_pb2.Directive,
     own_peer_id: str,
     base_outer_step: int,
-    certifiers: Mapping[int, common_pb2.Directive],
+    certified_by_step: Mapping[int, CertifiedStep],
 ) -> ProvenState | None:
     """Highest state whose equal signed attestations are more than half of the members' votes.
 
     The votes are those of the newest `directive`, or of the one under which that outer step was
-    certified (`certifiers`): who decides an average also knows the state that follows from it, and
-    of a larger roster too many may be behind.
+    certified: who decides an average also knows the state that follows from it, and of a larger
+    roster too many may be behind. If the coordinator's half vote certified the step it counts along
+    there, when nobody contradicts: else half of the voters, who go on with it when the other half
+    was lost at once, could never bring those back.
 
     With at most two voters the own vote counts along with the other's when nobody contradicts it:
     taking a state is agreeing to it. So one of two voters can bring the other back, but only to an
-    outer step that a quorum has certified (it is in `certifiers`) or that the incarnation's signed
+    outer step that a quorum has certified or that the incarnation's signed
     record names as its base; among more voters, the others alone must be enough.
     """
     key_by_peer = {entry.peer_id: entry.public_key for entry in directive.roster}
@@ -104,12 +117,16 @@ def newest_proven_state(
     may_count_own = sum(entry.has_vote for entry in directive.roster) <= 2
     for (outer_step, digest), peers in sorted(backers.items(), reverse=True):
         voters = set(peers)
-        certifier = certifiers.get(outer_step)
-        has_happened = certifier is not None or outer_step == base_outer_step
-        if may_count_own and has_happened and num_digests[outer_step] == 1:
+        is_uncontradicted = num_digests[outer_step] == 1
+        certified = certified_by_step.get(outer_step)
+        has_happened = certified is not None or outer_step == base_outer_step
+        if may_count_own and has_happened and is_uncontradicted:
             voters.add(own_peer_id)
+        backers_then = set(peers)
+        if certified is not None and certified.has_coordinator and is_uncontradicted:
+            backers_then.add(COORDINATOR_VOTER)
         if _have_most_votes(voters, directive) or (
-            certifier is not None and _have_most_votes(peers, certifier)
+            certified is not None and _have_most_votes(backers_then, certified.directive)
         ):
             return ProvenState(
                 incarnation=incarnation,
@@ -121,8 +138,7 @@ def newest_proven_state(
 
 
 def _have_most_votes(voters: set[str], directive: common_pb2.Directive) -> bool:
-    half_votes = half_votes_by_voter(directive.roster)
-    return 2 * sum(half_votes.get(voter, 0) for voter in voters) > sum(half_votes.values())
+    return is_quorum(voters, half_votes_by_voter(directive.roster))
 
 
 def proves_state(certificate: rounds_pb2.Certificate, meta: StateMeta, digest: bytes) -> bool:

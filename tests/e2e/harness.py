@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,20 @@ class Swarm:
         assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stderr}"
         return done.stdout
 
+    def run_peer_cli(self, *arguments: str, timeout_seconds: int = 120) -> dict[str, Any]:
+        """Run a peer's command with --json to its end and return its answer. Raises AssertionError
+        with its errors.
+        """
+        done = commands().run(
+            "peer.cli.main",
+            (*arguments, "--json"),
+            environment=environment(),
+            directory=self.directory,
+            timeout_seconds=timeout_seconds,
+        )
+        assert done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stderr}"
+        return dict(json.loads(done.stdout))
+
     def start(self, name: str, *arguments: str, module: str, **extra: str) -> Process:
         """Start a process in a group of its own, its output in a log file."""
         log = self.directory / f"{name}.log"
@@ -187,15 +201,17 @@ class Swarm:
         batch_tokens: int,
         num_peers: int,
         eval_tokens: int = 2048,
+        settings: Sequence[str] = (),
     ) -> None:
-        """Create the run and a join string for everybody."""
+        """Create the run, with more `settings` ("KEY=VALUE"), and a join string for everybody."""
+        more = [word for setting in settings for word in ("--set", setting)]
         self.run_cli(
             "run", "create", "--data-dir", str(self.data_dir), "--dataset", str(corpus), "--model",
             TINY_MODEL,
             "--set", f"strategy.global_batch_tokens={batch_tokens}", "--set",
             "schedule.lr_warmup_tokens=4096",
             "--set", f"data.eval_tokens={eval_tokens}", "--budget-tokens", str(budget_tokens),
-            "--min-peers", str(num_peers), "--json",
+            "--min-peers", str(num_peers), "--json", *more,
         )  # fmt: skip
         token = json.loads(
             self.run_cli("token", "create", "--data-dir", str(self.data_dir), "--json")

@@ -5,25 +5,12 @@ spec names it by digest, and exported again.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.harness import ROOT, Swarm, commands, environment, running_swarm
+from tests.e2e.harness import ROOT, running_swarm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("e2e")]
-
-
-def muster_peer(swarm: Swarm, *arguments: str) -> dict[str, Any]:
-    done = commands().run(
-        "peer.cli.main",
-        (*arguments, "--json"),
-        environment=environment(),
-        directory=swarm.directory,
-        timeout_seconds=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
 
 
 def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path) -> None:
@@ -41,12 +28,12 @@ def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path) -> None:
         )  # fmt: skip
         transformers.LlamaForCausalLM(config).save_pretrained(hf)
         shutil.copy(other / "tokenizer.json", hf)
-        made = muster_peer(swarm, "import", str(hf), "imported", "--seq-len", "64")
+        made = swarm.run_peer_cli("import", str(hf), "imported", "--seq-len", "64")
         swarm.run_cli(
             "corpus", "build", str(ROOT / "coordinator"), "--out", str(dataset), "--tokenizer",
             "imported/tokenizer.json", "--eos-token-id", "0", timeout_seconds=120,
         )  # fmt: skip
-        before = muster_peer(swarm, "eval", "imported", "--dataset", str(dataset))
+        before = swarm.run_peer_cli("eval", "imported", "--dataset", str(dataset))
         swarm.start_coordinator()
         swarm.run_cli(
             "run", "create", "--data-dir", str(swarm.data_dir), "--dataset", str(dataset),
@@ -69,12 +56,12 @@ def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path) -> None:
         specs = list(swarm.data_dir.glob("run_spec-*.json"))
         assert json.loads(specs[0].read_text())["initial_digest"] == made["initial_digest"]
         state = swarm.data_dir / status["newest_checkpoint_path"]
-        after = muster_peer(swarm, "eval", str(state), "--dataset", str(dataset))
+        after = swarm.run_peer_cli("eval", str(state), "--dataset", str(dataset))
         assert after["loss_nats"] < before["loss_nats"] - 0.5
         credits = tmp_path / "credits.json"
         credits.write_text(swarm.run_cli("status", "--data-dir", str(swarm.data_dir), "--json"))
-        muster_peer(
-            swarm, "export", str(state), "out", "--dataset", str(dataset), "--credits", str(credits)
+        swarm.run_peer_cli(
+            "export", str(state), "out", "--dataset", str(dataset), "--credits", str(credits)
         )
         card = (tmp_path / "out" / "README.md").read_text()
         assert made["initial_digest"] in card and "| all | 40,960 |" in card

@@ -9,15 +9,17 @@ import os
 import signal
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peer.swarm.round_proposer import leader_of
 from protos.contract.digest import Float32Vector
 from protos.contract.telemetry import AttemptOutcome, RoundPhase
-from protos.muster.v1 import rounds_pb2
+from protos.muster.v1 import common_pb2, rounds_pb2
 from tests.peer.swarm.single_process import Expected
 from tests.peer.swarm.swarm_hub import NUM_VALUES, SEQ_LEN, WINDOWS, Daemon, Hub
 
@@ -39,6 +41,8 @@ class Recovery:
     """The most that any survivor gave up for this step."""
     innocent_attempts_lost: int
     """Those of them for which another survivor was blamed, as on a busy machine."""
+    has_struck_leader: bool
+    """The victim led the attempt that was struck."""
     seconds: float
     """From the signal to the last survivor's outcome."""
     round_seconds: float
@@ -67,13 +71,8 @@ class FaultedSwarm:
 
     async def start(self, num_members: int) -> None:
         """Launch, found the run, and make rounds until deadlines are learnt."""
-        self.hub.begin()
         self.members = [self._add() for _ in range(num_members)]
-        await asyncio.gather(*(self.hub.launch(daemon) for daemon in self.members))
-        base = await self.hub.wait_state(self.members, (0, 0))
-        self.hub.start_incarnation(self.members, to_outer_step=0, base=base)
-        self.hub.tell_all("incarnation", record=self.hub.record.SerializeToString())
-        await self.hub.wait_state(self.members, (1, 0))
+        await self.hub.found(self.members)
         for _ in range(6):
             await self.round()
         self.round_seconds = self.round_seconds[-3:]
@@ -109,9 +108,16 @@ class FaultedSwarm:
                 await daemon.process.wait()
 
     def num_open_files(self) -> int:
-        """The most that any member that is never struck has open."""
-        pids = [d.process.pid for d in self.members[:-1] if d.process is not None]
-        return max(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+        """The most that any member has open."""
+        return max(len(os.listdir(f"/proc/{pid}/fd")) for pid in self._process_ids())
+
+    def memory_bytes(self) -> int:
+        """Resident memory of the largest member."""
+        found = (Path(f"/proc/{pid}/statm").read_text().split() for pid in self._process_ids())
+        return max(int(fields[1]) for fields in found) * os.sysconf("SC_PAGE_SIZE")
+
+    def _process_ids(self) -> list[int]:
+        return [d.process.pid for d in self.members if d.process is not None]
 
     # Faults -----------------------------------------------------------------------------------
 
@@ -198,11 +204,16 @@ class FaultedSwarm:
         raise AssertionError(f"after {most_rounds} rounds only {brought} are asked")
 
     def lost_attempts(
-        self, daemons: list[Daemon], step: int, *, blamed: str = "", because: str = ""
+        self,
+        daemons: list[Daemon],
+        step: int,
+        *,
+        victims: Sequence[Daemon] = (),
+        because: str = "",
     ) -> int:
         """The most attempts of a step that any of these gave up after averaging had begun: with
-        `because`, those whose reason says so; with `blamed`, those for which another of them was
-        blamed, and not that peer.
+        `because`, those whose reason says so; with `victims`, those for which another of these was
+        blamed, and none of them.
         """
 
         def is_lost(daemon: Daemon, message: dict[str, Any]) -> bool:
@@ -211,37 +222,61 @@ class FaultedSwarm:
             phases = {span["phase"] for span in message["spans"]}
             if message["outcome"] != AttemptOutcome.DISCARDED or not phases - {RoundPhase.FORM}:
                 return False
-            if because not in message["reason"]:
+            reason = message["reason"]
+            if because not in reason:
                 return False
-            others = [d.peer_id for d in daemons if d is not daemon]
-            named = any(peer_id in message["reason"] for peer_id in others)
-            return not blamed or (named and blamed not in message["reason"])
+            named = any(d.peer_id in reason for d in daemons if d is not daemon)
+            return not victims or (named and not any(d.peer_id in reason for d in victims))
 
         return max(sum(is_lost(d, message) for message in d.messages) for d in daemons)
 
-    async def strike(self, phase: RoundPhase, sent: signal.Signals) -> Recovery:
-        """The last member gets a signal when a phase begins; the others must go on, and it must
-        come back to the same state.
-        """
-        for _ in range(_MOST_TRIES - 1):
-            if (recovery := await self._try_to_strike(phase, sent)) is not None:
-                return recovery
-        recovery = await self._try_to_strike(phase, sent)
-        assert recovery is not None, f"the victim skipped {phase} {_MOST_TRIES} times"
-        return recovery
+    def leader(self) -> Daemon:
+        """Who leads the first attempt of the next step."""
+        directive = common_pb2.Directive.FromString(self.hub.directive.payload)
+        peer_id = leader_of(
+            directive.roster,
+            incarnation=self.hub.incarnation,
+            outer_step=self.step + 1,
+            attempt=0,
+        )
+        return next(daemon for daemon in self.members if daemon.peer_id == peer_id)
 
-    async def _try_to_strike(self, phase: RoundPhase, sent: signal.Signals) -> Recovery | None:
-        """None if the others certified the step before the victim came to that phase."""
-        victim, survivors = self.members[-1], self.members[:-1]
-        self.plan(victim, phase=phase.value, signal=int(sent))
+    async def strike(
+        self,
+        phase: RoundPhase,
+        sent: signal.Signals,
+        *,
+        is_leader: bool = False,
+        num_victims: int = 1,
+    ) -> Recovery:
+        """Members get a signal when a phase begins for the first of them: the leader, or the last
+        that does not lead, and others beside it. The rest must go on, and they must come back to
+        the same state.
+        """
+        for _ in range(_MOST_TRIES):
+            leader = self.leader()
+            others = [daemon for daemon in reversed(self.members) if daemon is not leader]
+            victims = [leader, *others] if is_leader else others
+            if (recovery := await self._try(phase, sent, victims[:num_victims])) is not None:
+                return recovery
+        raise AssertionError(f"the victim skipped {phase} {_MOST_TRIES} times")
+
+    async def _try(
+        self, phase: RoundPhase, sent: signal.Signals, victims: list[Daemon]
+    ) -> Recovery | None:
+        """None if the others certified the step before the first victim came to that phase."""
+        survivors = [daemon for daemon in self.members if daemon not in victims]
+        first, leader = victims[0], self.leader()
+        also = [pid for daemon in victims[1:] for pid in _pids(daemon)]
+        self.plan(first, phase=phase.value, signal=int(sent), **{"with": also})
         self.offer(self.members)
         brought = await self.committed(survivors)
         told = [await self.outcome(daemon, self.step) for daemon in survivors]
         done = await self.hub.wait(
-            lambda: _done(victim) or self._has_state(victim), f"{sent.name} at {phase}"
+            lambda: _done(first) or self._has_state(first), f"{sent.name} at {phase}"
         )
         if done is True:
-            self.heal(victim)
+            self.heal(first)
             return None
         recovery = Recovery(
             phase=phase.value,
@@ -249,14 +284,16 @@ class FaultedSwarm:
             outer_step=self.step,
             attempt_struck=done["attempt"],
             attempts_lost=self.lost_attempts(survivors, self.step),
-            innocent_attempts_lost=self.lost_attempts(survivors, self.step, blamed=victim.peer_id),
+            innocent_attempts_lost=self.lost_attempts(survivors, self.step, victims=victims),
+            has_struck_leader=first is leader and done["attempt"] == 0,
             seconds=max(float(str(t["received_seconds"])) for t in told) - done["done_seconds"],
             round_seconds=statistics.median(self.round_seconds),
             slow_round_seconds=max(self.round_seconds[-_NUM_RECENT_ROUNDS:]),
-            victim_credited=victim.peer_id in brought,
+            victim_credited=first.peer_id in brought,
         )
         assert all(t["outcome"] == "COMMITTED" for t in told), told
-        await self._bring_back(victim, sent)
+        assert self.hub.reporter_by_step[self.step] in [d.name for d in survivors]
+        await asyncio.gather(*(self._bring_back(daemon, sent) for daemon in victims))
         return recovery
 
     def _has_state(self, daemon: Daemon) -> bool:
@@ -267,15 +304,21 @@ class FaultedSwarm:
         self.heal(victim)
         assert victim.process is not None
         if sent == signal.SIGSTOP:
-            pid = victim.process.pid
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            for stopped in (pid, *map(int, children)):
+            for stopped in _pids(victim):
                 os.kill(stopped, signal.SIGCONT)
         else:
             assert await victim.process.wait() == -sent
             await self.hub.launch(victim)
         await self.hub.wait_state(self.members, (1, self.step))
         self.check_state(victim)
+
+
+def _pids(daemon: Daemon) -> list[int]:
+    """Ids of a member's p2pd and of its process."""
+    assert daemon.process is not None
+    pid = daemon.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [*map(int, children), pid]
 
 
 def _done(victim: Daemon) -> dict[str, Any] | None:

@@ -3,8 +3,9 @@ faults that a test names.
 
 FILE is read again whenever it matters, so one process serves many tests:
 
-- {"phase": "REDUCE", "signal": 9}: when that phase of a round begins, this process and its p2pd get
-  the signal; FILE is replaced by {"done_seconds": ...} (monotonic clock) just before;
+- {"phase": "REDUCE", "signal": 9, "with": [PID, ...]}: when that phase of a round begins, those
+  processes, this one and its p2pd get the signal; FILE is replaced by {"done_seconds": ...}
+  (monotonic clock) just before;
 - {"send": KIND}: what is brought into a round breaks a rule (KINDS);
 - {"cut": [peer_id, ...]}: nothing passes between this member and those, as in a cut network.
 """
@@ -67,14 +68,14 @@ PLAN = FaultPlan(Path())
 
 
 def strike(phase: RoundPhase, attempt: int) -> None:
-    """Signal the own p2pd and this process, if the plan names this phase."""
+    """Signal others, the own p2pd and this process, if the plan names this phase."""
     plan = PLAN.read()
     if plan.get("phase") != phase.value:
         return
     own = os.getpid()
     children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
     PLAN.write({"done_seconds": time.monotonic(), "attempt": attempt})
-    for pid in [*map(int, children), own]:
+    for pid in [*plan["with"], *map(int, children), own]:
         os.kill(pid, plan["signal"])
 
 

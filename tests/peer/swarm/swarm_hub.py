@@ -29,6 +29,7 @@ from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import DataSpec, ModelSpec, RunSpec, StrategySpec
 from protos.contract.signing import SigningKey
 from protos.muster.v1 import common_pb2, rounds_pb2
+from tests.peer.swarm.forked_members import ForkedProcess, Forker
 
 RUN_ID = "swarm-test"
 SEQ_LEN = 16
@@ -92,13 +93,14 @@ class Daemon:
     """What the coordinator found out about it."""
     prefix: tuple[str, ...] = ()
     """Before the command of its process, such as `ip netns exec NAME`."""
-    process: asyncio.subprocess.Process | None = None
+    forker: Forker | None = None
+    """Its process is forked from this one instead of started by exec."""
+    process: asyncio.subprocess.Process | ForkedProcess | None = None
     channel: AsyncChannel | None = None
     reader: asyncio.Task[None] | None = None
     addresses: list[str] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     lease_number: int = 0
-    upload_limit_mbit: float | None = None
     fault_plan: Path | None = None
     """Its process is tests/peer/swarm/faulty_member.py and reads this file."""
     is_cut_off: bool = False
@@ -107,6 +109,11 @@ class Daemon:
     @property
     def peer_id(self) -> str:
         return self.key.peer_id
+
+    @property
+    def stderr_path(self) -> Path:
+        """What its processes say on standard error; a forked one's goes to its Forker."""
+        return self.home / "stderr.log"
 
     def newest(self, kind: str) -> Message | None:
         found = [m for m in self.messages if m["kind"] == kind]
@@ -132,6 +139,8 @@ class Hub:
         self._changed = asyncio.Event()
         self._promised: dict[int, int] = defaultdict(int)
         self.certificate_by_step: dict[int, rounds_pb2.Certificate] = {}
+        self.reporter_by_step: dict[int, str] = {}
+        """Name of whose report of a certificate came first."""
         self.credited_step_by_lease: dict[tuple[int, str, int], int] = {}
         """(incarnation, peer_id, lease number) -> outer step, from reported certificates."""
 
@@ -141,7 +150,7 @@ class Hub:
 
     # Coordinator ------------------------------------------------------------------------------
 
-    def add_daemon(self) -> Daemon:
+    def add_daemon(self, forker: Forker | None = None) -> Daemon:
         name = f"peer{len(self.daemons)}"
         home = self.folder / name
         home.mkdir()
@@ -149,7 +158,14 @@ class Hub:
         (home / "identity.key").write_bytes(key.private_bytes())
         p2p_peer_id = write_p2p_key(home / "p2p.key")
         vectors = SharedVectors.create(self.num_values, self.spec.strategy.state_vectors)
-        daemon = Daemon(name=name, home=home, key=key, p2p_peer_id=p2p_peer_id, vectors=vectors)
+        daemon = Daemon(
+            name=name,
+            home=home,
+            key=key,
+            p2p_peer_id=p2p_peer_id,
+            vectors=vectors,
+            forker=forker,
+        )
         self.daemons.append(daemon)
         return daemon
 
@@ -186,6 +202,7 @@ class Hub:
         self._incarnation += 1
         self._promised.clear()
         self.certificate_by_step.clear()
+        self.reporter_by_step.clear()
         for daemon in self.daemons:
             daemon.lease_number = 0
         self.issue_directive(voters)
@@ -255,28 +272,19 @@ class Hub:
 
     # Daemons ----------------------------------------------------------------------------------
 
+    async def found(self, members: list[Daemon]) -> None:
+        """Launch these at once and begin incarnation 1 with them as its voters."""
+        self.begin()
+        await asyncio.gather(*(self.launch(daemon) for daemon in members))
+        base = await self.wait_state(members, (0, 0))
+        self.start_incarnation(members, to_outer_step=0, base=base)
+        self.tell_all("incarnation", record=self.record.SerializeToString())
+        await self.wait_state(members, (1, 0))
+
     async def launch(self, daemon: Daemon) -> None:
         """Start (again) the swarm process of a daemon and wait until it answers members."""
         ours, theirs = socket.socketpair()
-        fds = (theirs.fileno(), daemon.vectors.fd)
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-        module = ["-m", "peer.swarm"]
-        if daemon.fault_plan is not None:
-            module = ["-m", "tests.peer.swarm.faulty_member"]
-            module += ["--fault-plan", str(daemon.fault_plan)]
-        daemon.process = await asyncio.create_subprocess_exec(
-            *daemon.prefix,
-            sys.executable,
-            *module,
-            "--channel-fd",
-            str(fds[0]),
-            "--vectors-fd",
-            str(fds[1]),
-            "--num-values",
-            str(self.num_values),
-            pass_fds=fds,
-            env=environment,
-        )
+        daemon.process = await self._spawn(daemon, (theirs.fileno(), daemon.vectors.fd))
         theirs.close()
         daemon.channel = await AsyncChannel.from_socket(ours)
         daemon.messages.clear()
@@ -307,6 +315,33 @@ class Hub:
         )
         daemon.addresses = ready["addresses"]
 
+    async def _spawn(
+        self, daemon: Daemon, fds: tuple[int, int]
+    ) -> asyncio.subprocess.Process | ForkedProcess:
+        """Start the swarm process with these descriptors of its channel and vectors."""
+        settings = ("--num-values", str(self.num_values))
+        if daemon.forker is not None:
+            names = ("--channel-fd", "{0}", "--vectors-fd", "{1}")
+            return daemon.forker.start([*names, *settings], fds=fds)
+        module = ["-m", "peer.swarm"]
+        if daemon.fault_plan is not None:
+            module = ["-m", "tests.peer.swarm.faulty_member"]
+            module += ["--fault-plan", str(daemon.fault_plan)]
+        with daemon.stderr_path.open("ab") as stderr:
+            return await asyncio.create_subprocess_exec(
+                *daemon.prefix,
+                sys.executable,
+                *module,
+                "--channel-fd",
+                str(fds[0]),
+                "--vectors-fd",
+                str(fds[1]),
+                *settings,
+                pass_fds=fds,
+                stderr=stderr,
+                env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+            )
+
     async def _read(self, daemon: Daemon) -> None:
         assert daemon.channel is not None
         try:
@@ -334,6 +369,7 @@ class Hub:
             value = rounds_pb2.RoundValue.FromString(certificate.value)
             stored = self.certificate_by_step.setdefault(value.outer_step, certificate)
             assert stored.value == certificate.value, "two values for one outer step"
+            self.reporter_by_step.setdefault(value.outer_step, daemon.name)
             self._credit(certificate, value.outer_step)
             self.outer_step = max(self.outer_step, value.outer_step)
         assert daemon.channel is not None
@@ -410,12 +446,16 @@ class Hub:
         )
 
     async def stop(self, daemon: Daemon) -> int:
-        """Ask a process to stop; returns its exit code."""
+        """Ask a process to stop; returns its exit code. No process of this daemon may have shown a
+        traceback.
+        """
         assert daemon.process is not None and daemon.channel is not None
         if daemon.process.returncode is None:
             daemon.channel.send("stop", reason="test is over")
         code = await asyncio.wait_for(daemon.process.wait(), 20.0)
         await daemon.channel.close()
+        said = daemon.stderr_path.read_text() if daemon.stderr_path.exists() else ""
+        assert "Traceback" not in said, said
         return code
 
     async def kill(self, daemon: Daemon) -> None:

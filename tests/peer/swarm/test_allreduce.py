@@ -21,7 +21,7 @@ from peer.swarm.allreduce import (
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.slice_sum import SliceSum
-from peer.swarm.transport import Stream, StreamHandler, Transport
+from peer.swarm.transport import Stream, StreamError, StreamHandler, Transport
 from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
 from protos.contract.digest import (
     PIECE_VALUES,
@@ -223,6 +223,35 @@ def test_a_stopped_member_is_named_by_those_who_wait_for_it(tmp_path: Path) -> N
             with pytest.raises(ReduceError, match="silent"):
                 await run
         end.set()
+
+    _with_hosts(tmp_path, body)
+
+
+def test_an_end_that_nobody_acknowledged_proves_nothing(tmp_path: Path) -> None:
+    """A receiver that has read everything and closes, or says something else, is an error."""
+
+    async def answer(sender: str, stream: Stream) -> None:
+        kind = await stream.read_bytes(1)
+        await stream.read_bytes(1000)
+        if kind != b"-":
+            await stream.send_bytes(kind)
+
+    async def body(hosts: Hosts) -> None:
+        await hosts["b"].serve_streams("test", answer)
+        for kind in (b"A", b"-", b"x"):
+            for is_bulk in (False, True):
+                stream = await hosts["a"].open_stream("b", "test")
+                await stream.send_bytes(kind + bytes(1000))
+                if is_bulk:
+                    bulk = await stream.detach()
+                    waiting = asyncio.to_thread(bulk.wait_acknowledged)
+                else:
+                    waiting = stream.wait_acknowledged()
+                if kind == b"A":
+                    await waiting
+                    continue
+                with pytest.raises(StreamError, match="ended early|not acknowledged"):
+                    await waiting
 
     _with_hosts(tmp_path, body)
 

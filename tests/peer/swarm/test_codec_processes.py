@@ -14,6 +14,7 @@ from peer.swarm.codecs import EncodedVector, encode_with_residual
 from peer.swarm.exact_update import SyncUpdate
 from protos.contract.codecs_wire import CODEC_NAMES, Codec, codec_named
 from protos.contract.digest import Float32Vector
+from tests.peer.swarm.forked_members import Forkers
 from tests.peer.swarm.swarm_hub import NUM_VALUES, SEQ_LEN, SPEC, WINDOWS, Daemon, Hub
 
 LOSSY_NAMES = tuple(name for name in CODEC_NAMES if name != "fp32")
@@ -79,17 +80,12 @@ async def _round(hub: Hub, members: list[Daemon], step: int, expected: Expected)
         assert np.array_equal(daemon.vectors.params, expected.params)
 
 
-async def _story(folder: Path, codec_name: str) -> None:
+async def _story(folder: Path, codec_name: str, forkers: Forkers) -> None:
     spec = replace(SPEC, strategy=replace(SPEC.strategy, codec=codec_name))
     expected = Expected(codec_named(codec_name))
     hub = Hub(folder, spec)
-    hub.begin()
-    first, second, third = members = [hub.add_daemon() for _ in range(3)]
-    await asyncio.gather(*(hub.launch(daemon) for daemon in members))
-    base = await hub.wait_state(members, (0, 0))
-    hub.start_incarnation(members, to_outer_step=0, base=base)
-    hub.tell_all("incarnation", record=hub.record.SerializeToString())
-    await hub.wait_state(members, (1, 0))
+    first, second, third = members = [hub.add_daemon(forker) for forker in forkers]
+    await hub.found(members)
     await _round(hub, members, 1, expected)
     await hub.kill(third)
     expected.forget(third.peer_id)
@@ -105,5 +101,5 @@ async def _story(folder: Path, codec_name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec_name", LOSSY_NAMES)
-def test_swarm_with_codec(tmp_path: Path, codec_name: str) -> None:
-    asyncio.run(_story(tmp_path, codec_name))
+def test_swarm_with_codec(tmp_path: Path, codec_name: str, forkers: Forkers) -> None:
+    asyncio.run(_story(tmp_path, codec_name, forkers))

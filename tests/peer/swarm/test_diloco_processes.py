@@ -1,9 +1,10 @@
-"""DiLoCo and its streaming form through real swarm processes: anchors and momentum are bit-equal on
-every member after every outer step, and equal to what one process computes; a newcomer included,
-and error feedback around a lossy codec.
+"""DiLoCo and its streaming form with every codec through real swarm processes: anchors and momentum
+are bit-equal on every member after every outer step, and equal to what one process computes; a
+newcomer included, and error feedback around a lossy codec.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +25,21 @@ from peer.swarm.outer_update import OuterUpdate
 from peer.swarm.strategy import OfferedContribution
 from peer.train.replicas import averaged_of
 from peer.train.step import MicroStep
-from protos.contract.codecs_wire import codec_named
+from protos.contract.codecs_wire import CODEC_NAMES, codec_named
 from protos.contract.run_spec import RunSpec, StrategySpec
+from tests.peer.swarm.forked_members import Forker, Forkers
 from tests.peer.swarm.swarm_hub import NUM_VALUES, SEQ_LEN, SPEC, Daemon, Hub
 
 BATCH_WINDOWS = 4
 INNER_STEPS_PER_ROUND = 3
+MORE_INNER_STEPS = (0, 2, 1)
+STREAMING = {
+    "num_fragments": 2,
+    "inner_steps": 2 * INNER_STEPS_PER_ROUND,
+    "overlap_inner_steps": 2,
+    "mix_ratio": 0.5,
+}
+WITH_NEWCOMER = (("diloco", "fp32"), ("streaming", "sparse"))
 
 
 def diloco_spec(**settings: object) -> RunSpec:
@@ -130,51 +140,64 @@ async def _round(hub: Hub, trainers: list[Trainer], step: int, expected: Expecte
         trainer.settle()
 
 
-async def _story(folder: Path, spec: RunSpec) -> None:
-    hub = Hub(folder, spec)
-    hub.begin()
-    first, second = members = [hub.add_daemon() for _ in range(2)]
-    await asyncio.gather(*(hub.launch(daemon) for daemon in members))
-    base = await hub.wait_state(members, (0, 0))
-    hub.start_incarnation(members, to_outer_step=0, base=base)
-    hub.tell_all("incarnation", record=hub.record.SerializeToString())
-    await hub.wait_state(members, (1, 0))
-    expected = Expected(spec)
-    trainers = [
-        Trainer(hub, first, inner_steps=INNER_STEPS_PER_ROUND),
-        Trainer(hub, second, inner_steps=2 * INNER_STEPS_PER_ROUND - 1),
+def _trainers(hub: Hub, members: list[Daemon]) -> list[Trainer]:
+    """A trainer for each; some train more in a round, as faster machines do."""
+    return [
+        Trainer(hub, daemon, inner_steps=INNER_STEPS_PER_ROUND + MORE_INNER_STEPS[index % 3])
+        for index, daemon in enumerate(members)
     ]
+
+
+async def _story(folder: Path, spec: RunSpec, forkers: Sequence[Forker]) -> None:
+    """Every fragment once, and the first one again: what it is owed comes back."""
+    hub, expected = Hub(folder, spec), Expected(spec)
+    members = [hub.add_daemon(forker) for forker in forkers]
+    await hub.found(members)
+    trainers = _trainers(hub, members)
+    for step in range(1, spec.strategy.num_fragments + 2):
+        await _round(hub, trainers, step, expected)
+    for daemon in members:
+        assert await hub.stop(daemon) == 0
+
+
+async def _story_of_a_newcomer(folder: Path, spec: RunSpec, forkers: Forkers) -> None:
+    hub, expected = Hub(folder, spec), Expected(spec)
+    members = [hub.add_daemon(forker) for forker in forkers[1:]]
+    await hub.found(members)
+    trainers = _trainers(hub, members)
     for step in (1, 2, 3):
         await _round(hub, trainers, step, expected)
 
-    newcomer = hub.add_daemon()
-    hub.issue_directive([first, second, newcomer])
+    newcomer = hub.add_daemon(forkers[0])
+    hub.issue_directive([*members, newcomer])
     hub.tell_all("directive", directive=hub.directive.SerializeToString())
     await _round(hub, trainers, 4, expected)
     await hub.launch(newcomer)
     await hub.wait_state([newcomer], (1, 4))
     expected.check([newcomer])
-    trainers.append(Trainer(hub, newcomer, inner_steps=INNER_STEPS_PER_ROUND))
+    trainers += _trainers(hub, [newcomer])
     for step in (5, 6):
         await _round(hub, trainers, step, expected)
-    for daemon in (first, second, newcomer):
+    for daemon in (*members, newcomer):
         assert await hub.stop(daemon) == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {
-            "num_fragments": 2,
-            "inner_steps": 2 * INNER_STEPS_PER_ROUND,
-            "overlap_inner_steps": 2,
-            "mix_ratio": 0.5,
-            "codec": "sparse",
-        },
-    ],
-    ids=["diloco", "streaming-overlap-sparse"],
-)
-def test_state_is_equal_on_all_members(tmp_path: Path, settings: dict[str, object]) -> None:
-    asyncio.run(_story(tmp_path, diloco_spec(**settings)))
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+@pytest.mark.parametrize("name", ["diloco", "streaming"])
+def test_state_is_equal_on_all_members(
+    tmp_path: Path, name: str, codec: str, forkers: Forkers
+) -> None:
+    """Members of unequal speeds and weights, one of them on an old CPU."""
+    settings = STREAMING if name == "streaming" else {}
+    spec = diloco_spec(codec=codec, **settings)
+    story = _story_of_a_newcomer if (name, codec) in WITH_NEWCOMER else _story
+    asyncio.run(story(tmp_path, spec, forkers))
+
+
+@pytest.mark.slow
+def test_state_is_equal_on_eight_members_with_sequential_fragments(
+    tmp_path: Path, forkers: Forkers
+) -> None:
+    spec = diloco_spec(codec="int4", fragment_order="sequential", **STREAMING)
+    asyncio.run(_story(tmp_path, spec, [*forkers, *forkers, *forkers[1:]]))

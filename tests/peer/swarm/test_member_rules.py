@@ -16,7 +16,7 @@ from peer.swarm.catch_up import CatchUp
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.record_file import run_folder_name
 from peer.swarm.replica import Replica
-from peer.swarm.state_transfer import _receive_averaged, newest_proven_state
+from peer.swarm.state_transfer import CertifiedStep, _receive_averaged, newest_proven_state
 from protos.contract.certificate import Tag, certificate_from_votes, contributions_digest
 from protos.contract.codecs_wire import codec_named
 from protos.contract.digest import Float32Vector
@@ -177,6 +177,12 @@ def _info(peer: SigningKey, digest: bytes) -> state_pb2.StateInfoResponse:
     return state_pb2.StateInfoResponse(attestations=[signed])
 
 
+def _certified_under(
+    directive: common_pb2.Directive, *, has_coordinator: bool = False
+) -> CertifiedStep:
+    return CertifiedStep(directive=directive, has_coordinator=has_coordinator)
+
+
 @pytest.mark.parametrize("num_voters", [2, 3])
 @pytest.mark.parametrize(
     ("certified_step", "base_outer_step", "has_happened"),
@@ -200,7 +206,7 @@ def test_own_vote_proves_a_state_only_among_two_and_only_a_step_that_has_happene
         directive=directive,
         own_peer_id=keys[0].peer_id,
         base_outer_step=base_outer_step,
-        certifiers={certified_step: directive},
+        certified_by_step={certified_step: _certified_under(directive)},
     )
     assert (proven is not None) == (has_happened and num_voters == 2)
 
@@ -213,7 +219,7 @@ def test_who_certified_a_step_proves_its_state_to_voters_that_are_behind() -> No
         for k in keys
     ]
     alone = common_pb2.Directive(roster=roster[:1])
-    for certifiers, is_proven in (({5: alone}, True), ({4: alone}, False), ({}, False)):
+    for step, is_proven in ((5, True), (4, False)):
         proven = newest_proven_state(
             {keys[0].peer_id: _info(keys[0], b"digest")},
             run_id="run",
@@ -221,9 +227,37 @@ def test_who_certified_a_step_proves_its_state_to_voters_that_are_behind() -> No
             directive=common_pb2.Directive(roster=roster),
             own_peer_id=keys[1].peer_id,
             base_outer_step=0,
-            certifiers=certifiers,
+            certified_by_step={step: _certified_under(alone)},
         )
         assert (proven is not None) == is_proven
+
+
+@pytest.mark.parametrize(
+    ("has_coordinator", "digests", "is_proven"),
+    [(True, "xx", True), (False, "xx", False), (True, "xxy", False), (True, "x", False)],
+    ids=["both", "without the coordinator", "contradicted", "one of four"],
+)
+def test_half_of_the_voters_prove_a_state_that_the_coordinator_certified_with_them(
+    has_coordinator: bool, digests: str, is_proven: bool
+) -> None:
+    """Two of four are lost at once and come back while the others go on."""
+    keys = [SigningKey.generate() for _ in range(4)]
+    roster = [
+        common_pb2.RosterEntry(peer_id=k.peer_id, public_key=k.public_key, has_vote=True)
+        for k in keys
+    ]
+    directive = common_pb2.Directive(roster=roster)
+    infos = {k.peer_id: _info(k, d.encode()) for k, d in zip(keys, digests, strict=False)}
+    proven = newest_proven_state(
+        infos,
+        run_id="run",
+        incarnation=1,
+        directive=directive,
+        own_peer_id=keys[3].peer_id,
+        base_outer_step=0,
+        certified_by_step={5: _certified_under(directive, has_coordinator=has_coordinator)},
+    )
+    assert (proven is not None) == is_proven
 
 
 def test_a_signed_attestation_that_does_not_parse_proves_nothing() -> None:
@@ -237,7 +271,7 @@ def test_a_signed_attestation_that_does_not_parse_proves_nothing() -> None:
         directive=common_pb2.Directive(roster=[entry]),
         own_peer_id="own",
         base_outer_step=0,
-        certifiers={},
+        certified_by_step={},
     )
     assert proven is None
 

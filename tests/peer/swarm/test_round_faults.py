@@ -4,6 +4,7 @@ each phase, liars, strangers, and a network cut in two.
 
 import asyncio
 import signal
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,25 @@ from peer.swarm.state_transfer import AVERAGED_STREAM, SNAPSHOT_STREAM, STATE_IN
 from peer.swarm.transport import PeerCallError, StreamError, Transport
 from protos.contract.telemetry import ATTEMPT_PHASES, RoundPhase
 from protos.muster.v1 import rounds_pb2, state_pb2
-from tests.peer.swarm.faulted_swarm import FaultedSwarm
+from tests.peer.swarm.faulted_swarm import FaultedSwarm, Recovery
 from tests.peer.swarm.swarm_hub import Daemon, write_p2p_key
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 NOTICED_SECONDS, NOTICED_ROUNDS = 2.2, 10
-"""From a signal to the next committed round, an undisturbed round not counted: torchft's figure,
-which ops/bench/soak holds the swarm to on a quiet machine, and so many rounds as they are now.
+"""From a signal to the next committed round: so long (torchft's figure) and one round; however busy
+the machine is, so long and so many rounds as they are now.
 """
+MOST_STRIKES = 4
+"""On a busy machine innocent members are late, and processes wait: one strike in so many must keep
+the bounds of a quiet one.
+"""
+STRIKES = [
+    pytest.param(phase, sent, (number + (sent is signal.SIGSTOP)) % 2 == 0, id=f"{name}-{phase}")
+    for name, sent in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP))
+    for number, phase in enumerate(ATTEMPT_PHASES)
+]
+"""(phase, signal, is it the leader)."""
 
 
 class Running:
@@ -41,23 +52,35 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running.runner.close()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("phase", ATTEMPT_PHASES, ids=[phase.lower() for phase in ATTEMPT_PHASES])
+@pytest.mark.parametrize(("phase", "sent", "is_leader"), STRIKES)
 def test_survivors_go_on_in_one_state(
-    running: Running, phase: RoundPhase, sent: signal.Signals
+    running: Running, phase: RoundPhase, sent: signal.Signals, is_leader: bool
 ) -> None:
     async def story() -> None:
         swarm = running.swarm
-        recovery = await swarm.strike(phase, sent)
-        assert recovery.attempts_lost - recovery.innocent_attempts_lost <= 1, recovery
-        allowed_seconds = NOTICED_SECONDS + NOTICED_ROUNDS * recovery.slow_round_seconds
-        allowed_seconds *= 1 + recovery.innocent_attempts_lost
-        assert recovery.noticed_seconds <= allowed_seconds, recovery
-        if phase is RoundPhase.APPLY:  # it voted, and died before it could report
-            assert recovery.victim_credited, "another member's certificate credits it"
-        await swarm.round_with_all()
+        for _ in range(MOST_STRIKES):
+            recovery = await swarm.strike(phase, sent, is_leader=is_leader)
+            has_kept_bounds = _has_kept_bounds(recovery)
+            if phase is RoundPhase.APPLY:  # it voted, and died before it could report
+                assert recovery.victim_credited, "another member's certificate credits it"
+            await swarm.round_with_all()
+            if has_kept_bounds and recovery.has_struck_leader == is_leader:
+                return
+        raise AssertionError(f"{MOST_STRIKES} strikes, none within the bounds: {recovery}")
 
     running.runner.run(story())
+
+
+def _has_kept_bounds(recovery: Recovery) -> bool:
+    """True if at most one attempt was lost, and no more time than the issue allows; never more than
+    a busy machine can explain.
+    """
+    guilty = recovery.attempts_lost - recovery.innocent_attempts_lost
+    busy_seconds = NOTICED_SECONDS + NOTICED_ROUNDS * recovery.slow_round_seconds
+    busy_seconds *= 1 + recovery.innocent_attempts_lost
+    assert guilty <= 1 and recovery.noticed_seconds <= busy_seconds, recovery
+    allowed_seconds = NOTICED_SECONDS + recovery.slow_round_seconds
+    return recovery.attempts_lost <= 1 and recovery.seconds <= allowed_seconds
 
 
 MOST_ROUNDS = 8
@@ -125,16 +148,17 @@ def test_stranger_gets_no_byte_and_changes_nothing(running: Running, tmp_path: P
             tried: set[str] = set()
             everybody = {daemon.peer_id for daemon in swarm.members}
             pestering = asyncio.ensure_future(_pester(stranger, swarm, tried))
-            num_rounds = 0
-            while num_rounds < 3 or tried != everybody:
+            calm_seconds, num_before = max(swarm.round_seconds[-3:]), len(swarm.round_seconds)
+            while len(swarm.round_seconds) < num_before + 3 or tried != everybody:
                 await swarm.round_with_all()
-                num_rounds += 1
                 if pestering.done():
                     pestering.result()  # what it met that it should not have
             pestering.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await pestering
             assert stranger.received_bytes == 0
+            seconds = statistics.median(swarm.round_seconds[num_before:])
+            assert seconds <= NOTICED_SECONDS + NOTICED_ROUNDS * calm_seconds, "nobody is stalled"
         finally:
             await stranger.close()
 
@@ -212,11 +236,32 @@ def test_cut_in_two_only_the_side_of_the_coordinator_commits(running: Running) -
         swarm.offer(swarm.members)
         for side in (with_coordinator, without):
             await hub.wait(lambda s=side: _say_no_quorum(s, swarm.step + 1), "NO_QUORUM")
+        for daemon in swarm.members:
+            assert daemon.newest("state")["outer_step"] == swarm.step, "nobody commits alone"
         hub.is_coordinator_up = True
         for daemon in swarm.members:
             swarm.heal(daemon)
         await swarm.committed(swarm.members)
         await swarm.round_with_all()
+
+    running.runner.run(story())
+
+
+def test_two_of_four_killed_at_once_cost_one_round(running: Running) -> None:
+    async def story() -> None:
+        swarm = running.swarm
+        while len(swarm.members) < 4:
+            await swarm.grow()
+        for _ in range(MOST_STRIKES):
+            survivors = [d.process for d in swarm.members]
+            recovery = await swarm.strike(RoundPhase.EXCHANGE, signal.SIGKILL, num_victims=2)
+            assert sum(d.process in survivors for d in swarm.members) == 2, "the others go on"
+            assert swarm.hub.incarnation == 1, "no rollback"
+            has_kept_bounds = _has_kept_bounds(recovery)
+            await swarm.round_with_all()
+            if has_kept_bounds:
+                return
+        raise AssertionError(f"{MOST_STRIKES} strikes, none within the bounds: {recovery}")
 
     running.runner.run(story())
 

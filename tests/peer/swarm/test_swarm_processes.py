@@ -88,13 +88,8 @@ async def _check_stranger(hub: Hub, folder: Path, victim: Daemon) -> None:
 
 async def _story(folder: Path) -> None:
     hub = Hub(folder)
-    hub.begin()
     first, second, third = members = [hub.add_daemon() for _ in range(3)]
-    await asyncio.gather(*(hub.launch(daemon) for daemon in members))
-    base = await hub.wait_state(members, (0, 0))
-    hub.start_incarnation(members, to_outer_step=0, base=base)
-    hub.tell_all("incarnation", record=hub.record.SerializeToString())
-    await hub.wait_state(members, (1, 0))
+    await hub.found(members)
     expected = Expected()
     for step in (1, 2, 3):
         await _round(hub, members, step, expected)
