@@ -84,6 +84,7 @@ class _PiecedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        """The gradients that `forward` has already made, times that of the loss."""
         grad_ND, grad_VD = ctx.saved_tensors
         return grad_ND * grad, grad_VD * grad, None, None
 
