@@ -4,6 +4,7 @@ import math
 
 from coordinator.scaling.links import StrategyChoice
 from coordinator.scaling.plan_types import Plan
+from coordinator.scaling.recipe import outer_settings
 from protos.contract.errors import ErrorCode, MachineError
 from protos.contract.run_spec import (
     STRATEGIES,
@@ -69,6 +70,9 @@ def _strategy_spec(plan: Plan) -> StrategySpec:
 
 def _diloco_values(plan: Plan, chosen: StrategyChoice) -> dict[str, object]:
     seq_len = plan.shape.seq_len
+    outer_lr, outer_momentum, _ = outer_settings(
+        chosen.num_replicas, plan.recipe.steps / chosen.inner_steps_per_outer
+    )
     windows = max(1, round(plan.recipe.global_batch_tokens / chosen.num_replicas / seq_len))
     return {
         "inner_steps": chosen.inner_steps_per_outer,
@@ -76,7 +80,8 @@ def _diloco_values(plan: Plan, chosen: StrategyChoice) -> dict[str, object]:
         "num_fragments": chosen.num_fragments,
         "overlap_inner_steps": chosen.overlap_inner_steps,
         "mix_ratio": OVERLAP_MIX_RATIO if chosen.overlap_inner_steps else 0.0,
-        "outer_lr": plan.recipe.outer_lr,
+        "outer_lr": outer_lr,
+        "outer_momentum": outer_momentum,
     }
 
 

@@ -7,6 +7,7 @@ from coordinator.scaling.links import AIM_UTILISATION, StrategyChoice
 from coordinator.scaling.plan_law import opinions
 from coordinator.scaling.plan_types import Choice, Plan, PlanRequest
 from coordinator.scaling.pool import DAY_SECONDS
+from coordinator.scaling.recipe import outer_settings
 from coordinator.scaling.sizing import NEAR_OPTIMAL_EFFICIENCY, PRACTICAL_DATA_PASSES
 
 FEWEST_STEPS = 100
@@ -138,7 +139,7 @@ def _recipe_choices(plan: Plan) -> list[Choice]:
     recipe = plan.recipe
     fewest, most = plan.micro_steps
     micro = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    found = [
+    return [
         Choice(
             name="global batch",
             value=f"{recipe.global_batch_tokens:,} tokens",
@@ -158,10 +159,6 @@ def _recipe_choices(plan: Plan) -> list[Choice]:
         ),
         Choice(name="steps", value=f"{recipe.steps:,}", reason=recipe.steps_reason),
     ]
-    if recipe.outer_lr:
-        reason = "best at this number of replicas (read at 1, 2, 4, 8; +- 0.2), momentum 0.9"
-        found.append(Choice(name="outer rate", value=f"{recipe.outer_lr:g}", reason=reason))
-    return found
 
 
 def _swarm_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
@@ -187,6 +184,11 @@ def _swarm_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
         )
         reason += "bytes per parameter (anchor, outer momentum), which can lie in host memory"
         found.append(Choice(name="replicas", value=str(chosen.num_replicas), reason=reason))
+        outer_lr, momentum, reason = outer_settings(
+            chosen.num_replicas, plan.recipe.steps / chosen.inner_steps_per_outer
+        )
+        value = f"rate {outer_lr:g}, momentum {momentum:g}"
+        found.append(Choice(name="outer step", value=value, reason=reason))
     else:
         reason = "sync makes one large data-parallel replica of all peers: no replica penalty"
         found.append(Choice(name="replicas", value="1", reason=reason))

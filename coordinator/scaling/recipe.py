@@ -29,6 +29,7 @@ LOWEST_LR = 1e-5
 """Below, nothing is learnt in time; no published rule was measured there."""
 WEIGHT_DECAY_RANGE = (0.01, 0.5)
 """A tenth and five times the anchor's; beyond, the timescale rule has not been tried."""
+LEAST_OUTER_STEPS_WITH_MOMENTUM = 100
 STEP_LAW_RANGE = (60e6, 1.1e9)
 """N of the grid that the Step Law was fitted on, without vocabulary."""
 RULES = ("step-law", "deepseek", "porian", "bjorck")
@@ -43,8 +44,6 @@ class Recipe:
     steps: int
     peak_lr: float
     weight_decay: float
-    outer_lr: float
-    """0 for sync."""
     lr_by_rule: Mapping[str, float]
     batch_reason: str
     lr_reason: str
@@ -108,10 +107,22 @@ def anchor_timescale_ratio() -> float:
     return timescale_ratio(batch, peak_lr, ANCHOR_WEIGHT_DECAY, ANCHOR_TOKENS)
 
 
-def outer_learning_rate(num_replicas: int) -> float:
-    """Best outer learning rate of DiLoCo, read at M = 1, 2, 4, 8; the next lower M in between."""
+def outer_settings(num_replicas: int, outer_steps: float) -> tuple[float, float, str]:
+    """(learning rate, momentum, reason) of DiLoCo's outer steps, of which a fragment gets so many:
+    the best rate read at M = 1, 2, 4, 8 (the next lower M in between), whose momentum of 0.9
+    remembers ten outer steps, or plain averages for a run that is not several times as long
+    (measured over 17 and 33 outer steps, ops/bench/strategies.md).
+    """
+    if outer_steps < LEAST_OUTER_STEPS_WITH_MOMENTUM:
+        return (
+            1.0,
+            0.0,
+            f"{outer_steps:.3g} outer steps of a fragment are too few for momentum 0.9, which "
+            f"remembers ten (below {LEAST_OUTER_STEPS_WITH_MOMENTUM}): plain averages",
+        )
     known = max(m for m in (1, 2, 4, 8) if m <= num_replicas)
-    return NUMBERS[f"outer-lr-{known}"].law
+    rate = NUMBERS[f"outer-lr-{known}"].law
+    return rate, 0.9, "best at this number of replicas (read at 1, 2, 4, 8; +- 0.2), momentum 0.9"
 
 
 def plan_recipe(
@@ -165,14 +176,12 @@ def plan_recipe(
             f"{most_decay:g} the rule means nothing"
         )
     steps = max(1, math.ceil(tokens_d / batch_tokens))
-    outer_lr = outer_learning_rate(num_replicas) if is_diloco else 0.0
     return Recipe(
         global_batch_tokens=batch_tokens,
         critical_batch_tokens=critical,
         steps=steps,
         peak_lr=peak_lr,
         weight_decay=weight_decay,
-        outer_lr=outer_lr,
         lr_by_rule=rates,
         batch_reason=batch_reason,
         lr_reason=f"{lr_reason}; other rules say {others}",

@@ -11,7 +11,7 @@ from coordinator.scaling.recipe import (
     critical_batch_tokens,
     learning_rates,
     mu_transfer,
-    outer_learning_rate,
+    outer_settings,
     plan_recipe,
     timescale_ratio,
     token_cost_ratio,
@@ -70,9 +70,18 @@ def test_weight_decay_keeps_the_timescale() -> None:
 def test_diloco_uses_its_own_laws() -> None:
     found = recipe(num_replicas=8, params_n=1e9)
     assert found.peak_lr == pytest.approx(22256 * 1e9**-0.8827 * 8**0.2929, rel=0.01)
-    assert found.outer_lr == 0.8
-    assert [outer_learning_rate(m) for m in (1, 3, 7, 64)] == [0.4, 0.6, 0.6, 0.8]
-    assert recipe().outer_lr == 0
+
+
+def test_outer_steps_have_momentum_only_if_there_are_many_of_them() -> None:
+    assert [outer_settings(m, 100)[:2] for m in (1, 3, 7, 64)] == [
+        (0.4, 0.9),
+        (0.6, 0.9),
+        (0.6, 0.9),
+        (0.8, 0.9),
+    ]
+    rate, momentum, reason = outer_settings(4, 99)
+    assert (rate, momentum) == (1.0, 0.0)
+    assert "99 outer steps" in reason and "plain averages" in reason
 
 
 def test_small_models_are_held() -> None:
