@@ -132,7 +132,8 @@ def fit_report(
         },
         "band": {
             "level_ratio": LEVEL_RATIO,
-            "score_ratio": study.band.score_ratio,
+            "scale_ratio": study.band.scale_ratio,
+            "off_ratio": study.band.off_ratio,
             "num_past_errors": study.band.num_past_errors,
             "num_cuts": study.band.num_cuts,
         },

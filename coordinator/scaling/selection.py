@@ -32,11 +32,13 @@ PUBLIC_ERROR_RATIO = {
 """Median error over eleven public sweeps, fitted to the cheaper and tried on the dearer half."""
 MIN_ROWS_FOR_PUBLIC = 30
 """With fewer rows the experience of those sweeps, which had more, does not carry over."""
-CUT_QUANTILES = (0.4, 0.5, 0.6, 0.7, 0.8)
+CUT_QUANTILES = (0.2, 0.4, 0.6, 0.8)
 """Where the computes of a table are cut into cheaper and dearer."""
 _WEIGHT_POWER = 2.0
 _MIN_DEARER_ROWS = 3
 _SPARE_ROWS = 3
+_MIN_SPAN_LOG = 0.6
+"""Nearly a doubling of compute: within one budget N and D are tied, and no law can be had."""
 _TEST_STARTS = 8
 _WINDOW_RATIO = 8.0
 _TOP_WINDOW_RATIO = 4.0
@@ -50,6 +52,8 @@ class Errors:
 
     cut_flop: float
     """Largest compute that it had seen."""
+    span_log: float
+    """ln(largest / least compute that it had seen)."""
     horizon_log: Array
     """ln(C / cut)."""
     off_log: Array
@@ -128,7 +132,7 @@ def backtests(
     cuts = np.unique([np.quantile(levels, q, method="lower") for q in CUT_QUANTILES]) + 0.006
     out: dict[Form, list[Errors]] = {form: [] for form in forms}
     needed = max(form.num_constants for form in forms) + _SPARE_ROWS
-    is_near_all = is_near_frontier(compute_flop, loss_nats, near_ratio=near_ratio)
+    is_near_all = is_near_frontier(compute_flop, loss_nats)
     for cut in cuts:
         below = np.flatnonzero(log_c <= cut)
         below = below[
@@ -137,6 +141,10 @@ def backtests(
         dearer = log_c > cut
         if len(below) < needed or (dearer & is_near_all).sum() < _MIN_DEARER_ROWS:
             continue
+        top = float(compute_flop[below].max())
+        span_log = float(np.log(top / compute_flop[below].min()))
+        if span_log < _MIN_SPAN_LOG:
+            continue
         rows = params_n[below], tokens_d[below]
         try:
             for form in forms:
@@ -144,7 +152,6 @@ def backtests(
         except UsageError:
             continue  # a cut without enough sizes says nothing about any form
         weights = row_weights(*rows, compute_flop[below]) if is_weighted else None
-        top = float(compute_flop[below].max())
         for form in forms:
             fit = fit_law(
                 *rows, loss_nats[below], form=form, loss=loss, seed=seed, weights=weights,
@@ -154,6 +161,7 @@ def backtests(
             out[form].append(
                 Errors(
                     cut_flop=top,
+                    span_log=span_log,
                     horizon_log=log_c[dearer] - np.log(top),
                     off_log=off_frontier_log(
                         fit.law, params_n[dearer], tokens_d[dearer], compute_flop[dearer]

@@ -18,6 +18,7 @@ from coordinator.scaling.bands import (
     ErrorBand,
     bootstrap,
     percentile_interval,
+    spread_log,
 )
 from coordinator.scaling.determined import (
     check_losses,
@@ -108,17 +109,22 @@ class StudyFit:
 
     def predict(self, params_n: Array, tokens_d: Array, compute_flop: Array) -> Predictions:
         """Losses of points (m,) with a 90 % band."""
-        logs = self._log_losses(params_n, tokens_d)
-        log_loss = np.asarray(sum(self.weights[form] * logs[form] for form in logs))
-        off = off_frontier_log(self.fit.law, params_n, tokens_d, compute_flop)
-        horizon = np.log(compute_flop / self.largest_flop)
-        half = self.band.half_width_log(horizon, off)
-        drawn = np.zeros(len(log_loss))
-        for form, boot in self.boots.items():
-            if self.weights.get(form, 0.0) > 0 and len(boot.alpha) > 1:
+        used = [form for form in self.fits if self.weights.get(form, 0.0) > 0]
+        shares = np.array([self.weights[form] for form in used])
+        logs = np.array([np.log(self.fits[f].law.loss_nats(params_n, tokens_d)) for f in used])
+        drawn = np.zeros_like(logs)
+        for row, form in zip(drawn, used, strict=True):
+            boot = self.boots.get(form)
+            if boot is not None and len(boot.alpha) > 1:
                 low, high = np.percentile(boot.log_loss(params_n, tokens_d), [5, 95], axis=0)
-                drawn += self.weights[form] * (high - low) / 2
-        half = np.sqrt(half**2 + drawn**2)
+                row[:] = (high - low) / 2
+        log_loss = shares @ logs
+        half = self.band.half_width_log(
+            np.log(compute_flop / self.largest_flop),
+            off_frontier_log(self.fit.law, params_n, tokens_d, compute_flop),
+            span_log=float(np.log(self.largest_flop / self.observations.compute_flop.min())),
+            other_std_log=spread_log(logs, shares, drawn),
+        )
         return Predictions(
             loss_nats=np.exp(log_loss),
             low_nats=np.exp(log_loss - half),
@@ -144,13 +150,6 @@ class StudyFit:
             loss_low_nats=float(at.low_nats[0]),
             loss_high_nats=float(at.high_nats[0]),
         )
-
-    def _log_losses(self, params_n: Array, tokens_d: Array) -> dict[Form, Array]:
-        return {
-            form: np.log(fit.law.loss_nats(params_n, tokens_d))
-            for form, fit in self.fits.items()
-            if self.weights.get(form, 0.0) > 0
-        }
 
 
 @np.errstate(all="ignore")  # what comes of it is looked at (determined.py)
@@ -288,7 +287,7 @@ def _usable(
 def _affordable(
     near: Observations, forms: tuple[Form, ...], asked: Form | None, reasons: list[str]
 ) -> tuple[tuple[Form, ...], list[str]]:
-    """In auto, the forms that the number of points can fix."""
+    """In auto, the forms that the number of points can fix with one to spare."""
     if asked is not None:
         return forms, reasons
     cells = {
@@ -298,7 +297,7 @@ def _affordable(
             strict=True,
         )
     }
-    kept = tuple(each for each in forms if each.num_constants <= len(cells))
+    kept = tuple(each for each in forms if each.num_constants < len(cells))
     dropped = [each.value for each in forms if each not in kept]
     if kept and dropped:
         reasons = [
@@ -347,10 +346,11 @@ def _allocation_form(forms: tuple[Form, ...], chosen: Form, asked: Form | None) 
 def _mixed(tests: Mapping[Form, Sequence[Errors]], shares: Mapping[Form, float]) -> list[Errors]:
     """Errors that the mix of forms would have made at every cut."""
     out = []
+    first = int(np.argmax([shares[form] for form in tests]))
     for of_cut in zip(*tests.values(), strict=True):
         total = np.sum(
             [shares[form] * errors.error_log for form, errors in zip(tests, of_cut, strict=True)],
             axis=0,
         )
-        out.append(replace(of_cut[0], error_log=np.asarray(total)))
+        out.append(replace(of_cut[first], error_log=np.asarray(total)))
     return out

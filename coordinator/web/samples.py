@@ -117,7 +117,7 @@ def _run_samples(status: StatusResponse) -> Iterator[Sample]:
         yield Sample(
             telemetry.COORDINATOR_HELDOUT_BITS_PER_BYTE, (), status.last_evaluation.bits_per_byte
         )
-    yield from _forecast_samples(status)
+    yield from forecast_samples(status)
     for state in telemetry.LeaseState:
         yield Sample(telemetry.COORDINATOR_LEASES, (state,), status.leases_by_state.get(state, 0))
     for peer_state in telemetry.PeerState:
@@ -130,7 +130,8 @@ def _run_samples(status: StatusResponse) -> Iterator[Sample]:
     )
 
 
-def _forecast_samples(status: StatusResponse) -> Iterator[Sample]:
+def forecast_samples(status: StatusResponse) -> Iterator[Sample]:
+    """Of the newest forecast, if there is one."""
     said = status.forecast.forecast
     if said is None:
         return
@@ -139,6 +140,8 @@ def _forecast_samples(status: StatusResponse) -> Iterator[Sample]:
         yield Sample(telemetry.COORDINATOR_FORECAST_LOSS_NATS, (bound,), loss_nats)
     yield Sample(telemetry.COORDINATOR_FORECAST_BEST_PARAMETERS, (), said.n_opt)
     yield Sample(telemetry.COORDINATOR_FORECAST_EFFICIENCY, (), said.efficiency_ratio)
+    yield Sample(telemetry.COORDINATOR_RESTART_ADVISED, (), float(said.is_restart_better))
+    yield Sample(telemetry.COORDINATOR_COOLDOWN_DUE, (), float(said.is_cooldown_due))
 
 
 def _peer_samples(peers: list[PeerStatus]) -> Iterator[Sample]:

@@ -56,7 +56,8 @@ class StudyView:
     curves: tuple[dict[str, Any], ...]
     """{params_n, points: [[compute_flop, loss_nats], ...]} of every size with a result."""
     fit: dict[str, Any] | None
-    """{form, constants, n_opt_exponent, reasons, frontier: [[compute, loss, n_opt], ...]}."""
+    """{form, constants, n_opt_exponent, reasons, frontier: [[compute, loss, n_opt], ...]}; the
+    frontier only where the best size is among those fitted."""
     fit_reason: str
     """Why there is no fit; "" if there is one."""
 
@@ -100,19 +101,28 @@ def curves_of(table: Observations) -> tuple[dict[str, Any], ...]:
 
 
 def fit_view(fit: StudyFit) -> dict[str, Any]:
-    """The law and its frontier over the measured computes."""
-    measured = fit.observations.compute_flop
+    """The law and its frontier over the measured computes, where sizes were tried round it."""
+    measured, sizes = fit.observations.compute_flop, fit.observations.params_n
     computes = np.geomspace(measured.min(), measured.max(), _NUM_FRONTIER_POINTS)
-    best = [fit.optimum(float(compute)).optimum for compute in computes]
+    frontier = [
+        [float(compute), best.loss_nats, best.params_n]
+        for compute in computes
+        for best in (fit.optimum(float(compute)).optimum,)
+    ]
+    is_tried = [sizes.min() <= row[2] <= sizes.max() for row in frontier]
+    reasons = [*(f"warning: {said}" for said in fit.warnings), *fit.reasons]
+    if np.isfinite(frontier).all() and not all(is_tried):
+        reasons.append(
+            f"the best size lies outside those fitted ({sizes.min():.4g} to {sizes.max():.4g} "
+            "parameters) at some computes, where no frontier is drawn: try more sizes"
+        )
+        frontier = [row for row, kept in zip(frontier, is_tried, strict=True) if kept]
     return {
         "form": fit.fit.form.value,
         "constants": constants_of(fit.fit.law),
         "n_opt_exponent": fit.allocation.law.params_exponent,
-        "reasons": [*(f"warning: {said}" for said in fit.warnings), *fit.reasons],
-        "frontier": [
-            [float(compute), one.loss_nats, one.params_n]
-            for compute, one in zip(computes, best, strict=True)
-        ],
+        "reasons": reasons,
+        "frontier": frontier,
     }
 
 

@@ -333,6 +333,14 @@ COORDINATOR_FORECAST_EFFICIENCY = _gauge(
     "muster_coordinator_forecast_efficiency_ratio",
     "Share of the run's compute that its number of parameters makes use of.",
 )
+COORDINATOR_RESTART_ADVISED = _gauge(
+    "muster_coordinator_restart_advised",
+    "1 if starting again with the best number of parameters would win; the status says why.",
+)
+COORDINATOR_COOLDOWN_DUE = _gauge(
+    "muster_coordinator_cooldown_due",
+    "1 if the remaining compute is so little of the spent that the cooldown is due.",
+)
 COORDINATOR_ETA_SECONDS = _gauge(
     "muster_coordinator_eta_seconds",
     "Until the budget is credited at the present pool; negative if it cannot be told.",
@@ -391,6 +399,8 @@ COORDINATOR_METRICS: tuple[Metric, ...] = (
     COORDINATOR_FORECAST_LOSS_NATS,
     COORDINATOR_FORECAST_BEST_PARAMETERS,
     COORDINATOR_FORECAST_EFFICIENCY,
+    COORDINATOR_RESTART_ADVISED,
+    COORDINATOR_COOLDOWN_DUE,
     COORDINATOR_ETA_SECONDS,
     COORDINATOR_PEER_AVERAGING_BYTES_PER_SECOND,
     COORDINATOR_PEER_ROUND_SECONDS,

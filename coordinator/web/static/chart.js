@@ -1,4 +1,4 @@
-// A line chart in SVG: two series over one x axis, light grid, readout at the pointer. No dependencies.
+// A line chart in SVG: two series over one x axis, a forecast with its band, readout at the pointer. No dependencies.
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 288, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 26;
@@ -40,7 +40,7 @@ export function drawChart(container, readout, series, xMax, describe) {
     container.replaceChildren(svg);
     return;
   }
-  const ys = points.map((point) => point.y);
+  const ys = points.flatMap((point) => [point.y, point.low ?? point.y, point.high ?? point.y]);
   const low = Math.min(...ys), high = Math.max(...ys), margin = (high - low) * 0.05 || 0.1;
   const yLow = low - margin, yHigh = high + margin;
   const toX = (x) => LEFT + (x / xMax) * (width - LEFT - RIGHT);
@@ -57,6 +57,11 @@ export function drawChart(container, readout, series, xMax, describe) {
     svg.append(element("path", { class: name, d: path.join("") || "M0 0" }));
   }
   for (const point of series.heldout) svg.append(element("circle", { class: "dot", cx: toX(point.x), cy: toY(point.y), r: 2.5 }));
+  for (const { x, y, low, high } of series.forecast) {
+    svg.append(element("line", { class: "band", x1: toX(x), x2: toX(x), y1: toY(low), y2: toY(high) }));
+    for (const end of [low, high]) svg.append(element("line", { class: "band", x1: toX(x) - 4, x2: toX(x) + 4, y1: toY(end), y2: toY(end) }));
+    svg.append(element("circle", { class: "ahead", cx: toX(x), cy: toY(y), r: 3 }));
+  }
   const cursor = element("line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
   svg.append(cursor);
   svg.addEventListener("pointermove", (event) => {

@@ -78,7 +78,11 @@ function showStatus(status) {
   put("forecast-note", said ? `nats held-out at ${shortNumber(said.final_tokens)} tokens, ${said.low_nats.toFixed(3)} to ${said.high_nats.toFixed(3)}; ` +
     `made at ${shortNumber(status.forecast.credited_tokens)} tokens` : status.forecast.reason);
   put("best-size", said ? shortNumber(said.n_opt) : "-");
-  put("best-size-note", said ? `parameters; the present ones use ${Math.round(100 * said.efficiency_ratio)} % of the compute. ${said.restart_reason}` : "");
+  put("best-size-note", said ? `parameters; the present ones use ${Math.round(100 * said.efficiency_ratio)} % of the compute` +
+    (said.is_restart_better ? ": restart advised" : "") : "");
+  byId("advice").hidden = !said;
+  put("advice", said ? `Best size: ${said.restart_reason}. Cooldown ${said.is_cooldown_due ? "due" : "not due"}: ${said.cooldown_reason}. ` +
+    `Forecast: ${said.reason}.` : "");
   put("outer-step", String(status.outer_step));
   put("incarnation", `incarnation ${status.incarnation}, ${status.num_rollbacks} rollbacks, directive ${status.directive_number}`);
   put("num-peers", String(status.num_live_peers));
@@ -124,9 +128,13 @@ function showPeers(peers, nowSeconds) {
 function showSeries(series, status) {
   const train = series.steps.map((step) => ({ x: step.credited_tokens, y: step.loss_nats, step: step.outer_step, name: "training" }));
   const heldout = series.evaluations.map((point) => ({ x: point.schedule_tokens, y: point.loss_nats, step: point.outer_step, name: "held-out" }));
-  const xMax = Math.max(status.budget_tokens, 1, ...train.map((point) => point.x), ...heldout.map((point) => point.x));
-  drawChart(byId("loss-chart"), byId("loss-readout"), { train, heldout }, xMax,
-    (point) => `${point.name}: ${point.y.toFixed(4)} nats at ${shortNumber(point.x)} tokens, step ${point.step}`);
+  const said = status.forecast.forecast;
+  const forecast = said ? [{ x: said.final_tokens, y: said.loss_nats, low: said.low_nats, high: said.high_nats, name: "forecast" }] : [];
+  byId("forecast-key").hidden = !said;
+  const xMax = Math.max(status.budget_tokens, 1, ...[...train, ...heldout, ...forecast].map((point) => point.x));
+  drawChart(byId("loss-chart"), byId("loss-readout"), { train, heldout, forecast }, xMax, (point) => point.name === "forecast" ?
+    `forecast: ${point.y.toFixed(4)} nats (${point.low.toFixed(4)} to ${point.high.toFixed(4)}) at ${shortNumber(point.x)} tokens` :
+    `${point.name}: ${point.y.toFixed(4)} nats at ${shortNumber(point.x)} tokens, step ${point.step}`);
 }
 
 function showEvents(events) {
@@ -182,7 +190,8 @@ async function poll() {
     showStatus(status);
     showPeers(peers.peers, status.now_unix_seconds);
     showEvents(events.events);
-    const seriesKey = [status.incarnation, status.outer_step, status.last_evaluation?.unix_seconds].join();
+    const seriesKey = [status.incarnation, status.outer_step, status.last_evaluation?.unix_seconds,
+      status.forecast.make_unix_seconds].join();
     if (seriesKey !== shownSeriesKey) {
       showSeries(await ask(`${base}/series`), status);
       shownSeriesKey = seriesKey;

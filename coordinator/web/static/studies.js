@@ -40,6 +40,24 @@ function pathOf(points, toX, toY) {
   return points.map(([x, y], index) => `${index ? "L" : "M"}${toX(x).toFixed(1)} ${toY(y).toFixed(1)}`).join("");
 }
 
+// Powers of ten in [10^low, 10^high], with 2 and 5 times them where at most `most` fit; the ends if there are too few.
+function logTicks(low, high, most) {
+  for (const factors of [[1, 2, 5], [1, 3], [1]]) {
+    const values = [];
+    for (let power = Math.floor(low); power <= high; power++) {
+      values.push(...factors.map((factor) => factor * 10 ** power));
+    }
+    const shown = values.filter((value) => Math.log10(value) >= low - 1e-9 && Math.log10(value) <= high + 1e-9);
+    if (shown.length >= 2 && shown.length <= most) return shown;
+  }
+  return [10 ** low, 10 ** high];
+}
+
+function withUnit(value, unit) {
+  const text = shortNumber(value);
+  return text.includes(" ") ? text + unit : `${text} ${unit}`;
+}
+
 // Loss (linear) over compute (logarithmic), a line for every size, the law's frontier dashed.
 function lawChart(study, width) {
   const curves = study.curves, frontier = study.fit ? study.fit.frontier : [];
@@ -55,9 +73,8 @@ function lawChart(study, width) {
     svg.append(element("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: toY(value), y2: toY(value) }));
     svg.append(element("text", { x: LEFT - 6, y: toY(value) + 4, "text-anchor": "end" }, shortNumber(value)));
   }
-  for (const value of ticks(xLow, xLow + xSpan, 5)) {
-    svg.append(element("text", { x: toX(10 ** value), y: HEIGHT - 8, "text-anchor": "middle" },
-      `${shortNumber(10 ** value)}FLOP`));
+  for (const value of logTicks(xLow, xLow + xSpan, width / 120)) {
+    svg.append(element("text", { x: toX(value), y: HEIGHT - 8, "text-anchor": "middle" }, withUnit(value, "FLOP")));
   }
   for (const curve of curves) {
     svg.append(element("path", { class: "size", d: pathOf(curve.points, toX, toY) }));
@@ -71,10 +88,10 @@ function lawChart(study, width) {
 
 function fitText(fit) {
   const constants = Object.entries(fit.constants).map(([name, value]) => `${name} ${+value.toPrecision(4)}`).join(", ");
-  const [compute, loss, best] = fit.frontier[fit.frontier.length - 1];
-  return `Law (${fit.form}): L = E + (A / N^alpha + B / D^beta)^kappa with ${constants}. N_opt grows as ` +
-    `C^${fit.n_opt_exponent.toFixed(3)}; at ${shortNumber(compute)}FLOP it is ${shortNumber(best)} parameters, loss ${loss.toFixed(4)} nats. ` +
-    fit.reasons.join("; ");
+  const last = fit.frontier[fit.frontier.length - 1];
+  const best = last ? `; at ${withUnit(last[0], "FLOP")} it is ${shortNumber(last[2])} parameters, loss ${last[1].toFixed(4)} nats` : "";
+  return `Law (${fit.form}): L = E + (A / N^alpha + B / D^beta)^kappa with ${constants}. ` +
+    `N_opt grows as C^${fit.n_opt_exponent.toFixed(3)}${best}${last ? " (dashed: the best by the law)" : ""}. ${fit.reasons.join("; ")}`;
 }
 
 function article(study, width) {

@@ -14,6 +14,7 @@ from coordinator.operations.requests_admin import EventsRequest, SeriesRequest
 from coordinator.operations.status import events, series
 from coordinator.refit import make_forecast
 from coordinator.store.rows_membership import EvaluationRow
+from coordinator.web.samples import forecast_samples
 from protos.contract.run_spec import RunSpec, ScheduleSpec
 from tests.coordinator.operations.ledger_world import SEQ_LEN
 from tests.coordinator.operations.swarm_world import RUN_ID, SwarmWorld
@@ -153,3 +154,24 @@ def test_a_run_that_follows_its_pool_cools_down_and_ends_at_its_budget() -> None
 def load(world: SwarmWorld) -> Any:
     with world.store.read() as tx:
         return load_run(tx, RUN_ID)
+
+
+def test_advice_and_cooldown_are_told_in_status_event_log_and_metrics() -> None:
+    world = SwarmWorld.create(budget_windows=64)
+    with_schedule(world, lr_warmup_tokens=0)
+    world.start(1)
+    for step, loss in enumerate((6.0, 5.5, 5.2, 5.0), start=1):
+        world.commit(num_windows=2)
+        evaluate(world, step * SEQ_LEN, loss, step=step)
+    (task,) = refits(world)
+    made = make_forecast(task)
+    assert made.forecast is not None
+    for is_better in (False, True, True, False):
+        said = replace(made.forecast, is_restart_better=is_better, is_cooldown_due=not is_better)
+        world.do(save_forecast, replace(made, forecast=said))
+        shown = world.status().forecast.forecast
+        assert shown is not None and shown.restart_reason and shown.cooldown_reason
+        values = {sample.metric.name: sample.value for sample in forecast_samples(world.status())}
+        assert values["muster_coordinator_restart_advised"] == float(is_better)
+        assert values["muster_coordinator_cooldown_due"] == float(not is_better)
+    assert texts(world, "advice") == [f"restart advice: {made.forecast.restart_reason}"] * 2

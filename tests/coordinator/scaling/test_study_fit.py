@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from coordinator.scaling.bands import ErrorBand, conformal_quantile
 from coordinator.scaling.laws import Form
 from coordinator.scaling.observations import Observation, Observations
 from coordinator.scaling.parametric import Loss
@@ -195,11 +194,3 @@ def test_weights() -> None:
         np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 100.0]), np.array([1.0, 1.0, 100.0])
     )
     assert by_row == pytest.approx([0.05, 0.05, 1.0])
-
-
-def test_conformal_quantile_covers() -> None:
-    generator = np.random.default_rng(0)
-    scores = np.abs(generator.standard_normal((2000, 21)))
-    inside = [s[20] <= conformal_quantile(s[:20]) for s in scores]
-    assert 0.88 <= np.mean(inside) <= 0.94
-    assert ErrorBand.of([]).num_cuts == 0
