@@ -2,7 +2,7 @@
 stops.
 
 lock + store -> keys -> RECOVERING -> writer thread -> rendezvous child -> gRPC server -> ticker,
-refit, dialler -> web thread
+refit, dialler, mirror index -> web thread
 
 Stopping goes the other way, with a deadline for calls in progress; a process that is killed instead
 loses nothing that was acknowledged. `serve` and `up` use the same object.
@@ -30,6 +30,7 @@ from coordinator.identity import (
     save_running,
 )
 from coordinator.metrics import CoordinatorMetrics
+from coordinator.mirror_index import MirrorIndex
 from coordinator.operations.admin import list_runs
 from coordinator.operations.common import BeginRecovery, OperationContext, begin_recovery
 from coordinator.operations.requests_admin import ListRunsRequest
@@ -149,6 +150,9 @@ class Coordinator:
         dialler = Dialler(writer)
         dialler.start()
         on_stop.push_async_callback(dialler.stop)
+        mirror_index = MirrorIndex(writer, data_dir=config.data_dir, key=identity.signing_key)
+        mirror_index.start()
+        on_stop.push_async_callback(mirror_index.stop)
         web = WebServer(
             build_app(cache=cache, metrics=metrics), host=config.http_host, port=config.http_port
         )

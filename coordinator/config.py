@@ -53,6 +53,10 @@ class CoordinatorConfig:
     """Port of the child rendezvous; 0 lets the system choose."""
     has_rendezvous: bool = True
     """False: start none and name none (peers then find each other only through one another)."""
+    checkpoint_mirrors: tuple[str, ...] = ()
+    """Where copies of DATA_DIR/checkpoints lie, as http, https or file addresses: peers take a
+    run's newest from MIRROR/RUN_ID when nobody else serves it.
+    """
     heartbeat_interval_seconds: float = 10.0
     """What heartbeat replies ask for, before jitter."""
     lease_ttl_seconds: float = 60.0
@@ -100,6 +104,11 @@ class CoordinatorConfig:
                     "rendezvous",
                     address,
                     "multiaddresses such as /ip4/192.0.2.7/tcp/7702/p2p/Qm...",
+                )
+        for mirror in self.checkpoint_mirrors:
+            if not mirror.startswith(("http://", "https://", "file:///")) or len(mirror) > 500:
+                raise _refused(
+                    "checkpoint_mirrors", mirror, "http://, https:// or file:/// addresses"
                 )
         for name in ("num_evaluations", "num_kept_checkpoints", "max_peers", "max_concurrent_rpcs"):
             if getattr(self, name) < 1:

@@ -40,7 +40,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("domain", "scaling", "store"),
         ("corpus", "study"),
         ("operations",),
-        ("api", "web", "ticker", "refit", "dial_back"),
+        ("api", "web", "ticker", "refit", "dial_back", "mirror_index"),
         ("app",),
         ("cli",),
     ),

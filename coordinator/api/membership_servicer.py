@@ -21,12 +21,14 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
         authenticator: Authenticator,
         nonces: NonceBook,
         rendezvous_addresses: Callable[[], tuple[str, ...]],
+        checkpoint_mirrors: tuple[str, ...],
         clock: Callable[[], float],
     ) -> None:
         self._calls = calls
         self._authenticator = authenticator
         self._nonces = nonces
         self._rendezvous_addresses = rendezvous_addresses
+        self._checkpoint_mirrors = checkpoint_mirrors
         self._clock = clock
 
     async def Challenge(
@@ -43,7 +45,11 @@ class MembershipServicer(membership_pb2_grpc.MembershipServicer):
         self._nonces.use(request.nonce)
         response = await self._calls.change(join, wire.join_request_from_wire(request))
         self._authenticator.forget(response.peer_id)
-        return wire.join_response_to_wire(response, rendezvous=self._rendezvous_addresses())
+        return wire.join_response_to_wire(
+            response,
+            rendezvous=self._rendezvous_addresses(),
+            checkpoint_mirrors=self._checkpoint_mirrors,
+        )
 
     async def Heartbeat(
         self, request: membership_pb2.HeartbeatRequest, context: Any

@@ -85,6 +85,7 @@ def build_server(
         authenticator=authenticator,
         nonces=NonceBook(clock=clock),
         rendezvous_addresses=rendezvous_addresses,
+        checkpoint_mirrors=config.checkpoint_mirrors,
         clock=clock,
     )
     duties = DutiesServicer(

@@ -141,7 +141,10 @@ def join_request_from_wire(message: membership_pb2.JoinRequest) -> JoinRequest:
 
 
 def join_response_to_wire(
-    response: JoinResponse, *, rendezvous: tuple[str, ...]
+    response: JoinResponse,
+    *,
+    rendezvous: tuple[str, ...],
+    checkpoint_mirrors: tuple[str, ...],
 ) -> membership_pb2.JoinResponse:
     """See membership.proto; the rendezvous comes before live peers."""
     return membership_pb2.JoinResponse(
@@ -154,6 +157,7 @@ def join_response_to_wire(
         initial_peers=(*rendezvous, *response.initial_peers),
         incarnation_record=response.incarnation_record,
         directive=response.directive,
+        checkpoint_mirrors=checkpoint_mirrors,
         outer_step=response.outer_step,
         dataset_id=response.dataset_id,
         heartbeat_interval_duration=duration(response.heartbeat_interval_seconds),

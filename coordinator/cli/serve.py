@@ -53,6 +53,13 @@ def serve(
         bool | None,
         typer.Option("--with-rendezvous/--no-rendezvous", help="Whether there is one at all."),
     ] = None,
+    checkpoint_mirrors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--checkpoint-mirror",
+            help="Where a copy of DATA_DIR/checkpoints lies (http, https, file); may be repeated.",
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option("--log-level", help="DEBUG, INFO, WARNING or ERROR.")
     ] = "INFO",
@@ -81,6 +88,7 @@ def serve(
         "rendezvous": tuple(rendezvous) if rendezvous else None,
         "rendezvous_port": rendezvous_port,
         "has_rendezvous": has_rendezvous,
+        "checkpoint_mirrors": tuple(checkpoint_mirrors) if checkpoint_mirrors else None,
     }
     config = load_config(config_path=config_path, flags=flags)
     if config.advertise:

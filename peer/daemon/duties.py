@@ -23,6 +23,7 @@ from peer.ipc import Message
 from peer.metrics import PeerMetrics
 from peer.session_events import ChildName
 from protos.contract.channel import MAX_STREAM_PART_BYTES
+from protos.contract.checkpoint_index import CheckpointIndex
 from protos.contract.errors import CorruptDataError, MusterError, UnavailableError
 from protos.contract.telemetry import PEER_DUTIES, LogField
 from protos.muster.v1 import common_pb2, duties_pb2
@@ -35,6 +36,9 @@ DUTY_KINDS = {
     duties_pb2.DUTY_KIND_CHECKPOINT: ev.DutyKind.CHECKPOINT,
     duties_pb2.DUTY_KIND_TRIAL: ev.DutyKind.TRIAL,
 }
+
+FetchMirrored = Callable[[int], tuple[Path, CheckpointIndex]]
+"""Newest checkpoint of a mirror, not above an outer step; blocks; raises UnavailableError."""
 
 Send = Callable[..., bool]
 """(child, kind, **fields); False if the child is gone."""
@@ -63,9 +67,10 @@ class Duties:
         metrics: PeerMetrics,
         feed: Callable[[ev.Event], None],
         run_trial: Callable[[duties_pb2.Duty], Awaitable[duties_pb2.TrialResult]],
+        mirrors: FetchMirrored | None = None,
     ) -> None:
         self._client = client
-        self._run_trial = run_trial
+        self._run_trial, self._mirrors = run_trial, mirrors
         self._tmp = tmp
         self._send = send
         self._metrics = metrics
@@ -73,6 +78,7 @@ class Duties:
         self._answer_by_id: dict[str, tuple[ChildName, asyncio.Future[Message]]] = {}
         self._digest_by_state: dict[tuple[int, int], bytes] = {}
         self._trial: _Trial | None = None
+        self._is_fetching = False
 
     def keep_trial(self, send_seconds: float, duty_id: str, fence: int) -> None:
         """A heartbeat sent at `send_seconds` (monotonic) names this duty as the peer's. A trial
@@ -234,26 +240,44 @@ class Duties:
                 del self._answer_by_id[request_id]
 
     async def fetch_checkpoint(self, *, max_outer_step: int) -> None:
-        """Bring the coordinator's newest checkpoint here and tell the swarm process; it asks again
-        if none comes.
+        """Bring the coordinator's newest checkpoint here, or a mirror's, and tell the swarm
+        process; it asks again if none comes, and is not heard while one is on its way.
         """
+        if self._is_fetching:
+            return
+        self._is_fetching = True
+        try:
+            await self._fetch_checkpoint(max_outer_step)
+        finally:
+            self._is_fetching = False
+
+    async def _fetch_checkpoint(self, max_outer_step: int) -> None:
         for older in self._tmp.glob("download-*.safetensors"):
             older.unlink(missing_ok=True)
         path = self._tmp / f"download-{uuid.uuid4().hex}.safetensors"
         try:
             stream = self._client.fetch_checkpoint(max_outer_step=max_outer_step)
             header = await _save_checkpoint(stream, path)
+            place, digest = (header.incarnation, header.outer_step), header.state_digest
         except (MusterError, OSError) as error:
             path.unlink(missing_ok=True)
             _LOGGER.warning("no checkpoint from the coordinator: %s", error)
-            return
+            if self._mirrors is None:
+                return
+            try:
+                path, index = await asyncio.to_thread(self._mirrors, max_outer_step)
+            except (MusterError, OSError) as problem:
+                _LOGGER.warning("%s", problem)
+                return
+            place, digest = (index.incarnation, index.outer_step), bytes.fromhex(index.state_digest)
+            _LOGGER.info("checkpoint %d/%d came from a mirror", *place)
         self._send(
             ChildName.SWARM,
             "checkpoint_available",
             path=str(path),
-            incarnation=header.incarnation,
-            outer_step=header.outer_step,
-            state_digest=header.state_digest,
+            incarnation=place[0],
+            outer_step=place[1],
+            state_digest=digest,
         )
 
 

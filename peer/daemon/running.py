@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peer import session_events as ev
@@ -32,6 +33,7 @@ from peer.daemon.membership import (
     save_membership,
 )
 from peer.daemon.messages import MessageDesk
+from peer.daemon.mirrors import fetch_from_mirrors
 from peer.daemon.outbox import CertificateKey, Outbox
 from peer.daemon.reports import Report
 from peer.daemon.trainer_limits import TrainerLimits
@@ -43,6 +45,7 @@ from peer.session_events import ChildName
 from peer.shared_vectors import SharedVectors
 from peer.supervisor import Supervisor
 from protos.contract import telemetry
+from protos.contract.checkpoint_index import CheckpointIndex
 from protos.contract.errors import MachineError, MusterError, UnavailableError
 from protos.contract.telemetry import SessionState
 from protos.muster.v1 import common_pb2, membership_pb2
@@ -127,6 +130,7 @@ class RunningSession:
             metrics=core.metrics,
             feed=core.feed,
             run_trial=Trials(self._supervisor, self._dataset, home.tmp, config.threads).run,
+            mirrors=self._fetch_mirrored,
         )
         self._desk = MessageDesk(
             core,
@@ -411,6 +415,17 @@ class RunningSession:
         up_to = max(steps) if oldest_open is None else min(max(steps), oldest_open - 1)
         self._tell_swarm("certificates_acknowledged", incarnation=incarnation, up_to=up_to)
         self._core.feed(ev.CertificatesAcknowledged(outer_step=up_to))
+
+    def _fetch_mirrored(self, max_outer_step: int) -> tuple[Path, CheckpointIndex]:
+        """For Duties: a checkpoint of the mirrors that the coordinator named at Join."""
+        joined, run_id = self._membership.response, self._membership.join_string.run_id
+        return fetch_from_mirrors(
+            [f"{url.rstrip('/')}/{run_id}" for url in joined.checkpoint_mirrors],
+            self._home.tmp,
+            run_id=run_id,
+            public_key=joined.coordinator_public_key,
+            max_outer_step=max_outer_step,
+        )
 
     def _configure_swarm(self) -> None:
         settings = swarm_settings(

@@ -107,7 +107,10 @@ async def _serve(channel: AsyncChannel, vectors: SharedVectors) -> None:
     )
     try:
         dht = await Dht.create(
-            transport, dht_prefix=config.dht_prefix, initial_peers=config.initial_peers
+            transport,
+            dht_prefix=config.dht_prefix,
+            initial_peers=config.initial_peers,
+            key=config.key,
         )
         node = SwarmNode(
             config=config, channel=channel, vectors=vectors, transport=transport, dht=dht

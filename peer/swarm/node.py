@@ -325,8 +325,8 @@ class SwarmNode:
         p2p_by_peer: dict[str, str] = {}
         for signed in directives:
             for entry in common_pb2.Directive.FromString(signed.payload).roster:
-                if entry.peer_id != self._own_peer_id:
-                    p2p_by_peer.setdefault(entry.peer_id, entry.p2p_peer_id)
+                if entry.peer_id not in (self._own_peer_id, *p2p_by_peer):
+                    p2p_by_peer[entry.peer_id] = entry.p2p_peer_id
                     self._transport.add_addresses(entry.peer_id, entry.addresses)
         self._transport.set_members(p2p_by_peer)
 

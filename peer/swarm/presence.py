@@ -7,6 +7,7 @@ import logging
 
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 
+from peer.swarm.address_book import AddressSource
 from peer.swarm.dht import Dht
 from peer.swarm.records import PRESENCE_EXPIRE_SECONDS, PresenceRecord
 from peer.swarm.replica import Replica
@@ -41,5 +42,5 @@ async def _renew(dht: Dht, transport: Transport, replica: Replica, own_peer_id: 
     )
     await dht.publish(record)
     for peer_id, found in (await dht.lookup()).items():
-        if peer_id != own_peer_id:
-            transport.add_addresses(peer_id, found.addresses)
+        if transport.is_member(peer_id):
+            transport.add_addresses(peer_id, found.addresses, source=AddressSource.PRESENCE)

@@ -1,8 +1,8 @@
 """Presence records in the DHT: where a member can be reached and how far it is.
 
-They are hints only. Whoever answers at an address proves its libp2p identity in the handshake and
-is checked against the signed roster, so a false record wastes a dial and nothing else. The key
-holds the run's secret prefix.
+They are signed by their owner (signed_records.py), and hints all the same: whoever answers at an
+address proves its libp2p identity in the handshake and is checked against the signed roster. The
+key holds the run's secret prefix.
 """
 
 from dataclasses import dataclass

@@ -23,6 +23,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerErr
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.background import start_whole
+from peer.swarm.address_book import AddressBook, AddressSource
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
 from peer.swarm.link_meter import LinkMeter
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
@@ -41,8 +42,6 @@ _LOOK_SECONDS = 0.1
 """Between looks for a connection that the other side may be making; longer than half an RTT."""
 _START_SECONDS = 30.0
 _P2PD_IDLE_SECONDS = 20
-_MAX_BAD_ADDRESSES = 256
-"""Remembered, so that each is told once; beyond that they are dropped without a word."""
 
 _M = TypeVar("_M", bound=Message)
 
@@ -161,8 +160,7 @@ class Transport:
         self._next_send_seconds = 0.0
         self._peer_by_p2p: dict[str, str] = {}
         self._p2p_by_peer: dict[str, PeerID] = {}
-        self._addresses_by_peer: dict[str, set[str]] = {}
-        self._bad_addresses: set[str] = set()
+        self._addresses = AddressBook()
         self._connected: set[str] = set()
 
     @classmethod
@@ -272,22 +270,15 @@ class Transport:
         """True if this peer is answered."""
         return peer_id in self._p2p_by_peer
 
-    def add_addresses(self, peer_id: str, addresses: Iterable[str]) -> None:
-        """Remember where a member may be reached; what is no address is left out."""
-        known = self._addresses_by_peer.setdefault(peer_id, set())
-        if len(known) > 16:
-            known.clear()
-        for address in addresses:
-            if address in known or address in self._bad_addresses:
-                continue
-            try:
-                Multiaddr(address)
-            except ValueError as error:
-                if len(self._bad_addresses) < _MAX_BAD_ADDRESSES:
-                    self._bad_addresses.add(address)
-                    logger.warning("an address of %s is of no use: %s", peer_id, _short(error))
-            else:
-                known.add(address)
+    def add_addresses(
+        self,
+        peer_id: str,
+        addresses: Iterable[str],
+        *,
+        source: AddressSource = AddressSource.ROSTER,
+    ) -> None:
+        """Remember where a member may be reached, in place of what the source said before."""
+        self._addresses.note(peer_id, addresses, source=source)
 
     async def connect_address(self, address: str, *, timeout_seconds: float = 5.0) -> str:
         """Connect to a full multiaddress of anybody; returns its libp2p identity. Raises
@@ -320,9 +311,9 @@ class Transport:
         if identity is None:
             raise PeerCallError(f"{peer_id} is not a known member", is_down=False)
         if peer_id not in self._connected:
-            addresses = self._addresses_by_peer.get(peer_id)
+            addresses = self._addresses.addresses_of(peer_id)
             if addresses and not await self._is_dialled_by(identity):
-                maddrs = [Multiaddr(address) for address in sorted(addresses)]
+                maddrs = [Multiaddr(address) for address in addresses]
                 await self._connect(identity, maddrs, timeout_seconds=5.0)
             self._connected.add(peer_id)
         return identity

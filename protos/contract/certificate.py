@@ -25,6 +25,8 @@ class Tag(StrEnum):
     ATTESTATION = "muster attestation 1"
     VOTE = "muster vote 1"
     JOIN = "muster join 1"
+    PRESENCE = "muster presence 1"
+    CHECKPOINT = "muster checkpoint 1"
 
 
 MEMBER_HALF_VOTES = 2

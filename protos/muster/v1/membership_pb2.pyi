@@ -74,7 +74,7 @@ class PeerCapabilities(_message.Message):
     def __init__(self, package_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., tokens_per_second: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., can_accept_connections: bool = ..., addresses: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., strategies: _Optional[_Iterable[str]] = ..., objectives: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("peer_id", "session_key", "session_expire_time", "run_spec", "coordinator_public_key", "dht_prefix", "initial_peers", "incarnation_record", "directive", "outer_step", "dataset_id", "heartbeat_interval_duration", "now_time", "next_lease_number")
+    __slots__ = ("peer_id", "session_key", "session_expire_time", "run_spec", "coordinator_public_key", "dht_prefix", "initial_peers", "incarnation_record", "directive", "outer_step", "dataset_id", "heartbeat_interval_duration", "now_time", "next_lease_number", "checkpoint_mirrors")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_KEY_FIELD_NUMBER: _ClassVar[int]
     SESSION_EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class JoinResponse(_message.Message):
     HEARTBEAT_INTERVAL_DURATION_FIELD_NUMBER: _ClassVar[int]
     NOW_TIME_FIELD_NUMBER: _ClassVar[int]
     NEXT_LEASE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_MIRRORS_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     session_key: bytes
     session_expire_time: _timestamp_pb2.Timestamp
@@ -103,7 +104,8 @@ class JoinResponse(_message.Message):
     heartbeat_interval_duration: _duration_pb2.Duration
     now_time: _timestamp_pb2.Timestamp
     next_lease_number: int
-    def __init__(self, peer_id: _Optional[str] = ..., session_key: _Optional[bytes] = ..., session_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., run_spec: _Optional[bytes] = ..., coordinator_public_key: _Optional[bytes] = ..., dht_prefix: _Optional[str] = ..., initial_peers: _Optional[_Iterable[str]] = ..., incarnation_record: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., outer_step: _Optional[int] = ..., dataset_id: _Optional[bytes] = ..., heartbeat_interval_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., now_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_lease_number: _Optional[int] = ...) -> None: ...
+    checkpoint_mirrors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, peer_id: _Optional[str] = ..., session_key: _Optional[bytes] = ..., session_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., run_spec: _Optional[bytes] = ..., coordinator_public_key: _Optional[bytes] = ..., dht_prefix: _Optional[str] = ..., initial_peers: _Optional[_Iterable[str]] = ..., incarnation_record: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., outer_step: _Optional[int] = ..., dataset_id: _Optional[bytes] = ..., heartbeat_interval_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., now_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_lease_number: _Optional[int] = ..., checkpoint_mirrors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PeerClaims(_message.Message):
     __slots__ = ("state", "state_reason", "outer_step", "loss_nats", "tokens_per_second", "sent_bytes", "received_bytes", "num_rounds_committed", "num_attempts_discarded", "round_seconds", "clock_offset_seconds", "memory_bytes", "trained_tokens", "upload_bytes_per_second", "download_bytes_per_second", "form_seconds", "exchange_seconds", "reduce_seconds", "agree_seconds", "apply_seconds", "averaging_bytes_per_second", "discard_reason")
