@@ -76,7 +76,7 @@ def test_one_value_and_progress(seed: int) -> None:
 def test_who_averages_first_does_not_cut_the_others_off(
     first: int, others_seconds: tuple[float, ...]
 ) -> None:
-    """Before rounds were measured; up to 30 attempts were discarded when votes were awaited for 6 s."""
+    """Before rounds were measured. Up to 30 were discarded when votes were awaited for 6 s."""
     reduce_seconds = (*others_seconds[:first], 5.0, *others_seconds[first:])
     world = World(
         num_members=4, timing=Pace().timing(), reduce_seconds=reduce_seconds, fetch_seconds=20.0
