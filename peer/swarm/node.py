@@ -317,9 +317,7 @@ class SwarmNode:
                 self._next_settle_seconds = 0.0
 
     def _update_members(self) -> None:
-        """Whom the transport answers: rosters of the newest directive, the one in force, the last
-        step's.
-        """
+        """Whom the transport answers: rosters of the directives newest, in force, last in force."""
         replica = self._replica
         directives = [replica.newest_directive(), *replica.recent_directives]
         p2p_by_peer: dict[str, str] = {}
@@ -329,6 +327,7 @@ class SwarmNode:
                     p2p_by_peer[entry.peer_id] = entry.p2p_peer_id
                     self._transport.add_addresses(entry.peer_id, entry.addresses)
         self._transport.set_members(p2p_by_peer)
+        self._tasks.start(self._transport.meet_members())
 
     # Settling ---------------------------------------------------------------------------------
 

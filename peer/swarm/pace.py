@@ -51,6 +51,11 @@ class Pace:
         self._call_seconds.append(seconds)
 
     @property
+    def is_learnt(self) -> bool:
+        """True once deadlines follow from rounds; before, who misses one may still be quick."""
+        return len(self._form_seconds) >= _LEAST_ROUNDS
+
+    @property
     def call_seconds(self) -> float:
         """How long to wait for a member's answer to a message."""
         if len(self._call_seconds) < _NUM_CALLS // 4:
@@ -67,20 +72,25 @@ class Pace:
         return min(60.0, seconds * 2.0**num_failed)
 
     @property
-    def _least_reduce_seconds(self) -> float:
-        """Where steps are far apart, so may the bytes take long: a third of the time between."""
+    def _least_wait_seconds(self) -> float:
+        """Where steps are far apart, members and bytes may be late: a third of the time between.
+
+        Who is left out loses the work of a whole step, which costs more than the wait.
+        """
         between = statistics.median(self._round_seconds) if self._round_seconds else 0.0
         return max(4.0, between / 3)
 
     def timing(self) -> RoundTiming:
         """Deadlines for the next round; generous until three rounds were measured."""
-        if len(self._form_seconds) < _LEAST_ROUNDS:
+        if not self.is_learnt:
             return _FIRST
         call = self.call_seconds
         return RoundTiming(
-            form_wait_seconds=_patience(self._form_seconds, factor=2.0, least=4.0, most=60.0),
+            form_wait_seconds=_patience(
+                self._form_seconds, factor=2.0, least=self._least_wait_seconds, most=60.0
+            ),
             reduce_wait_seconds=_patience(
-                self._reduce_seconds, factor=2.0, least=self._least_reduce_seconds, most=300.0
+                self._reduce_seconds, factor=2.0, least=self._least_wait_seconds, most=300.0
             ),
             agree_wait_seconds=_patience(self._agree_seconds, factor=4.0, least=2.0, most=30.0),
             exchange_wait_seconds=max(1.0, 0.75 * call),

@@ -6,7 +6,7 @@ in round_core.py.
 
 from typing import Protocol
 
-from peer.swarm.round_core import RoundCore
+from peer.swarm.round_core import RoundCore, backoff_seconds
 from peer.swarm.round_types import (
     Behind,
     Commit,
@@ -24,7 +24,6 @@ class Host(Protocol):
 
     is_reducing: bool
     now_seconds: float
-    phase_deadline_seconds: float
 
     @property
     def leader_peer_id(self) -> str:
@@ -40,8 +39,34 @@ class AgreeSide:
     def __init__(self, core: RoundCore, host: Host) -> None:
         self._core, self._host = core, host
         self._next_submit_seconds = 0.0
+        self.deadline_seconds = 0.0
+        """When the votes should be there, if everybody has averaged."""
+        self.has_failed_elsewhere = False
+        """A member says that it cannot average in this attempt."""
         self._proposal_by_digest: dict[bytes, Proposal] = {}
         self._held_digests: set[bytes] = set()
+
+    def begin(self, reason: str) -> None:
+        """The attempt has got as far as voting."""
+        core = self._core
+        core.phase, self.has_failed_elsewhere = RoundPhase.AGREE, False
+        wait_seconds = core.timing.agree_wait_seconds + backoff_seconds(core.attempt)
+        self.deadline_seconds = self._host.now_seconds + wait_seconds
+        core.show(RoundPhase.AGREE, reason)
+
+    def patience_seconds(self, bytes_deadline_seconds: float) -> float:
+        """When an attempt is given up that this member has voted in, or fetches bytes for.
+
+        Whoever is first waits as long as the others' bytes may take: an exchange would cut them off
+        before their votes, and the next attempt would go the same way. No longer than votes take,
+        if a member has failed, or if those that can be reached are no quorum.
+        """
+        core = self._core
+        can_vote = set(core.entry_by_peer) - core.unreachable
+        is_hopeless = self.has_failed_elsewhere or not core.votes.is_quorum(can_vote)
+        if is_hopeless or bytes_deadline_seconds == float("inf"):
+            return self.deadline_seconds
+        return max(self.deadline_seconds, bytes_deadline_seconds)
 
     def hold(self, averaged_digest: bytes) -> None:
         """These averaged bytes are held already."""
@@ -108,6 +133,14 @@ class AgreeSide:
             else:
                 self._commit(certificate)
 
+    def on_coordinator(
+        self,
+        response: rounds_pb2.CoordinatorExchangeResponse | rounds_pb2.SubmitVotesResponse | None,
+    ) -> None:
+        """The coordinator may answer with a certificate, whatever it was asked."""
+        if response is not None and response.HasField("certificate"):
+            self.on_certificate(response.certificate)
+
     def check_certificate(self, ballot: tuple[int, bytes]) -> None:
         """Bundle and spread a certificate once the ballot has its quorum."""
         core = self._core
@@ -130,7 +163,7 @@ class AgreeSide:
         if contributions is None or not core.votes.needs_coordinator(core.votes.voters(ballot)):
             return
         will_vote = core.votes.voters(ballot) | (set(core.entry_by_peer) - core.unreachable)
-        is_early = now < self._host.phase_deadline_seconds - core.timing.agree_wait_seconds / 2
+        is_early = now < self.deadline_seconds - core.timing.agree_wait_seconds / 2
         if core.votes.is_quorum(will_vote) and is_early and core.phase is RoundPhase.AGREE:
             return
         self._next_submit_seconds = now + core.timing.resend_seconds

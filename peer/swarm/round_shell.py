@@ -425,9 +425,10 @@ class RoundShell:
         now, current = time.monotonic(), self._current
         round_seconds, self._committed_seconds = now - self._committed_seconds, now
         self.pace.add_round(round_seconds)
+        is_learnt = self.pace.is_learnt  # else it was late for a guess: that ends with the step
         is_ours = current is not None and current.place[:2] == self.place
         late = self._latecomers.step_ended(
-            late=self.machine.late if self.machine is not None else (),
+            late=self.machine.late if self.machine is not None and is_learnt else (),
             tokens_by_peer=current.tokens_by_peer if current is not None and is_ours else {},
             late_seconds_by_peer=current.late_seconds_by_peer if current and is_ours else {},
             round_seconds=round_seconds,

@@ -151,7 +151,10 @@ class RoundMachine:
             case CoordinatorExchanged():
                 self._on_coordinator_exchanged(event)
             case CoordinatorVoted():
-                self._on_coordinator_voted(event)
+                self._agree.on_coordinator(event.response)
+                if event.response is not None and event.response.reason:
+                    reason = f"coordinator: {event.response.reason}"
+                    self._core.show(RoundPhase.NO_QUORUM, reason)
             case DirectiveKnown():
                 self._core.learn_directive(event.directive)
             case CertificateKnown():
@@ -180,7 +183,7 @@ class RoundMachine:
             self._next_resend_seconds = now + core.timing.resend_seconds
         if core.phase is RoundPhase.FORM:
             self._work_form(is_resend)
-        elif now >= self.phase_deadline_seconds:
+        elif now >= self._deadline_seconds():
             reason = f"{core.phase} took longer than allowed"
             if core.phase is RoundPhase.AGREE and core.record.highest_vote is not None:
                 vote = core.record.highest_vote
@@ -193,6 +196,12 @@ class RoundMachine:
         if is_resend:
             self._leader.ask_again(now)
         self._agree.maybe_submit()
+
+    def _deadline_seconds(self) -> float:
+        """When the phase after forming is given up."""
+        deadline_seconds = self.phase_deadline_seconds
+        is_agree = self._core.phase is RoundPhase.AGREE
+        return self._agree.patience_seconds(deadline_seconds) if is_agree else deadline_seconds
 
     def _work_form(self, is_resend: bool) -> None:
         core, now = self._core, self.now_seconds
@@ -377,6 +386,7 @@ class RoundMachine:
             if attempt != core.attempt:
                 return
             if core.phase is RoundPhase.AGREE:
+                self._agree.has_failed_elsewhere = True
                 self._leader.repropose_to(sender)
             elif self._group is not None or sender == self.leader_peer_id:
                 self._is_in_group_before = True
@@ -407,17 +417,17 @@ class RoundMachine:
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
         core.last_contributors = contributors_of(group)
         self._is_in_group_before = True
-        links = links_of(group.members, core.entry_by_peer)
-        vector_bytes = core.setup.vector_bytes
-        self.phase_deadline_seconds = self.now_seconds + reduce_deadline_seconds(
-            core.timing,
-            expected_seconds=expected_seconds(
-                links, group.reducer_piece_ends, vector_bytes=vector_bytes
-            ),
-            num_failed=core.num_failed_reductions,
-        )
+        links, size = links_of(group.members, core.entry_by_peer), core.setup.vector_bytes
+        self._allow_bytes(expected_seconds(links, group.reducer_piece_ends, vector_bytes=size))
         core.show(RoundPhase.REDUCE, f"averaging with {len(members)} members, attempt {attempt}")
         core.emit(StartReduce(attempt, group))
+
+    def _allow_bytes(self, seconds: float) -> None:
+        """The averaged bytes of the attempt may take so long, or what past rounds let expect."""
+        core = self._core
+        self.phase_deadline_seconds = self.now_seconds + reduce_deadline_seconds(
+            core.timing, expected_seconds=seconds, num_failed=core.num_failed_reductions
+        )
 
     def _on_reduce_done(self, event: ReduceDone) -> None:
         core = self._core
@@ -461,14 +471,12 @@ class RoundMachine:
 
     def enter_agree(self, reason: str) -> None:
         """The attempt has got as far as voting."""
-        core = self._core
-        core.phase = RoundPhase.AGREE
-        wait = core.timing.agree_wait_seconds + backoff_seconds(core.attempt)
-        self.phase_deadline_seconds = self.now_seconds + wait
-        core.show(RoundPhase.AGREE, reason)
+        self._agree.begin(reason)
 
     def consider(self, proposal: Proposal) -> None:
-        """The leader's own proposal, taken as any member takes it."""
+        """A proposal made again: some may have to fetch its bytes, so all wait as for averaging."""
+        if self._core.phase is not RoundPhase.REDUCE and self.phase_deadline_seconds == _NEVER:
+            self._allow_bytes(0.0)
         self._agree.consider(proposal)
 
     def _on_repropose(self, sender: str, attempt: int, repropose: rounds_pb2.Repropose) -> None:
@@ -483,15 +491,8 @@ class RoundMachine:
             return
         if core.phase is not RoundPhase.REDUCE:
             self.supersede(attempt, f"{sender} proposes again in attempt {attempt}")
-        self._agree.consider(proposal_from(repropose, attempt))
+        self.consider(proposal_from(repropose, attempt))
 
     def _on_coordinator_exchanged(self, event: CoordinatorExchanged) -> None:
-        if event.response is not None and event.response.HasField("certificate"):
-            self._agree.on_certificate(event.response.certificate)
+        self._agree.on_coordinator(event.response)
         self._leader.on_coordinator(event.attempt, event.response)
-
-    def _on_coordinator_voted(self, event: CoordinatorVoted) -> None:
-        if event.response is not None and event.response.HasField("certificate"):
-            self._agree.on_certificate(event.response.certificate)
-        elif event.response is not None and event.response.reason:
-            self._core.show(RoundPhase.NO_QUORUM, f"coordinator: {event.response.reason}")

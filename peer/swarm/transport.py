@@ -25,6 +25,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from peer.background import start_whole
 from peer.swarm.address_book import AddressBook, AddressSource
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
+from peer.swarm.dialling import DialError, Dialler, short_reason
 from peer.swarm.link_meter import LinkMeter
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
 from protos.contract.addresses import problem_of_address
@@ -37,9 +38,6 @@ logger = logging.getLogger(__name__)
 _WRITE_BYTES = 2**18
 _LEAST_WAIT_SECONDS = 0.005
 _LEAST_SLICE, _MOST_SLICE = 2**10, 2**16
-_NUM_LOOKS = 6
-_LOOK_SECONDS = 0.1
-"""Between looks for a connection that the other side may be making; longer than half an RTT."""
 _START_SECONDS = 30.0
 _P2PD_IDLE_SECONDS = 20
 
@@ -151,6 +149,7 @@ class Transport:
     ) -> None:
         self.p2p = p2p
         self._host = host
+        self._dialler = Dialler(p2p)
         self._rtt_by_peer: dict[str, float] = {}
         self._moved_by_peer: dict[str, tuple[int, int]] = {}
         self.link_meter = LinkMeter()
@@ -288,23 +287,14 @@ class Transport:
             maddr = Multiaddr(address)
             identity = PeerID.from_base58(maddr["p2p"])
         except (ValueError, LookupError) as error:
-            raise PeerCallError(f"{address[:80]!r}: {_short(error)}", is_down=False) from error
-        await self._connect(identity, [maddr], timeout_seconds=timeout_seconds)
-        return str(identity.to_base58())
-
-    async def _connect(
-        self, identity: PeerID, maddrs: list[Multiaddr], *, timeout_seconds: float
-    ) -> None:
-        suffix = Multiaddr(f"/p2p/{identity.to_base58()}")
-        plain = [m.decapsulate(suffix) if "p2p" in m else m for m in maddrs]
+            raise PeerCallError(
+                f"{address[:80]!r}: {short_reason(error)}", is_down=False
+            ) from error
         try:
-            client = self.p2p._client  # noqa: SLF001 (hivemind has no public door for this)
-            await asyncio.wait_for(client.connect(identity, plain), timeout_seconds)
-        except TimeoutError as error:
-            reason = f"no connection within {timeout_seconds:.1f} s"
-            raise PeerCallError(reason, is_down=True) from error
-        except (P2PDaemonError, OSError, ValueError) as error:
-            raise PeerCallError(f"cannot connect: {_short(error)}", is_down=True) from error
+            await self._dialler.connect(identity, [maddr], timeout_seconds=timeout_seconds)
+        except DialError as error:
+            raise PeerCallError(str(error), is_down=True) from error
+        return str(identity.to_base58())
 
     async def _ensure_connected(self, peer_id: str) -> PeerID:
         identity = self._p2p_by_peer.get(peer_id)
@@ -312,32 +302,22 @@ class Transport:
             raise PeerCallError(f"{peer_id} is not a known member", is_down=False)
         if peer_id not in self._connected:
             addresses = self._addresses.addresses_of(peer_id)
-            if addresses and not await self._is_dialled_by(identity):
+            if addresses:
                 maddrs = [Multiaddr(address) for address in addresses]
-                await self._connect(identity, maddrs, timeout_seconds=5.0)
+                try:
+                    await self._dialler.meet(identity, maddrs, timeout_seconds=5.0)
+                except DialError as error:
+                    raise PeerCallError(str(error), is_down=True) from error
             self._connected.add(peer_id)
         return identity
 
-    async def _is_dialled_by(self, identity: PeerID) -> bool:
-        """True if the other side has connected to us, for which the higher identity waits a moment.
-
-        Two hosts that dial each other at once meet in one TCP connection (libp2p dials from the
-        port that it listens on), each takes itself for the client, and both fail and back off for
-        5 s. Seen at 100 ms RTT, and on loopback of a busy machine.
-        """
-        is_first = self.p2p_peer_id < str(identity.to_base58())
-        client = self.p2p._client  # noqa: SLF001 (hivemind has no public door for this)
-        if is_first:
-            return False
-        for _ in range(_NUM_LOOKS):
-            try:
-                peers = await client.list_peers()
-            except (P2PDaemonError, OSError) as error:
-                raise PeerCallError(f"p2pd: {_short(error)}", is_down=False) from error
-            if any(peer.peer_id == identity for peer in peers):
-                return True
-            await asyncio.sleep(_LOOK_SECONDS)
-        return False
+    async def meet_members(self) -> None:
+        """Connect to the members that are ours to dial, so that no round has to begin with it."""
+        own = [p for p, i in self._p2p_by_peer.items() if self._dialler.is_first(i)]
+        meeting = [self._ensure_connected(peer_id) for peer_id in own]
+        for found in await asyncio.gather(*meeting, return_exceptions=True):
+            if isinstance(found, BaseException) and not isinstance(found, PeerCallError):
+                raise found
 
     # Messages ---------------------------------------------------------------------------------
 
@@ -376,14 +356,17 @@ class Transport:
                 timeout_seconds,
             )
         except P2PHandlerError as error:
-            raise PeerCallError(f"{peer_id} refused: {_short(error)}", is_down=False) from error
+            raise PeerCallError(
+                f"{peer_id} refused: {short_reason(error)}", is_down=False
+            ) from error
         except TimeoutError as error:  # an OSError too, so it comes first
             self._connected.discard(peer_id)
             reason = f"no answer within {timeout_seconds:.1f} s"
             raise PeerCallError(reason, is_down=True) from error
         except (P2PDaemonError, OSError) as error:
             self._connected.discard(peer_id)
-            raise PeerCallError(_short(error), is_down=True) from error
+            self._dialler.note_failure(identity, str(error))
+            raise PeerCallError(short_reason(error), is_down=True) from error
         self.count(peer_id, sent_bytes=message.ByteSize(), received_bytes=answer.ByteSize())
         seconds = time.monotonic() - begin_seconds
         self._rtt_by_peer[peer_id] = min(seconds, self._rtt_by_peer.get(peer_id, seconds))
@@ -441,7 +424,8 @@ class Transport:
             raise PeerCallError(reason, is_down=True) from error
         except (P2PDaemonError, P2PHandlerError, OSError) as error:
             self._connected.discard(peer_id)
-            raise PeerCallError(_short(error), is_down=True) from error
+            self._dialler.note_failure(identity, str(error))
+            raise PeerCallError(short_reason(error), is_down=True) from error
         return Stream(reader, writer, peer_id=peer_id, transport=self)
 
     def bulk_stream(self, peer_id: str, fd: int, head: bytes) -> BulkStream:
@@ -481,9 +465,3 @@ class Transport:
             wait_seconds = self._next_send_seconds - now
             self._next_send_seconds += num_bytes / self._bytes_per_second
         return wait_seconds if wait_seconds > _LEAST_WAIT_SECONDS else 0.0
-
-
-def _short(error: BaseException) -> str:
-    """First line of an error, at most 200 characters."""
-    lines = (str(error) or repr(error)).splitlines()
-    return " ".join(line.strip() for line in lines[:2])[:200]

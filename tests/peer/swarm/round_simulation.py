@@ -72,6 +72,11 @@ class World:
     """(who, whom): the first leaves the second out as slow, from the start."""
     is_on_trial: bool = False
     """Who is late once is left out for the rest of the step, not only after twice."""
+    timing: rt.RoundTiming = TIMING
+    reduce_seconds: tuple[float, ...] = ()
+    """How long averaging takes each member of a group, beyond a message's delay."""
+    fetch_seconds: float = 0.0
+    """How long averaged bytes take that are fetched whole."""
     blame_ratio: float = 0.0
     """Share of failed reductions for which a member blames another, as slow or as down."""
 
@@ -147,6 +152,7 @@ class Member:
         default_factory=lambda: rt.RoundRecord(incarnation=INCARNATION, outer_step=OUTER_STEP)
     )
     bytes_held: set[bytes] = field(default_factory=set)
+    fetching: set[bytes] = field(default_factory=set)
     certificate: rounds_pb2.Certificate | None = None
     life: int = 0
     is_dead: bool = False
@@ -212,6 +218,7 @@ class Simulation:
     def _start(self, peer: str) -> None:
         member = self.members[peer]
         member.life += 1
+        member.fetching.clear()
         setup = rt.RoundSetup(
             run_id="sim",
             incarnation=INCARNATION,
@@ -226,7 +233,7 @@ class Simulation:
         member.machine = RoundMachine(
             setup=setup,
             checks=Checks(peer, self.directive),
-            timing=TIMING,
+            timing=self._world.timing,
             record=member.record,
             newest_directive=self._signed,
             now_seconds=self.now_seconds,
@@ -312,9 +319,10 @@ class Simulation:
             case rt.StartReduce():
                 self._reduce(peer, effect)
             case rt.FetchBytes():
-                self._at(
-                    self._delay_seconds(), self._living(peer, lambda: self._fetch(peer, effect))
-                )
+                if effect.averaged_digest not in member.fetching:
+                    member.fetching.add(effect.averaged_digest)
+                    seconds = self._delay_seconds() + self._world.fetch_seconds
+                    self._at(seconds, self._living(peer, lambda: self._fetch(peer, effect)))
             case rt.AskCoordinatorExchange():
                 self._ask(lambda: self._exchange(peer, effect.attempt))
             case rt.SubmitVotes():
@@ -384,12 +392,14 @@ class Simulation:
             return
         if self._is_spoilt(started, effect):
             return
-        for member in sorted(started):
+        for index, member in enumerate(sorted(started)):
             is_failing = self.is_bad and self._rng.random() < self._world.reduce_failure_ratio
             event: rt.Event = rt.ReduceDone(effect.attempt, digest)
             if is_failing:
                 event = self._failed(member, effect.attempt, sorted(started - {member}))
-            self._at(self._delay_seconds(), self._finishing(member, event, digest))
+            seconds = self._world.reduce_seconds[index] if self._world.reduce_seconds else 0.0
+            seconds += self._delay_seconds()
+            self._at(seconds, self._finishing(member, event, digest))
 
     def _failed(self, peer: str, attempt: int, others: list[str]) -> rt.ReduceFailed:
         """How a reduction fails at a member, which may have waited for another most of the time."""
@@ -443,6 +453,7 @@ class Simulation:
 
     def _fetch(self, peer: str, effect: rt.FetchBytes) -> None:
         digest = effect.averaged_digest
+        self.members[peer].fetching.discard(digest)
         holders = [self.members[p] for p in effect.holders if p in self.members]
         if any(h.machine is not None and digest in h.bytes_held for h in holders):
             self.members[peer].bytes_held.add(digest)
@@ -466,34 +477,3 @@ class Simulation:
             self.values.add(self.coordinator.certificate.value)
         if not (self.is_bad and self._rng.random() < self._world.loss_ratio):
             self._at(self._delay_seconds(), lambda: self._tell(peer, rt.CoordinatorVoted(response)))
-
-
-def bad_world(seed: int, *, num_members: int | None = None) -> World:
-    """A world drawn from a seed: from mild to hopeless for 20 s, then healed."""
-    rng = random.Random(seed * 7919 + 13)
-    num_members = num_members or rng.randint(1, 5)
-    world = World(
-        num_members=num_members,
-        loss_ratio=rng.choice([0.0, 0.1, 0.3, 0.5]),
-        duplicate_ratio=rng.choice([0.0, 0.2]),
-        delay_seconds=rng.choice([0.01, 0.05, 0.2]),
-        crashes_per_second=rng.choice([0.0, 0.1, 0.3, 0.6]),
-        reduce_failure_ratio=rng.choice([0.0, 0.3, 0.6]),
-        bad_seconds=20.0,
-        coordinator_down_ratio=rng.choice([0.0, 0.3, 1.0]),
-        late_ratio=rng.choice([0.05, 0.2]),
-        late_factor=rng.choice([10.0, 40.0]),
-        crash_per_effect_ratio=rng.choice([0.0, 0.01, 0.05]),
-        crash_after_promise_ratio=rng.choice([0.0, 0.3]),
-        restart_seconds=rng.choice([0.3, 3.0]),
-        due_seconds=rng.choice([0.5, 2.0, 6.0]),
-        cut_ratio=rng.choice([0.0, 0.0, 0.3]),
-    )
-    peers, left_out_ratio = range(num_members), rng.choice([0.0, 0.3, 1.0])
-    pairs = [(f"peer{p}", f"peer{q}") for p in peers for q in peers if p != q]
-    return replace(
-        world,
-        left_out_pairs=tuple(pair for pair in pairs if rng.random() < left_out_ratio),
-        is_on_trial=rng.random() < 0.5,
-        blame_ratio=rng.choice([0.0, 0.5, 1.0]),
-    )

@@ -15,6 +15,7 @@ def test_generous_until_three_rounds_were_measured() -> None:
     assert _pace([0.1, 0.1]).timing().reduce_wait_seconds == 60.0
     assert _pace([0.1, 0.1]).stall_seconds() == 15.0
     assert Pace().call_seconds == 4.0
+    assert not _pace([0.1, 0.1]).is_learnt and _pace([0.1] * 3).is_learnt
 
 
 def test_quick_rounds_make_short_deadlines() -> None:
@@ -54,8 +55,13 @@ def test_each_failed_reduction_of_a_step_makes_the_next_more_patient() -> None:
     assert deadline(30.0, 0) == 62.0
 
 
-def test_where_steps_are_far_apart_the_bytes_may_take_long() -> None:
+def test_where_steps_are_far_apart_members_and_bytes_may_be_late() -> None:
     pace = _pace([0.1] * 8)
+    assert pace.timing().form_wait_seconds == 4.0
     for _ in range(3):
+        pace.add_round(21.0)
+    assert pace.timing().form_wait_seconds == pace.timing().reduce_wait_seconds == 7.0
+    for _ in range(9):
         pace.add_round(300.0)
-    assert pace.timing().reduce_wait_seconds == 100.0
+    timing = pace.timing()
+    assert timing.reduce_wait_seconds == 100.0 and timing.form_wait_seconds == 60.0

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer.swarm.pace import Pace
 from protos.muster.v1 import rounds_pb2
-from tests.peer.swarm.round_simulation import Simulation, Weakness, World, bad_world
+from tests.peer.swarm.bad_world import bad_world
+from tests.peer.swarm.round_simulation import Simulation, Weakness, World
 
 NUM_SEEDS = 1000
 
@@ -67,6 +69,40 @@ def test_one_value_and_progress(seed: int) -> None:
     for member in simulation.members.values():
         assert member.certificate is not None, "everybody has the certificate once healed"
         assert member.certificate.value in simulation.values
+
+
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("others_seconds", [(18.0, 18.0, 18.0), (30.0, 31.0, 58.0)])
+def test_who_averages_first_does_not_cut_the_others_off(
+    first: int, others_seconds: tuple[float, ...]
+) -> None:
+    """Before rounds were measured. Up to 30 were discarded when votes were awaited for 6 s."""
+    reduce_seconds = (*others_seconds[:first], 5.0, *others_seconds[first:])
+    world = World(
+        num_members=4, timing=Pace().timing(), reduce_seconds=reduce_seconds, fetch_seconds=20.0
+    )
+    for seed in range(10):
+        simulation = _play(seed, world)
+        assert len(simulation.values) == 1
+        assert simulation.num_attempts_discarded == 0
+
+
+def test_bytes_that_take_long_to_fetch_cost_no_attempt() -> None:
+    """Some fail to average what others have voted for; their bytes come by another way."""
+    quick, slow = (
+        World(
+            num_members=4,
+            timing=Pace().timing(),
+            reduce_failure_ratio=0.5,
+            bad_seconds=20.0,
+            late_ratio=0.0,
+            fetch_seconds=fetch_seconds,
+        )
+        for fetch_seconds in (0.5, 50.0)
+    )
+    for seed in range(30):
+        discarded = [_play(seed, world).num_attempts_discarded for world in (quick, slow)]
+        assert discarded[1] <= discarded[0], (seed, discarded)
 
 
 @pytest.mark.parametrize("num_members", [1, 2, 3, 4, 5])
