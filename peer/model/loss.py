@@ -58,6 +58,7 @@ class _PiecedHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor
     ) -> Tensor:
+        """Nats, summed; gradients of both inputs are kept."""
         kind = hidden_ND.device.type
         is_low = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if is_low else hidden_ND.dtype
@@ -84,7 +85,7 @@ class _PiecedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        """The gradients that `forward` has already made, times that of the loss."""
+        """The gradients that were kept, times `grad`, which has one value."""
         grad_ND, grad_VD = ctx.saved_tensors
         return grad_ND * grad, grad_VD * grad, None, None
 
