@@ -81,8 +81,7 @@ class RunningSession:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._config, self._home, self._identity = config, home, identity
-        self._client, self._core = client, core
-        self._membership = membership
+        self._client, self._core, self._membership = client, core, membership
         self._tasks = BackgroundTasks(on_failure)
         self._supervisor = Supervisor(
             logs=home.logs,
