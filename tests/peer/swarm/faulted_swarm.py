@@ -94,10 +94,12 @@ class FaultedSwarm:
         return daemon
 
     async def stop(self) -> None:
-        """Stop all; nothing may be left."""
+        """Stop all at once; nothing may be left."""
         for daemon in self.members:
             self.heal(daemon)
-            assert await self.hub.stop(daemon) == 0
+        codes = await asyncio.gather(*(self.hub.stop(daemon) for daemon in self.members))
+        assert codes == [0] * len(self.members)
+        for daemon in self.members:
             assert not list((daemon.home / "run").glob("*.sock"))
 
     async def kill_all(self) -> None:
