@@ -76,7 +76,8 @@ def _has_kept_bounds(recovery: Recovery) -> bool:
     a busy machine can explain.
     """
     guilty = recovery.attempts_lost - recovery.innocent_attempts_lost
-    busy_seconds = NOTICED_SECONDS + NOTICED_ROUNDS * recovery.slow_round_seconds
+    late_seconds = max(NOTICED_ROUNDS * recovery.slow_round_seconds, recovery.between_seconds / 3)
+    busy_seconds = NOTICED_SECONDS + late_seconds
     busy_seconds *= 1 + recovery.innocent_attempts_lost
     assert guilty <= 1 and recovery.noticed_seconds <= busy_seconds, recovery
     allowed_seconds = NOTICED_SECONDS + recovery.slow_round_seconds
