@@ -250,12 +250,16 @@ class SwarmNode:
         elif current is None or place > current:
             self._early.append((place, event))
             is_ahead = current is not None or place > self._next_place()
-            if isinstance(event, rt.Received) and is_ahead and self._behind_since_seconds is None:
-                self._behind_since_seconds = time.monotonic()
+            if isinstance(event, rt.Received) and is_ahead:
+                self._note_behind()
 
     def _next_place(self) -> Place:
         incarnation, outer_step = self._replica.position
         return (incarnation, outer_step + 1)
+
+    def _note_behind(self) -> None:
+        if self._behind_since_seconds is None:
+            self._behind_since_seconds = time.monotonic()
 
     # Daemon -----------------------------------------------------------------------------------
 

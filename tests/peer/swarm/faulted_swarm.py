@@ -50,7 +50,7 @@ class Recovery:
     slow_round_seconds: float
     """The longest of the newest undisturbed rounds: how busy the machine is now."""
     between_seconds: float
-    """From one certified step to the next: median of those so far. Members may be late by a third of
+    """From one certified step to the next: median so far. Members may be late by a third of
     it (peer/swarm/pace.py).
     """
     victim_credited: bool
