@@ -9,7 +9,8 @@ Replicas that average rarely learn less from the same compute: M of them are wor
 
 Choice: `sync` or `diloco`, whichever leaves more effective compute (utilisation x replica factor).
 For `diloco` the richest codec that reaches 95 % of the time computing with some H <= 30, with the
-smallest such H and the fewest fragments; failing that the leanest codec and the smallest larger H.
+smallest such H and the fewest fragments; failing that the leanest codec and the smallest larger H;
+failing that what leaves most effective compute.
 """
 
 import math
@@ -178,7 +179,7 @@ def plan_diloco(
         for num_fragments in _FRAGMENTS:
             if inner_steps % num_fragments or num_fragments > most_fragments:
                 continue
-            choice = _diloco_option(
+            option = _diloco_option(
                 links,
                 num_members=len(peers),
                 num_values=num_values,
@@ -188,8 +189,10 @@ def plan_diloco(
                 num_fragments=num_fragments,
                 rule=rule,
             )
-            if choice.utilisation_ratio >= AIM_UTILISATION:
-                return choice
+            if option.utilisation_ratio >= AIM_UTILISATION:
+                return option
+            if choice is None or option.effective_ratio > choice.effective_ratio:
+                choice = option
     assert choice is not None, "there is an option"
     return choice
 
