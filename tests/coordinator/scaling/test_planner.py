@@ -302,7 +302,7 @@ def test_small_shapes_stay_near_optimal_where_one_is() -> None:
     for exponent in range(16):
         found = make(
             law=published_law("chinchilla"),
-            compute_flop=10 ** (13 + exponent / 8),
+            compute_flop=10 ** (12 + exponent / 8),
             vocab_size=257,
             seq_len=128,
             is_extrapolation_forced=True,
