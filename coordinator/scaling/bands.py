@@ -49,6 +49,8 @@ _NORMAL_95 = 1.645
 _NEAR_HORIZON_LOG = float(np.log(2.0))
 _LEAST_OFF_LOG = 0.1
 _MIN_OFF_ROWS = 2
+LEAST_DRAWS = 20
+"""Behind any interval: fewer have no 2.5 % tail."""
 _MAX_STEPS = 60
 _TOLERANCE = 1e-6
 _LEAST_DELTA = 1e-5
@@ -100,6 +102,21 @@ def percentile_interval(
     """Central interval of draws."""
     tail = 50 * (1 - level_ratio)
     low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def pooled_interval(
+    draws: Sequence[Array], shares: Sequence[float], level_ratio: float = INTERVAL_LEVEL_RATIO
+) -> tuple[float, float]:
+    """Central interval of several sets of draws, each weighing its share."""
+    values = np.concatenate(draws)
+    weights = np.concatenate(
+        [np.full(len(one), share / len(one)) for one, share in zip(draws, shares, strict=True)]
+    )
+    order = np.argsort(values)
+    below = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
+    tail = (1 - level_ratio) / 2
+    low, high = np.interp([tail, 1 - tail], below, values[order])
     return float(low), float(high)
 
 

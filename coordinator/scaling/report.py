@@ -9,7 +9,7 @@ import numpy as np
 
 from coordinator.scaling.approach1 import fit_envelope
 from coordinator.scaling.approach2 import IsoFlopFit, fit_isoflop
-from coordinator.scaling.bands import INTERVAL_LEVEL_RATIO, LEVEL_RATIO
+from coordinator.scaling.bands import INTERVAL_LEVEL_RATIO, LEAST_DRAWS, LEVEL_RATIO
 from coordinator.scaling.columns import ALL, Selection
 from coordinator.scaling.constants import GROUPS
 from coordinator.scaling.determined import interval_warning
@@ -95,17 +95,14 @@ def fit_report(
     """
     said = [_extrapolation(study, compute, is_forced) for compute in compute_flop]
     optima = [_optimum(study, compute) for compute in compute_flop]
-    said += [
-        interval_warning(row["flop"], row["n_opt_low"], row["n_opt_high"])
-        for row in optima
-        if row["n_opt"] is not None
-    ]
-    boot = study.boots.get(study.fit.form)
+    said += [interval_warning(row["flop"], row["n_opt_low"], row["n_opt_high"]) for row in optima]
+    assumed = assumed_constants(study.fit.form)
     return {
         "form": study.fit.form.value,
         "loss": study.fit.loss.value,
         "constants": constants_of(study.fit.law),
-        "intervals": {} if boot is None else {k: list(v) for k, v in boot.intervals().items()},
+        "intervals": _intervals(study, assumed),
+        "assumed": assumed,
         "interval_level_ratio": INTERVAL_LEVEL_RATIO,
         "objective": study.fit.objective,
         "num_starts": study.fit.num_starts,
@@ -127,6 +124,7 @@ def fit_report(
         },
         "allocation": {
             "form": study.allocation.form.value,
+            "is_exponent_assumed": study.allocation.form.is_tied,
             "params_exponent": study.allocation.law.params_exponent,
             "tokens_exponent": study.allocation.law.tokens_exponent,
         },
@@ -141,6 +139,19 @@ def fit_report(
         "warnings": [*study.warnings, *(text for text in said if text)],
         **_other_approaches(study.observations),
     }
+
+
+def assumed_constants(form: Form) -> list[str]:
+    """What a form fixes: the same in every draw, so not a finding of the table."""
+    return ["kappa"] * (not form.is_general) + ["params_exponent"] * form.is_tied
+
+
+def _intervals(study: StudyFit, assumed: Sequence[str]) -> dict[str, list[float]]:
+    """Of the constants that were fitted; none below the least number of draws."""
+    boot = study.boots.get(study.fit.form)
+    if boot is None or len(boot.alpha) < LEAST_DRAWS:
+        return {}
+    return {name: list(ends) for name, ends in boot.intervals().items() if name not in assumed}
 
 
 def _extrapolation(study: StudyFit, compute_flop: float, is_forced: bool) -> str:

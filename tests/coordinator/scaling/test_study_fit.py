@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from coordinator.scaling.laws import Form
+from coordinator.scaling.laws import Form, LossLaw
 from coordinator.scaling.observations import Observation, Observations
 from coordinator.scaling.parametric import Loss
 from coordinator.scaling.plan_observed import observed_law
@@ -117,7 +117,37 @@ def test_rows_of_one_ratio_predict_their_line_and_warn() -> None:
     study = fit_observations(Observations.of(rows), num_draws=20)
     said = study.predict(np.array([1e10]), np.array([2e11]), np.array([1.2e22]))
     assert said.loss_nats[0] == pytest.approx(TRUTH.loss_nats(1e10, 2e11), rel=0.02)
+    assert "rise together" in study.undetermined_reason
+    row = fit_report(study, [1.2e22])["optima"][0]
+    assert (row["is_determined"], row["n_opt"], row["n_opt_low"]) == (False, None, None)
     assert any("rise together" in warning for warning in study.warnings)
+    with pytest.raises(UsageError, match="does not say what N is best"):
+        observed_law(Observations.of(rows), name="own.csv")
+
+
+def test_the_optimum_is_of_the_form_that_the_rows_pick_clearly() -> None:
+    law = LossLaw(e_nats=1.8, a=480.0, b=2000.0, alpha=0.35, beta=0.45)
+    study = fit_observations(made_up(law, noise_ratio=0.0), num_draws=20)
+    assert study.allocation.form is study.fit.form and not study.allocation.form.is_tied
+    found = study.optimum(1e22)
+    assert found.optimum.params_n == pytest.approx(law.optimum(1e22).params_n, rel=1e-3)
+    assert fit_report(study, [1e22])["allocation"]["is_exponent_assumed"] is False
+
+
+def test_intervals_hold_all_forms_of_the_mix_and_need_draws() -> None:
+    table = read(PORIAN_CSV)
+    study = fit_observations(table, max_flop=1e18, num_draws=40)
+    assert study.allocation.form is Form.GENERAL_TIED
+    own = study.boots[Form.GENERAL_TIED].log_optimal_params(2.56e19, study.flop_per_param_token)
+    found = study.optimum(2.56e19)
+    assert found.params_low is not None and found.params_high is not None
+    assert math.log(found.params_high / found.params_low) > 1.5 * float(np.ptp(own))
+    assert any("assumption here, not a finding" in reason for reason in study.reasons)
+    report = fit_report(study, [1e18])
+    assert "params_exponent" in report["assumed"] and "alpha" in report["intervals"]
+    for num_draws in (0, 1, 19):
+        few = fit_report(fit_observations(table, form=Form.TIED, num_draws=num_draws), [1e18])
+        assert few["optima"][0]["n_opt_low"] is None and few["intervals"] == {}
 
 
 def test_refusals() -> None:
