@@ -16,7 +16,7 @@ from coordinator.scaling.determined import interval_warning
 from coordinator.scaling.extrapolation import check_extrapolation
 from coordinator.scaling.forecast import MIN_POINTS, Points, forecast_run, known_at, past_errors
 from coordinator.scaling.laws import Form, LossLaw
-from coordinator.scaling.observations import Observations, points_from_csv
+from coordinator.scaling.observations import Convention, Observations, points_from_csv
 from coordinator.scaling.study_fit import StudyFit
 from protos.contract.errors import UsageError
 
@@ -210,10 +210,16 @@ def _other_approaches(table: Observations) -> dict[str, Any]:
 def predict_rows(
     study: StudyFit, text: str, *, name: str, is_forced: bool, selection: Selection = ALL
 ) -> dict[str, Any]:
-    """Predicted losses of a table's rows, in its order, and how good they were where it says."""
-    params_n, tokens_d, compute_flop, losses = points_from_csv(text, name=name, selection=selection)
+    """Predicted losses of a table's rows, in its order, and how good they were where it says.
+
+    N is counted as the fitted table counts it. Raises UsageError where rows that count otherwise do
+    not know their head.
+    """
+    table, losses = points_from_csv(text, name=name, selection=selection)
+    table, said_of_count = _counted_alike(table, study.observations.convention)
+    params_n, tokens_d, compute_flop = table.params_n, table.tokens_d, table.compute_flop
     ends = (float(compute_flop.max()), float(compute_flop.min()))
-    warnings = [_extrapolation(study, end, is_forced) for end in ends]
+    warnings = [said_of_count, *(_extrapolation(study, end, is_forced) for end in ends)]
     said = study.predict(params_n, tokens_d, compute_flop)
     rows = [
         {
@@ -244,6 +250,19 @@ def predict_rows(
             * float(((said.high_nats - said.low_nats) / (2 * said.loss_nats)).mean()),
         }
     return out
+
+
+def _counted_alike(table: Observations, wanted: Convention) -> tuple[Observations, str]:
+    """(`table` counted the way of the fit, what is to be said of that). Raises UsageError."""
+    own = table.convention
+    if own is wanted:
+        return table, ""
+    if Convention.UNSTATED in (own, wanted):
+        return table, (
+            f"counts N as {own.value}, the fitted table as {wanted.value}: taken as the same, "
+            "which is wrong by the head if it is not (a column convention says it)"
+        )
+    return table.converted(wanted), f"N and C are converted from {own.value} to {wanted.value}"
 
 
 def points_of(table: Observations) -> Points:

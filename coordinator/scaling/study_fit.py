@@ -5,8 +5,8 @@ general form, and `auto`, fit for extrapolation: rows near the frontier, the dea
 counting most, near-duplicates sharing one weight. `auto` names the form that extrapolated
 best inside the table, predicts with all forms mixed by those errors (their mistakes differ, so the
 mix beats each), and takes N_opt from the tied general form, whose N_opt moved least, unless the
-form that it names missed the dearer rows by less than half as much. Intervals of N_opt hold the
-draws of all forms by their shares in the mix.
+form that it names missed the dearer rows by less than a quarter as much. Intervals of N_opt hold
+the draws of all forms by their shares in the mix.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ AUTO = "auto"
 _TIED_REASON = (
     "; that form assumes alpha = beta, so N_opt ~ C^0.5 is an assumption here, not a finding"
 )
-_CLEAR_RATIO = 0.5
+_CLEAR_RATIO = 0.25
 """Of the tied general form's error: what a chosen form must stay below to give N_opt."""
 DEFAULT_DRAWS = 400
 

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from coordinator.scaling.laws import Form, LossLaw
-from coordinator.scaling.observations import Observation, Observations
+from coordinator.scaling.observations import Convention, Observation, Observations
 from coordinator.scaling.parametric import Loss
 from coordinator.scaling.plan_observed import observed_law
-from coordinator.scaling.report import fit_report
+from coordinator.scaling.report import fit_report, predict_rows
 from coordinator.scaling.selection import (
     form_weights,
     impossible_rows,
@@ -148,6 +149,23 @@ def test_intervals_hold_all_forms_of_the_mix_and_need_draws() -> None:
     for num_draws in (0, 1, 19):
         few = fit_report(fit_observations(table, form=Form.TIED, num_draws=num_draws), [1e18])
         assert few["optima"][0]["n_opt_low"] is None and few["intervals"] == {}
+
+
+def test_rows_to_predict_are_counted_as_the_fitted_table_counts() -> None:
+    rows = [replace(row, convention=Convention.MATMUL) for row in made_up(num_budgets=4).rows]
+    study = fit_observations(Observations.of(rows), form=Form.TIED, num_draws=0)
+
+    def predicted(text: str) -> tuple[float, list[str]]:
+        found = predict_rows(study, text, name="p.csv", is_forced=False)
+        return found["predictions"][0]["loss_predicted"], found["warnings"]
+
+    whole, warnings = predicted("N,D,convention\n1.1e8,1e9,matmul\n")
+    assert warnings == []
+    converted, warnings = predicted("N,D,convention,head_params\n1e8,1e9,non-embedding,1e7\n")
+    assert converted == pytest.approx(whole) and "converted from" in warnings[0]
+    assert "taken as the same" in predicted("N,D\n1.1e8,1e9\n")[1][0]
+    with pytest.raises(UsageError, match="head_params 0"):
+        predicted("N,D,convention\n1e8,1e9,non-embedding\n")
 
 
 def test_refusals() -> None:
