@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from coordinator.scaling import bands, parametric
+from coordinator.scaling.bands import bootstrap
 from coordinator.scaling.laws import Form, LossLaw
 from coordinator.scaling.observations import Convention, Observation, Observations
-from coordinator.scaling.parametric import Loss
+from coordinator.scaling.parametric import Loss, fit_law
 from coordinator.scaling.plan_observed import observed_law
 from coordinator.scaling.report import fit_report, predict_rows
 from coordinator.scaling.selection import (
@@ -228,6 +230,24 @@ def test_many_rows_are_screened_quickly() -> None:
     loss = 2 + compute**-0.1 * np.exp(0.001 * generator.standard_normal(20_000))
     loss[[500, 19_999]] *= 0.5
     assert np.flatnonzero(impossible_rows(compute, loss)).tolist() == [500, 19_999]
+
+
+def test_a_long_table_is_fitted_by_way_of_drawn_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = made_up(num_budgets=8, num_sizes=600)
+    rows = table.params_n, table.tokens_d, table.loss_nats
+    quick = fit_law(*rows, form=Form.GENERAL_TIED)
+    drawn = bootstrap(quick, *rows, num_draws=60, seed=0).log_optimal_params(1e21, 6.0)
+    for module in (parametric, bands):
+        monkeypatch.setattr(module, "MANY_ROWS", 10**9)
+    whole = fit_law(*rows, form=Form.GENERAL_TIED)
+    assert (quick.num_starts, whole.num_starts) == (3, 24)
+    assert quick.objective == pytest.approx(whole.objective, rel=1e-4)
+    assert quick.law.optimum(1e21).params_n == pytest.approx(
+        whole.law.optimum(1e21).params_n, rel=1e-3
+    )
+    full = bootstrap(whole, *rows, num_draws=60, seed=0).log_optimal_params(1e21, 6.0)
+    assert drawn.std() == pytest.approx(full.std(), rel=0.4)
+    assert drawn.mean() == pytest.approx(full.mean(), abs=full.std())
 
 
 def test_weights() -> None:
