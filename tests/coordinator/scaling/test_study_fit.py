@@ -262,3 +262,10 @@ def test_weights() -> None:
         np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 100.0]), np.array([1.0, 1.0, 100.0])
     )
     assert by_row == pytest.approx([0.05, 0.05, 1.0])
+
+
+def test_dense_sizes_are_no_duplicates_of_one_another() -> None:
+    generator = np.random.default_rng(0)
+    params, tokens = np.exp(generator.uniform(0, 4, (2, 5_000)))
+    weights = row_weights(params, tokens, np.ones(5_000))
+    assert weights.sum() ** 2 / (weights**2).sum() > 4_000, "not a few rows at the edges alone"
