@@ -29,13 +29,16 @@ def test_besiroglus_constants_from_the_command_line(tmp_path: Path) -> None:
     lines.sort(key=lambda line: float(line.split(",")[2]))
     table = tmp_path / "points.csv"
     table.write_text("N,C,loss\n" + "\n".join(lines[:-5]) + "\n")
-    report = fit(table, "--form", "additive", "--loss", "lad", "--flop", "5.76e23")
+    export = ("--export", str(tmp_path / "fitted.csv"))
+    report = fit(table, "--form", "additive", "--loss", "lad", "--flop", "5.76e23", *export)
+    assert len((tmp_path / "fitted.csv").read_text().splitlines()) == 241
     found = [report["constants"][name] for name in ("A", "B", "E", "alpha", "beta")]
     assert found == pytest.approx([482.01, 2085.4, 1.8169, 0.34781, 0.36585], rel=1e-3)
     assert report["num_fitted"] == 240
     assert report["optima"][0]["n_opt"] == pytest.approx(72.3e9, rel=0.02)
     assert report["optima"][0]["n_opt_low"] < report["optima"][0]["n_opt"]
-    assert set(report["intervals"]) == set(report["constants"])
+    assert set(report["intervals"]) == set(report["constants"]) - {"kappa"}
+    assert report["assumed"] == ["kappa"]
 
 
 def test_auto_predicts_rows() -> None:
@@ -66,6 +69,14 @@ def test_a_fit_for_people() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("alpha", "N_opt", "approach2", "- bands"):
         assert word in done.stdout
+
+
+def test_export_overwrites_nothing(tmp_path: Path) -> None:
+    table = tmp_path / "own.csv"
+    table.write_text(PORIAN_CSV.read_text())
+    done = run_here("study", "fit", "--observations", str(table), "--export", str(table), *QUICK)
+    assert done.returncode == 2 and "is there already" in done.stderr
+    assert table.read_text() == PORIAN_CSV.read_text()
 
 
 def curve_table(tmp_path: Path) -> Path:
