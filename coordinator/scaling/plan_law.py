@@ -75,8 +75,8 @@ _TRANSFER_REASON = (
     f"{TRANSFER_ERROR_RATIO:.1%} on average where that was measured; your own runs "
     "(--observations) narrow this"
 )
-# law -> (allocation or None, loss law, (smallest, largest) compute among its runs; the smallest of
-# Kaplan and Muennighoff from the sizes and tokens that they state)
+# law -> (allocation or None, loss law, (smallest, largest) compute among its runs; those of Kaplan
+# and Muennighoff are our reckoning from sizes and tokens, to a power of ten)
 _PARTS: Mapping[str, tuple[str | None, str, tuple[float, float]]] = {
     "chinchilla": ("hoffmann-a1", "besiroglu", _FIGURE_4),
     "chinchilla-ratio": ("chinchilla-ratio", "besiroglu", _FIGURE_4),
