@@ -4,8 +4,8 @@ This is the command line's broad-exception border: a MusterError becomes its thr
 error and its exit code, anything else a traceback and exit code 1.
 """
 
+import io
 import logging
-import os
 import sys
 from typing import Annotated
 
@@ -23,7 +23,7 @@ from peer.cli import (
     status,
     transfer,
 )
-from peer.cli.options import report_error, say
+from peer.cli.options import forget_stdout, report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
 _EPILOG = (
@@ -89,6 +89,9 @@ app.command("reference", hidden=True)(reference.reference)
 def main() -> None:
     """Entry point of the console script."""
     begin_normal_interrupts()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where an encoding lacks a character
     try:
         app()
     except MusterError as error:
@@ -98,7 +101,7 @@ def main() -> None:
         say("interrupted")
         sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone
+        forget_stdout()  # the reader is gone
         sys.exit(0)
     except Exception:
         logging.getLogger(__name__).exception("internal error")

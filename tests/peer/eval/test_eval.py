@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from peer.cli.options import print_json
 from peer.eval.evaluate import (
+    EvalResult,
     Evaluation,
     choose_windows,
     evaluate,
@@ -196,3 +198,12 @@ def test_sampling_keeps_the_likeliest() -> None:
     assert ratios(top_p=1.0, top_k=1) == [1, 0, 0, 0]
     with pytest.raises(UsageError):
         Sampling(top_p=0.0)
+
+
+def test_losses_beyond_a_float_are_no_number_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    result = EvalResult(total_nats=1e6, num_tokens=10, num_bytes=0)
+    print_json({"perplexity": result.perplexity, "bits_per_byte": [result.bits_per_byte, 1.5]})
+    assert json.loads(capsys.readouterr().out) == {
+        "perplexity": None,
+        "bits_per_byte": [None, 1.5],
+    }
