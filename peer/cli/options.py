@@ -119,15 +119,19 @@ def print_part(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        forget_stdout()
-        raise MachineError(
-            f"cannot write to standard output: {error.strerror or error}",
-            allowed="a terminal, a pipe, or a file with room",
-            remedy="free space, or send the output elsewhere",
-            code=ErrorCode.DISK_FULL
-            if error.errno == errno.ENOSPC
-            else ErrorCode.PERMISSION_DENIED,
-        ) from error
+        raise unwritable_stdout(error) from error
+
+
+def unwritable_stdout(error: OSError) -> MachineError:
+    """The error to raise, with standard output forgotten."""
+    forget_stdout()
+    is_full = error.errno == errno.ENOSPC
+    return MachineError(
+        f"cannot write to standard output: {error.strerror or error}",
+        allowed="a terminal, a pipe, or a file with room",
+        remedy="free space, or send the output elsewhere",
+        code=ErrorCode.DISK_FULL if is_full else ErrorCode.PERMISSION_DENIED,
+    )
 
 
 def forget_stdout() -> None:

@@ -177,7 +177,7 @@ def _credits(
         )
     try:
         plain = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"cannot read {path}: {error}",
             allowed="what `muster-coordinator status --json` prints",
