@@ -23,7 +23,7 @@ from coordinator.cli import (
     tokens,
     up_command,
 )
-from coordinator.cli.options import report_error, say
+from coordinator.cli.options import checked_output, report_error, say
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
 _EPILOG = (
@@ -80,9 +80,11 @@ def main() -> None:
     """Entry point of the console script."""
     begin_normal_interrupts()
     try:
-        app()
+        with checked_output():
+            app()
     except MusterError as error:
         report_error(error)
+        _drop_unwritten()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("interrupted")
@@ -94,6 +96,15 @@ def main() -> None:
         logging.getLogger(__name__).exception("internal error")
         say("error: internal error, please report it with the lines above")
         sys.exit(1)
+
+
+def _drop_unwritten() -> None:
+    """The interpreter flushes once more at its end, and would call a full disk an exit code 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        sys.stdout = None
 
 
 if __name__ == "__main__":

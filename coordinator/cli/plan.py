@@ -222,21 +222,7 @@ def _request(
         if seconds is None and sources["--flop"] is None:
             say(f"no --deadline was given: {ASSUMED_DEADLINE} are assumed")
             seconds = parse_duration_seconds(ASSUMED_DEADLINE)
-    request = PlanRequest(**wishes, seconds=seconds)
-    _check_deadline(request)
-    return request
-
-
-def _check_deadline(request: "PlanRequest") -> None:
-    if request.pool is None or request.compute_flop is None or request.seconds is None:
-        return
-    most = request.pool.mean_flop_per_second * request.seconds
-    if request.compute_flop > most:
-        raise UsageError(
-            f"{request.compute_flop:.3g} FLOP; the pool gives at most {most:.3g} by the deadline",
-            allowed="compute that the pool can deliver in time",
-            remedy="drop --flop (the deadline then decides), or the deadline, or add peers",
-        )
+    return PlanRequest(**wishes, seconds=seconds)
 
 
 def _seconds_until(deadline: str) -> float | None:
@@ -282,7 +268,7 @@ def _pool(text: str, *, run_id: str, data_dir: Path) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text", allowed="a text file", remedy="pass a TOML or CSV file"

@@ -136,7 +136,9 @@ def fit(
     convention: Annotated[
         str, typer.Option(help="Convert the table first: matmul or non-embedding.")
     ] = "",
-    bootstrap: Annotated[int, typer.Option(help="Draws behind the intervals.")] = 400,
+    bootstrap: Annotated[
+        int, typer.Option(help="Draws behind the intervals; fewer than 20 give none.")
+    ] = 400,
     seed: Annotated[int, typer.Option(help="Of starts and draws.", min=0)] = 0,
     is_forced: _Forced = False,
     plot: Annotated[
@@ -211,10 +213,15 @@ def _table(
 
 def _write_table(path: Path, table: "Observations") -> None:
     from coordinator.scaling.observations import observations_to_csv
-    from protos.contract.errors import MachineError
+    from protos.contract.errors import MachineError, UsageError
 
     try:
-        path.write_text(observations_to_csv(table), encoding="utf-8")
+        with path.open("x", encoding="utf-8") as file:
+            file.write(observations_to_csv(table))
+    except FileExistsError as error:
+        raise UsageError(
+            f"{path} is there already", allowed="a new file", remedy="name another --export"
+        ) from error
     except OSError as error:
         raise MachineError(
             f"cannot write {path}: {error.strerror}", remedy="name another --export"
@@ -286,19 +293,22 @@ def _show_fit(report: dict[str, Any]) -> None:
     print_table(
         ["constant", "value", "95 % interval"],
         [
-            [name, f"{value:.6g}", "{:.4g} to {:.4g}".format(*intervals[name])]
-            if name in intervals
-            else [name, f"{value:.6g}", "-"]
+            [
+                name, f"{value:.6g}",
+                "assumed by the form" if name in report["assumed"]
+                else "{:.4g} to {:.4g}".format(*intervals[name]) if name in intervals else "-",
+            ]
             for name, value in law.items()
         ],
-    )
+    )  # fmt: skip
     print_table(
         ["FLOP", "N_opt", "95 % interval", "D_opt", "D/N", "loss", "90 % band"],
         [
             [f"{row['flop']:.3g}", "not determined", "-", "-", "-", "-", "-"]
             if not row["is_determined"] else [
                 f"{row['flop']:.3g}", f"{row['n_opt']:.4g}",
-                f"{row['n_opt_low']:.3g} to {row['n_opt_high']:.3g}",
+                "-" if row["n_opt_low"] is None
+                else f"{row['n_opt_low']:.3g} to {row['n_opt_high']:.3g}",
                 f"{row['d_opt']:.4g}", f"{row['tokens_per_param']:.3g}",
                 f"{row['loss']:.4f}", f"{row['loss_low']:.4f} to {row['loss_high']:.4f}",
             ]
@@ -393,7 +403,8 @@ def replay(
     )  # fmt: skip
     for row in report["by_horizon"]:
         typer.echo(
-            f"x{row['horizon_ratio']:g}: {row['num_forecasts']} forecasts, "
+            f"{row['method']}, x{row['horizon_ratio']:g} tokens ahead: {row['num_forecasts']} "
+            f"forecasts of the run of {report['params_n']:.4g} parameters, "
             f"median error {row['median_abs_error_percent']:.2f} %"
         )
     for note in report["notes"]:

@@ -27,7 +27,9 @@ def create(
     sizes: Annotated[int, typer.Option(help="Number of sizes.")] = 8,
     min_params: Annotated[float, typer.Option(help="Smallest N (matrices and head).")] = 8e3,
     max_params: Annotated[float, typer.Option(help="Largest N.")] = 2.5e5,
-    flop: Annotated[float, typer.Option(help="Compute of each size.")] = 1e12,
+    flop: Annotated[
+        float, typer.Option(help="Compute of each size, where --max-tokens allows it.")
+    ] = 1e12,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one trial.")] = 4_000_000,
     lr: Annotated[
         str, typer.Option(help="Learning rates, e.g. 2e-3,5e-3,1e-2; several are tried first.")
@@ -36,15 +38,19 @@ def create(
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of an update.")] = 1_024,
     warmup_steps: Annotated[int, typer.Option(help="Updates of the warm-up.")] = 60,
-    heldout_tokens: Annotated[int, typer.Option(help="Of each evaluation.")] = 32_768,
+    heldout_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of each evaluation. [default: 32,768, or all the dataset has]", min=1),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial values and data order.", min=0)] = 0,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     is_json: AsJson = False,
 ) -> None:
     """Design a sweep and hand its trials to the peers of a run that is paused or waits for peers.
 
-    Equal compute for every size, constant learning rate, held-out loss at computes that all sizes
-    share. The run's dataset is used: for bytes, build one with --vocab-size 257.
+    Equal compute for every size that --max-tokens does not end before, constant learning rate,
+    held-out loss at computes that all sizes share. The run's dataset is used: for bytes, build
+    one with --vocab-size 257.
     """
     from coordinator.cli.perform import perform
     from coordinator.operations.requests_studies import CreateStudyRequest
@@ -62,7 +68,7 @@ def create(
         seq_len=seq_len,
         batch_tokens=batch_tokens,
         warmup_steps=warmup_steps,
-        heldout_tokens=heldout_tokens,
+        heldout_tokens=heldout_tokens or 0,
         seed=seed,
     )
     found = perform(data_dir, "create_study", request)

@@ -21,7 +21,8 @@ class CreateStudyRequest:
     seq_len: int = 128
     batch_tokens: int = 1_024
     warmup_steps: int = 60
-    heldout_tokens: int = 32_768
+    heldout_tokens: int = 0
+    """0: 32,768, or all that the dataset holds out where that is less."""
     seed: int = 0
 
 

@@ -43,6 +43,7 @@ from coordinator.study.design import (
     StudyDesign,
     choose_trial,
     first_stage,
+    uneven_reason,
 )
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
 from protos.contract.ids import is_valid_run_id
@@ -52,6 +53,8 @@ from protos.contract.telemetry import RunState
 
 _HANDING_STATES = frozenset({RunState.PAUSED.value, RunState.WAITING_FOR_PEERS.value})
 _PATIENCE_FACTOR = 10.0
+_HELDOUT_TOKENS = 32_768
+"""Of each evaluation, unless asked otherwise."""
 
 
 def create_study(
@@ -72,6 +75,8 @@ def create_study(
             code=ErrorCode.RUN_NOT_ACTIVE,
         )
     manifest = load_run_data(tx, context, run.run_id).manifest
+    held_tokens = sum(chunk.num_tokens for chunk in manifest.heldout_chunks)
+    heldout_tokens = request.heldout_tokens or min(_HELDOUT_TOKENS, held_tokens)
     design = StudyDesign(
         dataset_id=run.dataset_id,
         vocab_size=manifest.vocab_size,
@@ -79,14 +84,24 @@ def create_study(
             name: getattr(request, name)
             for name in (
                 "num_sizes", "min_params", "max_params", "flop", "max_tokens", "learning_rates",
-                "num_repeats", "seq_len", "batch_tokens", "warmup_steps", "heldout_tokens", "seed",
+                "num_repeats", "seq_len", "batch_tokens", "warmup_steps", "seed",
             )
         },
+        heldout_tokens=heldout_tokens,
     )  # fmt: skip
+    if design.heldout_tokens > held_tokens:
+        raise UsageError(
+            f"--heldout-tokens {design.heldout_tokens:,}",
+            allowed=f"1 to {held_tokens:,}: what the dataset of run {run.run_id!r} holds out",
+            remedy="choose fewer, or build a dataset with more held-out text",
+        )
     stage, plans = first_stage(design)
     study_id = request.study_id or f"study-{len(tx.studies()) + 1}"
     _check_new(tx, study_id)
     reason = f"{len(plans)} trials of {sum(plan.flop for plan in plans):.3g} FLOP in all"
+    uneven = uneven_reason(design, plans)
+    if uneven:
+        reason += f"; {uneven}"
     study = StudyRow(
         study_id=study_id,
         run_id=run.run_id,

@@ -2,11 +2,12 @@
 
 Every admitted peer holds the whole model, so N <= the least of their caps. A cap at r N_opt keeps
 eta(r) of the compute; peers left out take their share of FLOP with them. Leaving the weakest out is
-right exactly when their share is below 1 - eta(N_cap with them) / eta(N_cap without).
+right exactly when their share is below 1 - eta(N_cap with them) / eta(N_cap without). Whose link or
+replica costs more than it brings is seen only with a strategy: `plan_choice` leaves those out.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.scaling.laws import LossLaw
 from coordinator.scaling.pool import PoolPeer
@@ -26,6 +27,8 @@ class Admission:
     efficiency_ratio: float
     """Share of the admitted peers' compute that the cap leaves."""
     reason: str
+    left_out_reasons: tuple[str, ...] = ()
+    """Why each group of those left out is."""
 
 
 def drop_pays(share_ratio: float, *, efficiency_with: float, efficiency_without: float) -> bool:
@@ -76,37 +79,56 @@ def plan_admission(
     _, threshold, cap, efficiency = best
     admitted = tuple(peer for peer in order if peer.memory_bytes >= threshold)
     left_out = tuple(peer for peer in order if peer.memory_bytes < threshold)
-    return Admission(
+    found = Admission(
         admitted=admitted,
         left_out=left_out,
         cap_params=cap,
         efficiency_ratio=efficiency,
-        reason=_reason(admitted, left_out, total, best, with_all),
+        reason="",
     )
+    if left_out:
+        found = replace(
+            found,
+            left_out_reasons=(_left_out_reason(left_out, total, compute_flop, best, with_all),),
+        )
+    flop = compute_flop * sum(peer.mean_flop_per_second for peer in admitted) / total
+    return settled(found, law=law_at(flop), compute_flop=flop)
 
 
-def _reason(
-    admitted: Sequence[PoolPeer],
+def settled(admission: Admission, *, law: LossLaw, compute_flop: float) -> Admission:
+    """With what the cap keeps, and the sentence that says so, at the compute that will count."""
+    cap, admitted = admission.cap_params, admission.admitted
+    held = min(cap, law.optimum(compute_flop).params_n)
+    efficiency = float(law.efficiency(held, compute_flop))
+    weakest = min(admitted, key=lambda peer: peer.memory_bytes)
+    memory = (
+        f"the weakest admitted memory, {weakest.memory_bytes / 2**30:.3g} GiB of {weakest.name}, "
+        f"trains up to N = {cap:.3g}, which keeps {efficiency:.1%} of the {compute_flop:.4g} FLOP "
+        "that count"
+    )
+    who = f"all {len(admitted)} peers are" if admitted[1:] else "the only peer is"
+    reasons = admission.left_out_reasons or (f"{who} admitted",)
+    return replace(admission, efficiency_ratio=efficiency, reason="; ".join((*reasons, memory)))
+
+
+def names_of(peers: Sequence[PoolPeer]) -> str:
+    """The first five, and whether there are more."""
+    return ", ".join(peer.name for peer in peers[:5]) + (" ..." if peers[5:] else "")
+
+
+def _left_out_reason(
     left_out: Sequence[PoolPeer],
     total: float,
+    compute_flop: float,
     best: tuple[float, float, float, float],
     with_all: tuple[float, float, float, float],
 ) -> str:
-    _, threshold, cap, efficiency = best
-    weakest = min(admitted, key=lambda peer: peer.memory_bytes)
-    text = (
-        f"the weakest admitted memory, {threshold / 2**30:.3g} GiB of {weakest.name}, trains up to "
-        f"N = {cap:.3g}"
-    )
-    if not left_out:
-        kept = f"which keeps {efficiency:.1%} of the compute"
-        return f"all {len(admitted)} peers are admitted: {text}, {kept}"
-    share = sum(peer.mean_flop_per_second for peer in left_out) / total
-    names = ", ".join(peer.name for peer in left_out[:5]) + (" ..." if left_out[5:] else "")
+    _, threshold, _, efficiency = best
     if with_all[1] == threshold:  # the ones left out cannot hold even the smallest model
-        return f"{names} left out: too little memory for any model; {text}"
+        return f"{names_of(left_out)} left out: too little memory for any model"
+    share = sum(peer.mean_flop_per_second for peer in left_out) / total
     return (
-        f"{names} left out: they bring {share:.1%} of the FLOP, less than 1 - "
+        f"{names_of(left_out)} left out: they bring {share:.1%} of the FLOP, less than 1 - "
         f"{with_all[3]:.3f} / {efficiency:.3f} = {1 - with_all[3] / efficiency:.1%} that their cap "
-        f"of N = {with_all[2]:.3g} would cost; {text}, which keeps {efficiency:.1%} of the compute"
+        f"of N = {with_all[2]:.3g} would cost at the pool's whole {compute_flop:.3g} FLOP"
     )

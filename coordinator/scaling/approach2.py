@@ -122,7 +122,7 @@ def _parabola(
     middle = log_n.mean()
     num_sizes = len(np.unique(groups[near]))
     compute = float(np.exp(np.log(compute_flop[rows]).mean()))
-    product = float(np.median(params_n[rows] * tokens_d[rows] / compute_flop[rows])) * compute
+    product = float(np.median(params_n[rows] * (tokens_d[rows] / compute_flop[rows]))) * compute
     budget = Budget(
         compute_flop=compute,
         params_n=float(params_n[near][np.argmin(loss_nats[near])]),

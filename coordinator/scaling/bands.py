@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from coordinator.scaling.laws import Form
 from coordinator.scaling.parametric import LawFit
 from coordinator.scaling.selection import Errors
-from coordinator.scaling.solver import Table, solve
+from coordinator.scaling.solver import DRAWN_ROWS, MANY_ROWS, Table, solve
 
 Array = NDArray[np.float64]
 
@@ -49,6 +49,8 @@ _NORMAL_95 = 1.645
 _NEAR_HORIZON_LOG = float(np.log(2.0))
 _LEAST_OFF_LOG = 0.1
 _MIN_OFF_ROWS = 2
+LEAST_DRAWS = 20
+"""Behind any interval: fewer have no 2.5 % tail."""
 _MAX_STEPS = 60
 _TOLERANCE = 1e-6
 _LEAST_DELTA = 1e-5
@@ -103,6 +105,21 @@ def percentile_interval(
     return float(low), float(high)
 
 
+def pooled_interval(
+    draws: Sequence[Array], shares: Sequence[float], level_ratio: float = INTERVAL_LEVEL_RATIO
+) -> tuple[float, float]:
+    """Central interval of several sets of draws, each weighing its share."""
+    values = np.concatenate(draws)
+    weights = np.concatenate(
+        [np.full(len(one), share / len(one)) for one, share in zip(draws, shares, strict=True)]
+    )
+    order = np.argsort(values)
+    below = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
+    tail = (1 - level_ratio) / 2
+    low, high = np.interp([tail, 1 - tail], below, values[order])
+    return float(low), float(high)
+
+
 def bootstrap(
     fit: LawFit,
     params_n: Array,
@@ -113,10 +130,21 @@ def bootstrap(
     seed: int,
     weights: Array | None = None,
 ) -> Bootstrap:
-    """Refit `num_draws` resamples of the rows, all from the fit's optimum, batched."""
+    """Refit `num_draws` resamples of the rows, all from the fit's optimum, batched.
+
+    Of more than 4,000 rows a resample has 2,000 (m out of n bootstrap, Bickel 1997): what its theta
+    is off by shrinks by sqrt(m / n), the ratio of the sampling errors.
+    """
     table = Table.of(params_n, tokens_d, loss_nats)
     num_rows = len(params_n)
     generator = np.random.default_rng(seed)
+    if num_rows > MANY_ROWS:
+        found = [
+            _drawn(table, fit, generator.integers(0, num_rows, DRAWN_ROWS), weights)
+            for _ in range(num_draws)
+        ]
+        off = np.array(found).reshape(-1, len(fit.theta)) - fit.theta
+        return _constants(table, fit.theta + np.sqrt(DRAWN_ROWS / num_rows) * off, fit.form)
     counts = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=num_draws)
     draws = counts * (np.ones(num_rows) if weights is None else weights)
     begin = np.repeat(fit.theta[None], num_draws, axis=0)
@@ -130,6 +158,20 @@ def bootstrap(
         tolerance=_TOLERANCE,
     )
     return _constants(table, theta, fit.form)
+
+
+def _drawn(table: Table, fit: LawFit, rows: NDArray[np.int64], weights: Array | None) -> Array:
+    """theta (6,) of some rows, from the fit's."""
+    theta, _ = solve(
+        table.some(rows),
+        fit.theta[None],
+        form=fit.form,
+        delta=max(fit.loss.delta, _LEAST_DELTA),
+        weights=None if weights is None else weights[rows],
+        max_steps=_MAX_STEPS,
+        tolerance=_TOLERANCE,
+    )
+    return np.asarray(theta[0])
 
 
 def _constants(table: Table, theta: Array, form: Form) -> Bootstrap:

@@ -92,10 +92,17 @@ def read_rows(
         or not known & {"tokens_d", "compute_flop"}
         or (needs_loss and "loss_nats" not in known)
     ):
+        separator = _other_separator(titles)
         raise UsageError(
-            f"{name} has the columns {', '.join(titles) or 'none'}",
-            allowed=COLUMNS,
-            remedy=_NAME_IT,
+            f"{name} has one column, with {separator} in its title: cells are separated by that"
+            if separator
+            else f"{name} has the columns {', '.join(titles) or 'none'}",
+            allowed=f"cells with commas between, numbers with points; {COLUMNS}"
+            if separator
+            else COLUMNS,
+            remedy="save it with commas (in a spreadsheet: CSV, comma separated)"
+            if separator
+            else _NAME_IT,
         )
     kept = [row for row in rows if any(row[index].strip() for index in field_of)]
     if not kept:
@@ -116,6 +123,14 @@ def read_rows(
         rows=[{found: row[index] for index, found in field_of.items()} for row in kept],
         notes=notes,
         warnings=_kinds(titles, kept, unused),
+    )
+
+
+def _other_separator(titles: Sequence[str]) -> str:
+    """What stands between the cells instead of commas, in words; "" if nothing does."""
+    words = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+    return next(
+        (word for mark, word in words.items() if len(titles) == 1 and mark in titles[0]), ""
     )
 
 

@@ -7,6 +7,7 @@ inside what was tried, is looked at here.
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.scaling.laws import PLAIN_FLOP_PER_PARAM_TOKEN
 from coordinator.scaling.observations import Observations
 from coordinator.scaling.parametric import LawFit
 from coordinator.scaling.solver import MAX_EXPONENT, MIN_EXPONENT
@@ -19,6 +20,8 @@ _LEAST_SPREAD_RATIO = 1e-3
 _LEAST_EXPLAINED_RATIO = 0.25
 _WELL_EXPLAINED_RATIO = 0.6
 _TOGETHER_CORRELATION = 0.995
+_ODD_PRODUCT_RATIO = 2.0
+"""Of C to 6 N D, either way."""
 _MOST_OUTSIDE_RATIO = 10.0
 _AT_BOUND_RATIO = 1.01
 _WIDE_INTERVAL_RATIO = 100.0
@@ -61,12 +64,11 @@ def fit_warnings(fit: LawFit, table: Observations) -> list[str]:
             f"the law explains only {explained:.0%} of the spread of the losses: noise, or several "
             "experiments in one table"
         )
-    log_n, log_d = np.log(table.params_n), np.log(table.tokens_d)
-    together = float(np.corrcoef(log_n, log_d)[0, 1])
-    if together >= _TOGETHER_CORRELATION:
+    per_token = table.flop_per_param_token()
+    if not 1 / _ODD_PRODUCT_RATIO <= per_token / PLAIN_FLOP_PER_PARAM_TOKEN <= _ODD_PRODUCT_RATIO:
         found.append(
-            f"N and D rise together (correlation {together:.3f}): losses can be predicted along "
-            "that line, but what N would be best is not in these rows"
+            f"C is {per_token:.3g} N D in these rows (median), far from the usual 6 N D: it is "
+            "taken as it stands; check units and what N, D and C count"
         )
     return found
 
@@ -79,6 +81,12 @@ def undetermined_reason(fit: LawFit, table: Observations, flop_per_param_token: 
             return f"the losses do not fall with {title}: its exponent is at the bound of the fit"
         if exponent >= MAX_EXPONENT / _AT_BOUND_RATIO:
             return f"the exponent of {title} is at the bound of the fit, {MAX_EXPONENT:g}"
+    together = float(np.corrcoef(np.log(table.params_n), np.log(table.tokens_d))[0, 1])
+    if together >= _TOGETHER_CORRELATION:
+        return (
+            f"N and D rise together (correlation {together:.3f}): losses can be predicted along "
+            "that line, but what N would be best is not in these rows"
+        )
     middle = float(np.exp(np.log(table.compute_flop).mean()))
     try:
         best = fit.law.optimum(middle, flop_per_param_token=flop_per_param_token).params_n
@@ -93,9 +101,9 @@ def undetermined_reason(fit: LawFit, table: Observations, flop_per_param_token: 
     return ""
 
 
-def interval_warning(compute_flop: float, low: float, high: float) -> str:
+def interval_warning(compute_flop: float, low: float | None, high: float | None) -> str:
     """ "" unless an interval of N_opt says nothing."""
-    if high <= low * _WIDE_INTERVAL_RATIO:
+    if low is None or high is None or high <= low * _WIDE_INTERVAL_RATIO:
         return ""
     return (
         f"the best N of {compute_flop:.3g} FLOP is hardly determined: between {low:.3g} and "

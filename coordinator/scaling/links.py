@@ -9,7 +9,8 @@ Replicas that average rarely learn less from the same compute: M of them are wor
 
 Choice: `sync` or `diloco`, whichever leaves more effective compute (utilisation x replica factor).
 For `diloco` the richest codec that reaches 95 % of the time computing with some H <= 30, with the
-smallest such H and the fewest fragments; failing that the leanest codec and the smallest larger H.
+smallest such H and the fewest fragments; failing that the leanest codec and the smallest larger H;
+failing that what leaves most effective compute.
 """
 
 import math
@@ -83,20 +84,29 @@ def sent_bytes(num_values: float, codec: Codec, num_members: int) -> float:
     return num_values * codec.moved_bytes_per_value(num_members) * share
 
 
-def distinct_links(peers: Sequence[PoolPeer]) -> list[PoolPeer]:
-    """The first peer of every link speed and round trip: all that a round's time depends on."""
-    found: dict[tuple[float, float], PoolPeer] = {}
-    for peer in peers:
-        link = min(peer.upload_bytes_per_second, peer.download_bytes_per_second)
-        found.setdefault((link, peer.round_trip_seconds), peer)
-    return list(found.values())
+def binding_links(peers: Sequence[PoolPeer]) -> list[PoolPeer]:
+    """The peers of which one decides how long a round of any size takes, slowest link first: no
+    other's link is as slow and its round trip as long.
+    """
+    by_link = sorted(
+        peers,
+        key=lambda peer: (
+            min(peer.upload_bytes_per_second, peer.download_bytes_per_second),
+            -peer.round_trip_seconds,
+        ),
+    )
+    found: list[PoolPeer] = []
+    for peer in by_link:
+        if not found or peer.round_trip_seconds > found[-1].round_trip_seconds:
+            found.append(peer)
+    return found
 
 
 def round_seconds(
     peers: Sequence[PoolPeer], num_values: float, codec: Codec, *, num_members: int = 0
 ) -> tuple[float, PoolPeer]:
     """Time of one round over the slowest link, and whose link that is; of `num_members` (0: so many
-    as peers) where `peers` are their distinct links.
+    as peers) where `peers` are their binding links.
     """
     moved = sent_bytes(num_values, codec, num_members or len(peers))
     slowest, seconds = peers[0], -1.0
@@ -123,7 +133,7 @@ def plan_sync(
     """
     codecs = [codec for codec in codecs if codec.bytes_per_value >= 1]
     best: StrategyChoice | None = None
-    links = distinct_links(peers)
+    links = binding_links(peers)
     for codec in sorted(codecs, key=lambda codec: -codec.bytes_per_value):
         seconds, slowest = 0.0, peers[0]
         if peers[1:]:
@@ -173,12 +183,12 @@ def plan_diloco(
     options = [(codec, steps) for codec in by_richness for steps in near]
     options += [(by_richness[-1], steps) for steps in far]
     choice: StrategyChoice | None = None
-    links = distinct_links(peers)
+    links = binding_links(peers)
     for codec, inner_steps in options:
         for num_fragments in _FRAGMENTS:
             if inner_steps % num_fragments or num_fragments > most_fragments:
                 continue
-            choice = _diloco_option(
+            option = _diloco_option(
                 links,
                 num_members=len(peers),
                 num_values=num_values,
@@ -188,8 +198,10 @@ def plan_diloco(
                 num_fragments=num_fragments,
                 rule=rule,
             )
-            if choice.utilisation_ratio >= AIM_UTILISATION:
-                return choice
+            if option.utilisation_ratio >= AIM_UTILISATION:
+                return option
+            if choice is None or option.effective_ratio > choice.effective_ratio:
+                choice = option
     assert choice is not None, "there is an option"
     return choice
 

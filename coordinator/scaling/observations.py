@@ -202,17 +202,16 @@ def observations_to_json(table: Observations) -> str:
 
 def points_from_csv(
     text: str, *, name: str, selection: Selection = ALL
-) -> tuple[Array, Array, Array, Array | None]:
-    """(N, D, C, loss or None) of rows to be predicted, whose losses may be missing; of `selection`
-    what this table knows."""
+) -> tuple[Observations, Array | None]:
+    """Rows to be predicted, whose losses (n,) may be missing: None, and 1 in the table; of
+    `selection` what this table knows."""
     titles, cells = _cells(text)
     within = selection.within(titles)
     read = read_rows(titles, cells, name=name, selection=within, needs_loss=False)
     has_loss = all(row.get("loss_nats", "").strip() for row in read.rows)
     filled = [row if has_loss else {**row, "loss_nats": "1"} for row in read.rows]
     table = _from_read(replace(read, rows=filled), name)
-    losses = table.loss_nats if has_loss else None
-    return table.params_n, table.tokens_d, table.compute_flop, losses
+    return table, table.loss_nats if has_loss else None
 
 
 class _Lines:

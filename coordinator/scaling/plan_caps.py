@@ -52,7 +52,8 @@ def plan_caps(request: PlanRequest, admission: Admission | None, draft: Draft) -
     shape = draft.shape
     reason = (
         f"{shape.num_layers} layers of width {shape.d_model}: the most ordinary shape that is not "
-        "above the wanted N, because smaller is cheaper to average, to hold and to serve"
+        "above the wanted N (or, where that is a big step below, the next one above if it promises "
+        "less loss), because smaller is cheaper to average, to hold and to serve"
     )
     params_n = float(shape.num_matmul_parameters)
     caps.append(_size_cap("shape", params_n, draft, reason, is_binding=False))
@@ -115,16 +116,18 @@ def _text_cap(request: PlanRequest, draft: Draft, optimum: Optimum) -> Cap:
     alone = best_size(law, Demand(compute_flop=flop, unique_tokens=unique))
     repetition = RepetitionLaw(law=law)
     loss = float(repetition.loss_nats(alone.params_n, alone.tokens_d, unique))
-    passes = alone.tokens_d / unique
+    is_limit = alone.spent_flop < 0.999 * flop
+    passes = (draft.tokens_d if is_limit else alone.tokens_d) / unique
     worth = float(repetition.mean_token_worth(max(passes, 1.0)))
     reason = (
         f"{request.text_reason or f'{unique:.4g} unique tokens'}: {passes:.3g} passes, in which a "
         f"token is worth {worth:.2f} of a fresh one on average (Muennighoff's law)"
     )
-    if alone.spent_flop < 0.999 * flop:
+    if is_limit:
+        spent = draft.tokens_d * draft.shape.flop_per_token()
         reason += (
-            f"; beyond {PRACTICAL_DATA_PASSES} passes more compute buys nearly nothing, so "
-            f"{1 - alone.spent_flop / flop:.0%} of it are left unused: text is the limit"
+            f"; beyond {PRACTICAL_DATA_PASSES} passes more compute buys nearly nothing: "
+            f"{spent:.4g} of the {draft.compute.compute_flop:.4g} FLOP are spent, text is the limit"
         )
     return Cap(
         name="unique tokens",

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from coordinator.scaling.laws import AllocationLaw
 from coordinator.scaling.observations import Convention, Observations
 from coordinator.scaling.plan_law import PlanLaw
 from coordinator.scaling.study_fit import StudyFit, fit_observations
@@ -33,7 +34,7 @@ def observed_law(table: Observations, *, name: str, seed: int = 0) -> PlanLaw:
     return PlanLaw(
         name=name,
         loss_law=fit.fit.law,
-        allocation=fit.allocation.law,
+        allocation=_allocation(fit),
         smallest_flop=fit.smallest_flop,
         largest_flop=fit.largest_flop,
         source=f"{len(fit.observations)} of {fit.num_rows} rows of own runs; N from the "
@@ -46,8 +47,18 @@ def observed_law(table: Observations, *, name: str, seed: int = 0) -> PlanLaw:
     )
 
 
+def _allocation(fit: StudyFit) -> AllocationLaw:
+    """N_opt of C with the table's own C / (N D), which counts attention where the table does: the
+    planner, which searches with 6, gets the same N as `study fit` shows."""
+    law = fit.allocation.law
+    one = law.optimum(fit.largest_flop, flop_per_param_token=fit.flop_per_param_token).params_n
+    exponent = law.params_exponent
+    return AllocationLaw(coefficient=one / fit.largest_flop**exponent, exponent=exponent)
+
+
 def _band_ratio(fit: StudyFit, compute_flop: float) -> float:
-    best = fit.allocation.law.optimum(compute_flop)
+    k = fit.flop_per_param_token
+    best = fit.allocation.law.optimum(compute_flop, flop_per_param_token=k)
     found = fit.predict(
         np.array([best.params_n]), np.array([best.tokens_d]), np.array([compute_flop])
     )
@@ -57,4 +68,5 @@ def _band_ratio(fit: StudyFit, compute_flop: float) -> float:
 
 def _interval(fit: StudyFit, compute_flop: float) -> tuple[float, float]:
     best = fit.optimum(compute_flop)
+    assert best.params_low is not None and best.params_high is not None  # of 400 draws
     return best.params_low, best.params_high

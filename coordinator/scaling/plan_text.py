@@ -56,8 +56,8 @@ def duration(seconds: float) -> str:
 def _compute_choices(plan: Plan, request: PlanRequest, compute_reason: str) -> list[Choice]:
     found = [Choice(name="compute", value=f"{plan.compute_flop:.4g} FLOP", reason=compute_reason)]
     if plan.admission is not None:
-        value = f"{len(plan.admission.admitted)} of "
-        value += f"{len(plan.admission.admitted) + len(plan.admission.left_out)} peers"
+        total = len(plan.admission.admitted) + len(plan.admission.left_out)
+        value = f"{len(plan.admission.admitted)} of {total} peer{'s' if total > 1 else ''}"
         found.append(Choice(name="admitted", value=value, reason=plan.admission.reason))
     optimum = plan.law_optimum
     growth = f"ten times the compute: N x{plan.growth_params_ratio:.1f}"
@@ -91,13 +91,15 @@ def _size_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
     wide_low, wide_high = plan.near_optimal_params_n_90
     shape = plan.shape
     tied = "tied" if shape.has_tied_embeddings else "untied"
+    moving = [cap.name for cap in plan.caps if cap.is_binding and cap.name != "shape"]
+    aside = f"; {' and '.join(moving)} left aside, which may move N out of it" if moving else ""
     found = [
         Choice(
             name="near-optimal N",
             value=f"{count(low)} to {count(high)}",
             reason=f"every N between keeps {NEAR_OPTIMAL_EFFICIENCY:.0%} of the compute "
             f"({count(wide_low)} to {count(wide_high)} keep 90 %); the lower half is cheaper to "
-            "average, to hold and to serve",
+            f"average, to hold and to serve{aside}",
         )
     ]
     for cap in plan.caps:
@@ -191,6 +193,8 @@ def _swarm_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
         found.append(Choice(name="outer step", value=value, reason=reason))
     else:
         reason = "sync makes one large data-parallel replica of all peers: no replica penalty"
+        if plan.admission.admitted[1:] == ():
+            reason = "one peer is one replica"
         found.append(Choice(name="replicas", value="1", reason=reason))
     if plan.merge is not None:
         value = f"{plan.merge.num_replicas} replicas after merging"
@@ -224,10 +228,13 @@ def _outcome_choices(plan: Plan, request: PlanRequest) -> list[Choice]:
         )
     if plan.wire_bytes_per_peer is not None:
         assert plan.strategy is not None, "wire bytes come from a strategy"
+        every = plan.strategy.inner_steps_per_outer / plan.strategy.num_fragments
         reason = (
             f"{plan.recipe.steps:,} steps, a round of {size(plan.strategy.round_wire_bytes)} each "
-            f"way every {plan.strategy.inner_steps_per_outer / plan.strategy.num_fragments:g}"
+            f"way every {'step' if every == 1 else f'{every:g} steps'}"
         )
+        if not plan.strategy.round_wire_bytes:
+            reason = "one peer has nobody to average with"
         value = f"{size(plan.wire_bytes_per_peer)} sent, as much received"
         found.append(Choice(name="wire per peer", value=value, reason=reason))
     if plan.calendar_seconds is not None:
@@ -296,7 +303,7 @@ def _warnings(plan: Plan, request: PlanRequest) -> list[str]:
     if chosen is not None and chosen.utilisation_ratio < AIM_UTILISATION:
         found.append(
             f"links leave {chosen.utilisation_ratio:.1%} of the time for computing under "
-            f"{chosen.name}, below the aim of {AIM_UTILISATION:.0%}"
+            f"{chosen.name}, below the aim of {AIM_UTILISATION:.0%}: {_aim_advice(plan, chosen)}"
         )
     is_wished = bool(request.serve_tokens) or not math.isinf(request.unique_tokens)
     if plan.efficiency_ratio < NEAR_OPTIMAL_EFFICIENCY and not is_wished:
@@ -304,3 +311,14 @@ def _warnings(plan: Plan, request: PlanRequest) -> list[str]:
             f"N = {count(plan.params_n)} keeps only {plan.efficiency_ratio:.0%} of the compute"
         )
     return found
+
+
+def _aim_advice(plan: Plan, chosen: StrategyChoice) -> str:
+    reaching = [one for one in plan.strategies if one.utilisation_ratio >= AIM_UTILISATION]
+    if not reaching:
+        return "no strategy, H, fragments or codec reaches it on these links"
+    other = reaching[0]
+    said = f"{other.name} would reach {other.utilisation_ratio:.1%}"
+    if other.effective_ratio < chosen.effective_ratio:
+        said += f", but with its replicas only {other.effective_ratio:.1%} of the FLOP would count"
+    return said

@@ -2,17 +2,20 @@
 
 Order: compute (pool x availability, or as given) -> admission (whose memory caps the model) ->
 strategy and size together, because the model's size decides what averaging costs, which decides the
-compute, which decides the size: repeated until nothing changes -> recipe -> loss with its band ->
-what each cap costs. Pure: time, files and the running coordinator are the caller's.
+compute, which decides the size: repeated until nothing changes -> admission again (whose link costs
+more than it brings) -> recipe -> loss with its band -> what each cap costs. Pure: time, files and
+the running coordinator are the caller's.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
-from coordinator.scaling.admission import Admission, plan_admission
+from coordinator.scaling.admission import Admission, plan_admission, settled
 from coordinator.scaling.constants import COMPUTE_WORTH, NUMBERS
 from coordinator.scaling.extrapolation import check_extrapolation
+from coordinator.scaling.laws import LossLaw
 from coordinator.scaling.links import (
     StrategyChoice,
     merge_advice,
@@ -20,12 +23,19 @@ from coordinator.scaling.links import (
     plan_sync,
 )
 from coordinator.scaling.plan_caps import Z_90, loss_band, plan_caps
+from coordinator.scaling.plan_choice import (
+    admit_by_links,
+    check_deadline,
+    chosen_of,
+    train_seconds,
+)
 from coordinator.scaling.plan_text import describe
 from coordinator.scaling.plan_types import Draft, Plan, PlanRequest
 from coordinator.scaling.pool import ComputeEstimate, PoolPeer, estimate_compute
 from coordinator.scaling.recipe import Recipe, mu_transfer, plan_recipe
 from coordinator.scaling.shapes import USABLE_MEMORY_RATIO, MemoryRule, choose_shape, largest_params
 from coordinator.scaling.sizing import (
+    PRACTICAL_DATA_PASSES,
     Demand,
     best_size,
     memorised_ratio,
@@ -40,6 +50,8 @@ _MAX_REPEATS = 12
 _SETTLED_RATIO = 1e-3
 _REPLICAS = COMPUTE_WORTH["replicas"].law
 _MOST_MICRO_SEQUENCES = 64
+_BIG_STEP = 0.1
+"""Of N; ordinary shapes of millions of parameters lie closer together."""
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -54,24 +66,32 @@ def plan(request: PlanRequest) -> Plan:
         law=f"law {request.law.name!r}",
         is_forced=request.is_extrapolation_forced,
     )
-    admission = _admit(request)
-    peers = () if admission is None else admission.admitted
-    has_links = bool(peers) and all(peer.has_links for peer in peers)
-    drafts: dict[str, Draft] = {}
-    if has_links:
-        for name in ("sync", "diloco") if peers[1:] else ("sync",):
-            drafts[name] = _draft(request, admission, name)
-    else:
-        drafts["sync"] = _draft(request, admission, "")
-    allowed = [drafts[name] for name in drafts if name in request.strategies]
-    if not allowed:
+    cap_of = _cap_of(request)
+    admission = _admit(request, cap_of)
+    drafts = _drafts(request, admission)
+    best = chosen_of(request, admission, drafts)
+    if best is None:
         raise UsageError(
             f"strategy {', '.join(request.strategies)} without peers whose links are known",
             allowed="--pool with two or more peers and their links",
             remedy="pass --pool, or --strategy sync",
         )
-    best = min(allowed, key=lambda draft: draft.loss_nats)
-    return _complete(request, admission, best, tuple(drafts.values()), warning)
+    if admission is not None:
+        admission, drafts, best = admit_by_links(
+            request, admission, drafts, best, drafts_of=_drafts, cap_of=cap_of
+        )
+        check_deadline(request, admission, drafts, best)
+        admission = settled(admission, law=best.law, compute_flop=best.effective_flop)
+    return _complete(request, admission, best, drafts, warning)
+
+
+def _drafts(request: PlanRequest, admission: Admission | None) -> tuple[Draft, ...]:
+    """One draft of every strategy that the peers' links allow to predict; else one without."""
+    peers = () if admission is None else admission.admitted
+    if not peers or not all(peer.has_links for peer in peers):
+        return (_draft(request, admission, ""),)
+    names = ("sync", "diloco") if peers[1:] else ("sync",)
+    return tuple(_draft(request, admission, name) for name in names)
 
 
 def _check_text(request: PlanRequest) -> None:
@@ -93,9 +113,8 @@ def _check_step(draft: Draft) -> None:
         )
 
 
-def _admit(request: PlanRequest) -> Admission | None:
-    if request.pool is None:
-        return None
+def _cap_of(request: PlanRequest) -> Callable[[float], float]:
+    """N of the largest shape that a memory trains, bytes -> N."""
     rule = MemoryRule(bytes_per_parameter=request.bytes_per_parameter)
 
     @lru_cache(maxsize=64)
@@ -106,6 +125,12 @@ def _admit(request: PlanRequest) -> Admission | None:
             )
         )
 
+    return cap_of
+
+
+def _admit(request: PlanRequest, cap_of: Callable[[float], float]) -> Admission | None:
+    if request.pool is None:
+        return None
     return plan_admission(
         request.pool.peers,
         law_at=request.law.at,
@@ -194,23 +219,17 @@ def _one_draft(
     wanted = size.params_n if request.params_n is None else request.params_n
     cap = math.inf if admission is None else admission.cap_params
     if shape is None:
-        shape = choose_shape(
-            min(wanted, cap),
-            vocab_size=request.vocab_size,
-            seq_len=request.seq_len,
-            may_exceed=request.params_n is not None,
-        )
+        shape = _shape(request, law, effective_flop, wanted=wanted, cap=cap)
     params_n = float(shape.num_matmul_parameters)
-    flop = compute.compute_flop * min(1.0, size.spent_flop / effective_flop)
-    tokens_d = int(flop / shape.flop_per_token())
+    tokens_d = int(compute.compute_flop / shape.flop_per_token())
     if not math.isinf(request.unique_tokens):
-        tokens_d = min(tokens_d, int(16 * request.unique_tokens))
+        tokens_d = min(tokens_d, int(PRACTICAL_DATA_PASSES * request.unique_tokens))
     tokens_d = max(request.seq_len, tokens_d // request.seq_len * request.seq_len)
     tuned_lr, tuned_reason = _tuned(request, shape)
     recipe = plan_recipe(
         params_n=params_n,
         tokens_d=float(tokens_d),
-        compute_flop=flop,
+        compute_flop=float(tokens_d * shape.flop_per_token()),
         seq_len=request.seq_len,
         num_peers=max(len(peers), 1),
         num_replicas=len(peers) if strategy_name == "diloco" else 0,
@@ -233,6 +252,39 @@ def _one_draft(
         strategy=strategy,
         loss_nats=loss,
     )
+
+
+def _shape(
+    request: PlanRequest, law: LossLaw, effective_flop: float, *, wanted: float, cap: float
+) -> ModelShape:
+    """The most ordinary shape not above the wanted N. Small shapes come in big steps: where it is a
+    big one below, the next one above, if that promises less loss.
+    """
+    most = min(wanted, cap)
+    is_given = request.params_n is not None
+
+    def choose(params_n: float) -> ModelShape:
+        return choose_shape(
+            params_n,
+            vocab_size=request.vocab_size,
+            seq_len=request.seq_len,
+            may_exceed=is_given,
+        )
+
+    def loss_nats(shape: ModelShape) -> float:
+        tokens_d = effective_flop / shape.flop_per_token()
+        tokens_d = min(tokens_d, PRACTICAL_DATA_PASSES * request.unique_tokens)
+        params_n = float(shape.num_matmul_parameters)
+        return repeated_loss_nats(law, params_n, tokens_d, request.unique_tokens)
+
+    shape = choose(most)
+    if is_given or request.serve_tokens or shape.num_matmul_parameters > (1 - _BIG_STEP) * most:
+        return shape
+    for factor in (1.1, 1.2, 1.35, 1.5):
+        above = choose(min(factor * wanted, cap))
+        if above.num_matmul_parameters > wanted:
+            return min(shape, above, key=loss_nats)
+    return shape
 
 
 def _tuned(request: PlanRequest, shape: ModelShape) -> tuple[float | None, str]:
@@ -356,8 +408,7 @@ def _calendar(
     if admission is None:
         return None, None, None
     utilisation = 1.0 if draft.strategy is None else draft.strategy.utilisation_ratio
-    speed = sum(peer.mean_flop_per_second for peer in admission.admitted) * utilisation
-    seconds = draft.tokens_d * draft.shape.flop_per_token() / speed
+    seconds = train_seconds(admission, draft)
     log_std = draft.compute.compute_log_std
     if request.compute_flop is not None and request.pool is not None:
         log_std = estimate_compute(

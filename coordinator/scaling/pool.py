@@ -100,9 +100,9 @@ def estimate_compute(
     std = max(LOWEST_LOG_STD, found) if log_std is None else log_std
     how = "measured" if pool.is_drift_measured else "assumed"
     reason = (
-        f"{len(pool.peers)} peers with {speed:.3g} FLOP/s (measured speed x "
-        f"availability) x {utilisation_ratio:.1%} of the time computing x {days:.3g} days = "
-        f"{flop:.3g} FLOP"
+        f"{len(pool.peers)} peer{'s' if pool.peers[1:] else ''} with {speed:.3g} FLOP/s (measured "
+        f"speed x availability) x {utilisation_ratio:.1%} of the time computing x {days:.3g} days "
+        f"= {flop:.3g} FLOP"
     )
     if log_std is not None:
         return ComputeEstimate(
@@ -176,6 +176,17 @@ class _PeerEntry:
     site: str = ""
 
 
+_LIMITS: dict[str, tuple[float, float]] = {
+    "flop_per_second": (1e3, _MAX_FLOP_PER_SECOND),
+    "availability_ratio": (1e-3, 1.0),
+    "memory_gib": (0.01, 1e6),
+    "upload_mbit_per_second": (1e-3, 1e7),
+    "download_mbit_per_second": (1e-3, 1e7),
+    "count": (1, MAX_PEERS),
+    "round_trip_milliseconds": (0.0, 60_000.0),
+}
+"""(lowest, highest) of each number of an entry."""
+
 POOL_EXAMPLE = """\
 # drift_per_sqrt_day = 0.1        # optional: how fast the pool's ln capacity wanders
 [[peer]]
@@ -209,9 +220,9 @@ def pool_from_toml(text: str, *, where: str = "pool") -> Pool:
         )
     peers: list[PoolPeer] = []
     for index, entry in enumerate(entries, start=1):
-        peers += _peers_of_entry(
-            parse_fields(_PeerEntry, entry, where=f"{where}: peer {index}"), where=where
-        )
+        place = f"{where}: peer {index}"
+        _check_finite(entry, where=place)
+        peers += _peers_of_entry(parse_fields(_PeerEntry, entry, where=place), where=where)
     if len(peers) > MAX_PEERS:
         raise UsageError(f"{where} has {len(peers)} peers", allowed=f"at most {MAX_PEERS}")
     name, number = Counter(peer.name for peer in peers).most_common(1)[0]
@@ -236,16 +247,19 @@ def _drift(plain: dict[str, Any], *, where: str) -> dict[str, Any]:
     return {"drift_per_sqrt_day": float(drift), "is_drift_measured": True}
 
 
+def _check_finite(entry: Any, *, where: str) -> None:
+    for name, value in entry.items() if isinstance(entry, dict) else ():
+        if name in _LIMITS and isinstance(value, float) and not math.isfinite(value):
+            lowest, highest = _LIMITS[name]
+            raise UsageError(
+                f"{where}.{name} = {value!r}",
+                allowed=f"a finite number, {lowest:g} to {highest:g}",
+                remedy="correct it",
+            )
+
+
 def _peers_of_entry(entry: _PeerEntry, *, where: str) -> list[PoolPeer]:
-    for name, lowest, highest in (
-        ("flop_per_second", 1e3, _MAX_FLOP_PER_SECOND),
-        ("availability_ratio", 1e-3, 1.0),
-        ("memory_gib", 0.01, 1e6),
-        ("upload_mbit_per_second", 1e-3, 1e7),
-        ("download_mbit_per_second", 1e-3, 1e7),
-        ("count", 1, MAX_PEERS),
-        ("round_trip_milliseconds", 0.0, 60_000.0),
-    ):
+    for name, (lowest, highest) in _LIMITS.items():
         value = getattr(entry, name)
         if not lowest <= value <= highest:  # NaN fails too
             raise UsageError(

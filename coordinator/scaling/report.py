@@ -9,14 +9,14 @@ import numpy as np
 
 from coordinator.scaling.approach1 import fit_envelope
 from coordinator.scaling.approach2 import IsoFlopFit, fit_isoflop
-from coordinator.scaling.bands import INTERVAL_LEVEL_RATIO, LEVEL_RATIO
+from coordinator.scaling.bands import INTERVAL_LEVEL_RATIO, LEAST_DRAWS, LEVEL_RATIO
 from coordinator.scaling.columns import ALL, Selection
 from coordinator.scaling.constants import GROUPS
 from coordinator.scaling.determined import interval_warning
 from coordinator.scaling.extrapolation import check_extrapolation
 from coordinator.scaling.forecast import MIN_POINTS, Points, forecast_run, known_at, past_errors
 from coordinator.scaling.laws import Form, LossLaw
-from coordinator.scaling.observations import Observations, points_from_csv
+from coordinator.scaling.observations import Convention, Observations, points_from_csv
 from coordinator.scaling.study_fit import StudyFit
 from protos.contract.errors import UsageError
 
@@ -95,17 +95,14 @@ def fit_report(
     """
     said = [_extrapolation(study, compute, is_forced) for compute in compute_flop]
     optima = [_optimum(study, compute) for compute in compute_flop]
-    said += [
-        interval_warning(row["flop"], row["n_opt_low"], row["n_opt_high"])
-        for row in optima
-        if row["n_opt"] is not None
-    ]
-    boot = study.boots.get(study.fit.form)
+    said += [interval_warning(row["flop"], row["n_opt_low"], row["n_opt_high"]) for row in optima]
+    assumed = assumed_constants(study.fit.form)
     return {
         "form": study.fit.form.value,
         "loss": study.fit.loss.value,
         "constants": constants_of(study.fit.law),
-        "intervals": {} if boot is None else {k: list(v) for k, v in boot.intervals().items()},
+        "intervals": _intervals(study, assumed),
+        "assumed": assumed,
         "interval_level_ratio": INTERVAL_LEVEL_RATIO,
         "objective": study.fit.objective,
         "num_starts": study.fit.num_starts,
@@ -127,6 +124,7 @@ def fit_report(
         },
         "allocation": {
             "form": study.allocation.form.value,
+            "is_exponent_assumed": study.allocation.form.is_tied,
             "params_exponent": study.allocation.law.params_exponent,
             "tokens_exponent": study.allocation.law.tokens_exponent,
         },
@@ -141,6 +139,19 @@ def fit_report(
         "warnings": [*study.warnings, *(text for text in said if text)],
         **_other_approaches(study.observations),
     }
+
+
+def assumed_constants(form: Form) -> list[str]:
+    """What a form fixes: the same in every draw, so not a finding of the table."""
+    return ["kappa"] * (not form.is_general) + ["params_exponent"] * form.is_tied
+
+
+def _intervals(study: StudyFit, assumed: Sequence[str]) -> dict[str, list[float]]:
+    """Of the constants that were fitted; none below the least number of draws."""
+    boot = study.boots.get(study.fit.form)
+    if boot is None or len(boot.alpha) < LEAST_DRAWS:
+        return {}
+    return {name: list(ends) for name, ends in boot.intervals().items() if name not in assumed}
 
 
 def _extrapolation(study: StudyFit, compute_flop: float, is_forced: bool) -> str:
@@ -199,10 +210,16 @@ def _other_approaches(table: Observations) -> dict[str, Any]:
 def predict_rows(
     study: StudyFit, text: str, *, name: str, is_forced: bool, selection: Selection = ALL
 ) -> dict[str, Any]:
-    """Predicted losses of a table's rows, in its order, and how good they were where it says."""
-    params_n, tokens_d, compute_flop, losses = points_from_csv(text, name=name, selection=selection)
+    """Predicted losses of a table's rows, in its order, and how good they were where it says.
+
+    N is counted as the fitted table counts it. Raises UsageError where rows that count otherwise do
+    not know their head.
+    """
+    table, losses = points_from_csv(text, name=name, selection=selection)
+    table, said_of_count = _counted_alike(table, study.observations.convention)
+    params_n, tokens_d, compute_flop = table.params_n, table.tokens_d, table.compute_flop
     ends = (float(compute_flop.max()), float(compute_flop.min()))
-    warnings = [_extrapolation(study, end, is_forced) for end in ends]
+    warnings = [said_of_count, *(_extrapolation(study, end, is_forced) for end in ends)]
     said = study.predict(params_n, tokens_d, compute_flop)
     rows = [
         {
@@ -233,6 +250,19 @@ def predict_rows(
             * float(((said.high_nats - said.low_nats) / (2 * said.loss_nats)).mean()),
         }
     return out
+
+
+def _counted_alike(table: Observations, wanted: Convention) -> tuple[Observations, str]:
+    """(`table` counted the way of the fit, what is to be said of that). Raises UsageError."""
+    own = table.convention
+    if own is wanted:
+        return table, ""
+    if Convention.UNSTATED in (own, wanted):
+        return table, (
+            f"counts N as {own.value}, the fitted table as {wanted.value}: taken as the same, "
+            "which is wrong by the head if it is not (a column convention says it)"
+        )
+    return table.converted(wanted), f"N and C are converted from {own.value} to {wanted.value}"
 
 
 def points_of(table: Observations) -> Points:

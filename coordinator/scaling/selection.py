@@ -42,6 +42,7 @@ _MIN_SPAN_LOG = 0.6
 _TEST_STARTS = 8
 _WINDOW_RATIO = 8.0
 _TOP_WINDOW_RATIO = 4.0
+_PIECE_LOG, _CHAIN_LOG = 0.01, 0.1
 _TOO_LOW_RATIO = 0.97
 _TOO_LOW_AT_TOP_RATIO = 0.75
 
@@ -106,9 +107,24 @@ def row_weights(params_n: Array, tokens_d: Array, compute_flop: Array) -> Array:
     The law is only locally true: what lies nearest to the extrapolation counts most.
     """
     weights = (compute_flop / compute_flop.max()) ** AGE_EXPONENT
-    cells = size_groups(params_n) * (len(params_n) + 1) + size_groups(tokens_d)
+    groups = _near_groups(tokens_d)
+    cells = _near_groups(params_n) * (groups.max() + 1) + groups
     _, cell, counts = np.unique(cells, return_inverse=True, return_counts=True)
     return np.asarray(weights / counts[cell])
+
+
+def _near_groups(values: Array) -> NDArray[np.int64]:
+    """Number of the group of near values, (n,). Where they lie so densely that neighbours chain
+    into a long group, it is cut into pieces of 1 %: they are no duplicates of one another."""
+    groups = size_groups(values)
+    logs = np.log(values)
+    low, high = np.full(groups.max() + 1, np.inf), np.full(groups.max() + 1, -np.inf)
+    np.minimum.at(low, groups, logs)
+    np.maximum.at(high, groups, logs)
+    is_long = (high - low)[groups] > _CHAIN_LOG
+    pieces = np.where(is_long, np.floor((logs - low[groups]) / _PIECE_LOG).astype(np.int64), 0)
+    _, found = np.unique(groups * (pieces.max() + 1) + pieces, return_inverse=True)
+    return np.asarray(found, dtype=np.int64)
 
 
 def backtests(

@@ -15,7 +15,7 @@ The objective is the weighted sum of rho(ln L_predicted - ln L): Huber's with kn
 2022, eq. 3), whose limits are least absolute deviations (delta -> 0) and least squares.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ from coordinator.scaling.laws import Form, LossLaw
 Array = NDArray[np.float64]
 
 NUM_STARTS = 24
+MANY_ROWS = 4_000
+"""Tables beyond it are fitted by way of drawn rows, whose sampling error is small."""
+DRAWN_ROWS = 2_000
 MIN_EXPONENT, MAX_EXPONENT = 1e-3, 4.0
 _MIN_LOG_KAPPA, _MAX_LOG_KAPPA = float(np.log(0.05)), float(np.log(4.0))
 _MIN_LOG_E_RATIO = float(np.log(1e-4))
@@ -55,6 +58,10 @@ class Table:
             mean_log_n=float(log_n.mean()),
             mean_log_d=float(log_d.mean()),
         )
+
+    def some(self, rows: NDArray[np.int64]) -> "Table":
+        """Some rows, centred as the whole: a theta of them is one of the whole."""
+        return replace(self, x=self.x[rows], y=self.y[rows], log_loss=self.log_loss[rows])
 
     def law(self, theta: Array, form: Form) -> LossLaw:
         """The law of one theta, in the units of the table."""

@@ -4,7 +4,9 @@ Two ways in. A named additive or tied form is the literature's fit: all rows, eq
 general form, and `auto`, fit for extrapolation: rows near the frontier, the dearest
 counting most, near-duplicates sharing one weight. `auto` names the form that extrapolated
 best inside the table, predicts with all forms mixed by those errors (their mistakes differ, so the
-mix beats each), and takes N_opt from the tied general form, whose N_opt moved least.
+mix beats each), and takes N_opt from the tied general form, whose N_opt moved least, unless the
+form that it names missed the dearer rows by less than a quarter as much. Intervals of N_opt hold
+the draws of all forms by their shares in the mix.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.scaling.bands import (
+    LEAST_DRAWS,
     Bootstrap,
     ErrorBand,
     bootstrap,
-    percentile_interval,
+    pooled_interval,
     spread_log,
 )
 from coordinator.scaling.determined import (
@@ -45,20 +48,22 @@ from protos.contract.errors import UsageError
 Array = NDArray[np.float64]
 
 AUTO = "auto"
-_ALLOCATION_REASON = (
-    "N_opt and D_opt come from the {} form: on public sweeps its N_opt moved least (x1.05) when "
-    "the dearer half was added"
+_TIED_REASON = (
+    "; that form assumes alpha = beta, so N_opt ~ C^0.5 is an assumption here, not a finding"
 )
+_CLEAR_RATIO = 0.25
+"""Of the tied general form's error: what a chosen form must stay below to give N_opt."""
 DEFAULT_DRAWS = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimumBand:
-    """N_opt, D_opt and the loss there, with 95 % bootstrap intervals of N and the band of loss."""
+    """N_opt, D_opt and the loss there, with the 95 % interval of N (None below 20 draws), from the
+    bootstrap draws of all forms by their shares, and the band of loss."""
 
     optimum: Optimum
-    params_low: float
-    params_high: float
+    params_low: float | None
+    params_high: float | None
     loss_low_nats: float
     loss_high_nats: float
 
@@ -115,7 +120,7 @@ class StudyFit:
         drawn = np.zeros_like(logs)
         for row, form in zip(drawn, used, strict=True):
             boot = self.boots.get(form)
-            if boot is not None and len(boot.alpha) > 1:
+            if boot is not None and len(boot.alpha) >= LEAST_DRAWS:
                 low, high = np.percentile(boot.log_loss(params_n, tokens_d), [5, 95], axis=0)
                 row[:] = (high - low) / 2
         log_loss = shares @ logs
@@ -138,11 +143,15 @@ class StudyFit:
         at = self.predict(
             np.array([best.params_n]), np.array([best.tokens_d]), np.array([compute_flop])
         )
-        low = high = best.params_n
-        boot = self.boots.get(self.allocation.form)
-        if boot is not None and len(boot.alpha) > 1:
-            drawn = percentile_interval(boot.log_optimal_params(compute_flop, k))
-            low, high = float(np.exp(drawn[0])), float(np.exp(drawn[1]))
+        low = high = None
+        used = [form for form in self.boots if len(self.boots[form].alpha) >= LEAST_DRAWS]
+        if used:
+            drawn = pooled_interval(
+                [self.boots[form].log_optimal_params(compute_flop, k) for form in used],
+                [self.weights[form] for form in used],
+            )
+            low = min(float(np.exp(drawn[0])), best.params_n)
+            high = max(float(np.exp(drawn[1])), best.params_n)
         return OptimumBand(
             optimum=replace(best, loss_nats=float(at.loss_nats[0])),
             params_low=low,
@@ -197,7 +206,7 @@ def fit_observations(
     errors = form_errors(tests)
     shares = form_weights(errors, num_rows=len(near))
     chosen, why = _choose(forms, errors, form, tests)
-    allocation = _allocation_form(forms, chosen, form)
+    allocation = _allocation_form(errors, chosen, form)
     progress(f"refitting {num_draws} draws for the intervals")
     boots = {
         each: bootstrap(
@@ -209,8 +218,7 @@ def fit_observations(
     }  # fmt: skip
     band = ErrorBand.of(_mixed(tests, shares))
     reasons += [why, f"bands: {band.reason}"]
-    if form is None:
-        reasons.append(_ALLOCATION_REASON.format(allocation.value))
+    reasons += _allocation_reasons(allocation, chosen, form)
     warnings = [*table.warnings, *fit_warnings(fits[chosen], near)]
     k = near.flop_per_param_token()
     undetermined = undetermined_reason(fits[allocation], near, k)
@@ -337,10 +345,21 @@ def _choose(
     )
 
 
-def _allocation_form(forms: tuple[Form, ...], chosen: Form, asked: Form | None) -> Form:
-    if asked is None and Form.GENERAL_TIED in forms:
-        return Form.GENERAL_TIED
-    return chosen
+def _allocation_form(errors: Mapping[Form, float], chosen: Form, asked: Form | None) -> Form:
+    tied = Form.GENERAL_TIED
+    is_clear = tied not in errors or errors[chosen] < _CLEAR_RATIO * errors[tied]
+    return chosen if asked is not None or is_clear else tied
+
+
+def _allocation_reasons(allocation: Form, chosen: Form, asked: Form | None) -> list[str]:
+    found = f"N_opt and D_opt come from the {allocation.value} form"
+    if asked is None and allocation is chosen is not Form.GENERAL_TIED:
+        found += ": the others missed the dearer rows by far more, or cannot be had"
+    elif asked is None:
+        found += ": on public sweeps its N_opt moved least (x1.05) when the dearer half was added"
+    if allocation.is_tied:
+        return [found + _TIED_REASON]
+    return [found] if asked is None else []
 
 
 def _mixed(tests: Mapping[Form, Sequence[Errors]], shares: Mapping[Form, float]) -> list[Errors]:

@@ -31,6 +31,8 @@ _SLICES_PER_DOUBLING = 2
 _NUM_SLICES = 12
 _MIN_STEPS = 60
 """Points before so many steps are still in the warm-up."""
+_CUT_RATIO = 1.1
+"""Whole batches alone make less of a difference to a trial's compute."""
 _HEAD_DIM = 8
 _MOST_LAYERS = 6
 
@@ -86,18 +88,26 @@ class StudyDesign:
              "at least one batch"),
             ("lr", list(self.learning_rates),
              0 < len(self.learning_rates) <= 16
-             and all(0 < rate < 1 for rate in self.learning_rates), "1 to 16 rates in 0 to 1"),
+             and all(0 < rate < 1 for rate in self.learning_rates)
+             and len(set(self.learning_rates)) == len(self.learning_rates),
+             "1 to 16 different rates in 0 to 1"),
             ("repeats", self.num_repeats, 0 <= self.num_repeats <= self.num_sizes,
              "0 to the number of sizes"),
             ("seq-len", self.seq_len, 16 <= self.seq_len <= 8_192, "16 to 8192"),
             ("batch-tokens", self.batch_tokens,
-             self.batch_tokens >= self.seq_len and self.batch_tokens % self.seq_len == 0,
+             self.batch_tokens >= self.seq_len and self.batch_tokens % max(self.seq_len, 1) == 0,
              f"a multiple of --seq-len {self.seq_len}"),
             ("warmup-steps", self.warmup_steps, 0 <= self.warmup_steps <= 10_000, "0 to 10000"),
+            ("heldout-tokens", self.heldout_tokens, self.heldout_tokens >= 1, "at least 1"),
         )  # fmt: skip
         for name, value, is_good, allowed in checks:
             if not is_good:
                 raise UsageError(f"--{name} {value}", allowed=allowed, remedy=f"correct --{name}")
+
+    @property
+    def least_steps(self) -> int:
+        """Points before so many steps are still in the warm-up."""
+        return max(_MIN_STEPS, self.warmup_steps)
 
     def to_json(self) -> str:
         """Stored form."""
@@ -197,6 +207,7 @@ def sizes_of(design: StudyDesign) -> list[ModelSpec]:
 def first_stage(design: StudyDesign) -> tuple[StudyStage, list[TrialPlan]]:
     """What a new study begins with."""
     models = sizes_of(design)
+    _check_compute(design, models)
     if len(design.learning_rates) == 1:
         return StudyStage.SIZES, size_plans(design, design.learning_rates[0])
     chosen = (models[len(models) // 4], models[3 * len(models) // 4])
@@ -205,6 +216,47 @@ def first_stage(design: StudyDesign) -> tuple[StudyStage, list[TrialPlan]]:
         for model in chosen
         for rate in design.learning_rates
     ]
+
+
+def _check_compute(design: StudyDesign, models: Sequence[ModelSpec]) -> None:
+    """Raises UsageError where a size would be measured nowhere after its warm-up, or would reach no
+    compute that the others share before --max-tokens.
+    """
+    per_token = [ModelShape.from_spec(model).flop_per_token() for model in models]
+    least = max(per_token) * design.least_steps * design.batch_tokens
+    top = min(per_token) * (design.max_tokens // design.batch_tokens) * design.batch_tokens
+    most = top * 2.0 ** ((_NUM_SLICES - 1) / _SLICES_PER_DOUBLING)
+    if least <= design.flop <= most:
+        return
+    steps = design.flop / max(per_token) / design.batch_tokens
+    raise UsageError(
+        f"--flop {design.flop:g}: the largest model would train {steps:.3g} steps"
+        if design.flop < least
+        else f"--flop {design.flop:g}: --max-tokens {design.max_tokens:,} ends the smallest model "
+        f"at {top:.3g} FLOP",
+        allowed=f"{least:.3g} to {most:.3g} FLOP for these sizes: at least {design.least_steps} "
+        "steps of each size, and a compute that all sizes reach"
+        if least <= most
+        else f"a --max-tokens above {design.least_steps * design.batch_tokens:,} and sizes that "
+        "reach one compute with it",
+        remedy="choose such a --flop, other --min-params and --max-params, or another --max-tokens "
+        "or --batch-tokens",
+    )
+
+
+def uneven_reason(design: StudyDesign, plans: Sequence[TrialPlan]) -> str:
+    """Which sizes --max-tokens ends before --flop; "" if none."""
+    cut = [
+        plan for plan in plans
+        if plan.purpose is Purpose.SIZE and plan.flop < design.flop / _CUT_RATIO
+    ]  # fmt: skip
+    if not cut:
+        return ""
+    flops = [plan.flop for plan in cut]
+    return (
+        f"{len(cut)} sizes end at --max-tokens {design.max_tokens:,}, after {min(flops):.3g} to "
+        f"{max(flops):.3g} FLOP instead of {design.flop:.3g}"
+    )
 
 
 def size_plans(design: StudyDesign, learning_rate: float) -> list[TrialPlan]:
@@ -241,7 +293,7 @@ def _plan(
         flop=flop,
         batch_tokens=design.batch_tokens,
         max_tokens=design.max_tokens,
-        min_steps=max(_MIN_STEPS, design.warmup_steps),
+        min_steps=design.least_steps,
     )
     if purpose is Purpose.RATE:
         marks = marks[-1:]

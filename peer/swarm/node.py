@@ -250,12 +250,16 @@ class SwarmNode:
         elif current is None or place > current:
             self._early.append((place, event))
             is_ahead = current is not None or place > self._next_place()
-            if isinstance(event, rt.Received) and is_ahead and self._behind_since_seconds is None:
-                self._behind_since_seconds = time.monotonic()
+            if isinstance(event, rt.Received) and is_ahead:
+                self._note_behind()
 
     def _next_place(self) -> Place:
         incarnation, outer_step = self._replica.position
         return (incarnation, outer_step + 1)
+
+    def _note_behind(self) -> None:
+        if self._behind_since_seconds is None:
+            self._behind_since_seconds = time.monotonic()
 
     # Daemon -----------------------------------------------------------------------------------
 
@@ -346,12 +350,12 @@ class SwarmNode:
                 self._next_settle_seconds = now + _SETTLE_SECONDS
                 await self._settle_base()
             return
-        behind_since = self._behind_since_seconds
-        is_behind = behind_since is not None and now - behind_since >= _BEHIND_PATIENCE_SECONDS
+        since = self._behind_since_seconds
+        is_behind = since is not None and now - since >= _BEHIND_PATIENCE_SECONDS
         is_short = replica.position[1] < self._target_step
         if shell.machine is None and not is_short and self._begin_directive() is not None:
             await self._begin_round()
-        elif (shell.machine is None and is_due) or (is_behind and is_due):
+        elif is_due and (shell.machine is None or is_behind):
             self._next_settle_seconds = now + _SETTLE_SECONDS
             self._behind_since_seconds = None
             await self._go_forward(is_short=is_short)
@@ -359,9 +363,9 @@ class SwarmNode:
     def _begin_directive(self) -> common_pb2.Directive | None:
         """The directive in force, if this member is in its roster and somebody may vote."""
         directive = self._replica.directive_in_force()
-        entries = {entry.peer_id for entry in directive.roster}
-        has_voters = any(entry.has_vote for entry in directive.roster)
-        return directive if self._own_peer_id in entries and has_voters else None
+        has_vote_by_peer = {entry.peer_id: entry.has_vote for entry in directive.roster}
+        is_in = self._own_peer_id in has_vote_by_peer
+        return directive if is_in and any(has_vote_by_peer.values()) else None
 
     async def _begin_round(self) -> None:
         directive = self._begin_directive()
@@ -479,7 +483,6 @@ class SwarmNode:
         shell.end()
         if not is_applied:
             self._certificates[value.outer_step] = commit.certificate
-            self._target_step = max(self._target_step, value.outer_step)
             self._next_settle_seconds = 0.0
             return
         self._behind_since_seconds = None

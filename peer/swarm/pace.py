@@ -13,6 +13,8 @@ from peer.swarm.round_types import RoundTiming
 _NUM_ROUNDS = 16
 _NUM_CALLS = 64
 _LEAST_ROUNDS = 3
+_LEAST_CALLS = 3
+"""A member that was restarted may lead its second round."""
 _FIRST = RoundTiming(form_wait_seconds=30.0, reduce_wait_seconds=60.0)
 _FIRST_CALL_SECONDS = 4.0
 _FIRST_STALL_SECONDS = 15.0
@@ -58,7 +60,7 @@ class Pace:
     @property
     def call_seconds(self) -> float:
         """How long to wait for a member's answer to a message."""
-        if len(self._call_seconds) < _NUM_CALLS // 4:
+        if len(self._call_seconds) < _LEAST_CALLS:
             return _FIRST_CALL_SECONDS
         return _patience(self._call_seconds, factor=4.0, least=1.0, most=_FIRST_CALL_SECONDS)
 

@@ -129,3 +129,16 @@ def test_mistakes_are_explained(
     assert (done.returncode, "Traceback" in done.stderr) == (exit_code, False), done.stderr
     assert words in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("arguments", [("plan", "--flop", "1e20", "--json"), ("study", "laws")])
+def test_an_output_that_takes_nothing_is_said(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "coordinator.cli.main", *arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 4 and "internal error" not in done.stderr
+    for words in ("cannot write to standard output: No space left", "allowed:", "remedy:"):
+        assert words in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -96,6 +96,8 @@ def test_absurd_pools_and_impossible_deadlines(tmp_path: Path) -> None:
     path.write_text(POOL_EXAMPLE)
     done = run_here("plan", "--pool", str(path), "--flop", "1e22", "--deadline", "1d")
     assert done.returncode == 2 and "at most" in done.stderr
+    path.write_bytes(b"\xef\xbb\xbf" + POOL_EXAMPLE.encode())
+    assert run_here("plan", "--pool", str(path), "--deadline", "30d").returncode == 0, "a BOM"
 
 
 def test_live_needs_a_run_with_measured_peers(tmp_path: Path) -> None:

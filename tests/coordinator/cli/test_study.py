@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.coordinator.cli.test_cli import ask, run_here
 from tests.coordinator.scaling.tables import CHINCHILLA_CSV, PORIAN_CSV, TINY_CSV
 
 QUICK = ("--bootstrap", "20")
+NO_PLOTS = "cannot write plots" if find_spec("matplotlib") else "needs matplotlib"
 
 
 def fit(path: Path, *arguments: str) -> Any:
@@ -27,13 +29,16 @@ def test_besiroglus_constants_from_the_command_line(tmp_path: Path) -> None:
     lines.sort(key=lambda line: float(line.split(",")[2]))
     table = tmp_path / "points.csv"
     table.write_text("N,C,loss\n" + "\n".join(lines[:-5]) + "\n")
-    report = fit(table, "--form", "additive", "--loss", "lad", "--flop", "5.76e23")
+    export = ("--export", str(tmp_path / "fitted.csv"))
+    report = fit(table, "--form", "additive", "--loss", "lad", "--flop", "5.76e23", *export)
+    assert len((tmp_path / "fitted.csv").read_text().splitlines()) == 241
     found = [report["constants"][name] for name in ("A", "B", "E", "alpha", "beta")]
     assert found == pytest.approx([482.01, 2085.4, 1.8169, 0.34781, 0.36585], rel=1e-3)
     assert report["num_fitted"] == 240
     assert report["optima"][0]["n_opt"] == pytest.approx(72.3e9, rel=0.02)
     assert report["optima"][0]["n_opt_low"] < report["optima"][0]["n_opt"]
-    assert set(report["intervals"]) == set(report["constants"])
+    assert set(report["intervals"]) == set(report["constants"]) - {"kappa"}
+    assert report["assumed"] == ["kappa"]
 
 
 def test_auto_predicts_rows() -> None:
@@ -64,6 +69,14 @@ def test_a_fit_for_people() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("alpha", "N_opt", "approach2", "- bands"):
         assert word in done.stdout
+
+
+def test_export_overwrites_nothing(tmp_path: Path) -> None:
+    table = tmp_path / "own.csv"
+    table.write_text(PORIAN_CSV.read_text())
+    done = run_here("study", "fit", "--observations", str(table), "--export", str(table), *QUICK)
+    assert done.returncode == 2 and "is there already" in done.stderr
+    assert table.read_text() == PORIAN_CSV.read_text()
 
 
 def curve_table(tmp_path: Path) -> Path:
@@ -125,7 +138,7 @@ def test_replay_for_people(tmp_path: Path) -> None:
         ("good", ("--flop", "1e30"), 2, "times the largest compute"),
         ("good", ("--flop", "1e-5"), 2, "--flop 1e-05"),
         ("good", ("--flop", "1e10"), 2, "less than the smallest compute"),
-        ("good", ("--plot", "/dev/null/x"), 4, "cannot write plots"),
+        ("good", ("--plot", "/dev/null/x"), 4, NO_PLOTS),
         ("good", ("--where", "tag=x"), 2, "0 columns 'tag'"),
         ("good", ("--predict", "nowhere.csv"), 2, "cannot read"),
         ("good", ("--convention", "matmul"), 2, "head_params"),

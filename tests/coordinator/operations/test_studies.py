@@ -308,6 +308,8 @@ def test_what_cannot_be_studied() -> None:
     world = paused()
     with pytest.raises(UsageError, match="is not known here"):
         found(world)
+    with pytest.raises(UsageError, match="--heldout-tokens 66.* 1 to 65"):
+        world.do(studies.create_study, replace(SMALL, heldout_tokens=66))
     world.do(studies.create_study, SMALL)
     with pytest.raises(UsageError, match="exists already"):
         world.do(studies.create_study, replace(SMALL, study_id="study-1"))

@@ -8,7 +8,7 @@ from coordinator.scaling.constants import COMPUTE_WORTH
 from coordinator.scaling.links import (
     AIM_UTILISATION,
     Codec,
-    distinct_links,
+    binding_links,
     merge_advice,
     plan_diloco,
     plan_sync,
@@ -122,7 +122,7 @@ def test_close_peers_are_merged() -> None:
     assert "p1, p2 at lab" in found.reason
 
 
-def test_alike_links_are_looked_at_once() -> None:
+def test_only_links_that_can_be_the_slowest_are_looked_at() -> None:
     fields: dict[str, Any] = {
         "flop_per_second": 1e12, "availability_ratio": 1.0, "memory_bytes": 1e9,
         "upload_bytes_per_second": 1e6, "download_bytes_per_second": 2e6,
@@ -130,7 +130,9 @@ def test_alike_links_are_looked_at_once() -> None:
     many = [PoolPeer(name=f"p{index}", **fields) for index in range(5000)]
     many.append(PoolPeer(name="slow", **(fields | {"upload_bytes_per_second": 1e5})))
     codec = Codec(name="fp32", bytes_per_value=4.0)
-    links = distinct_links(many)
-    assert [peer.name for peer in links] == ["p0", "slow"]
-    said = round_seconds(links, 1e6, codec, num_members=len(many))
-    assert said == round_seconds(many, 1e6, codec)
+    many.append(PoolPeer(name="far", **(fields | {"round_trip_seconds": 0.5})))
+    links = binding_links(many)
+    assert [peer.name for peer in links] == ["slow", "far"]
+    for num_values in (1e2, 1e6):
+        said = round_seconds(links, num_values, codec, num_members=len(many))
+        assert said == round_seconds(many, num_values, codec)

@@ -46,9 +46,18 @@ def test_missing_columns_are_filled_and_said() -> None:
     assert table.notes[0] == "columns not used: other" and "C / (6 N)" in table.notes[1]
 
 
+@pytest.mark.parametrize(("mark", "word"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_separators_are_named(mark: str, word: str) -> None:
+    with pytest.raises(UsageError, match=word) as caught:
+        observations_from_csv("N,D,loss\n1e8,2e9,3\n".replace(",", mark))
+    assert "commas" in caught.value.remedy and "--column" not in caught.value.remedy
+
+
 def test_points_without_losses() -> None:
-    params, tokens, compute, losses = points_from_csv("N,D\n1e8,2e9\n", name="g.csv")
-    assert (params[0], tokens[0], compute[0], losses) == (1e8, 2e9, pytest.approx(1.2e18), None)
+    table, losses = points_from_csv("N,D\n1e8,2e9\n", name="g.csv")
+    row = table.rows[0]
+    assert (row.params_n, row.tokens_d) == (1e8, 2e9) and losses is None
+    assert row.compute_flop == pytest.approx(1.2e18)
     *_, losses = points_from_csv("N,D,loss\n1e8,2e9,3\n", name="g.csv")
     assert losses is not None and np.array_equal(losses, [3.0])
 

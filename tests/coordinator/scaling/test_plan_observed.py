@@ -1,5 +1,7 @@
 """Planning with a law fitted on own runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from coordinator.scaling.observations import Convention, Observation, Observatio
 from coordinator.scaling.plan_observed import observed_law
 from coordinator.scaling.plan_types import PlanRequest
 from coordinator.scaling.planner import plan
+from coordinator.scaling.study_fit import fit_observations
 from protos.contract.errors import UsageError
 
 TRUTH = LossLaw(e_nats=1.5, a=40.0, b=120.0, alpha=0.3, beta=0.3, kappa=0.8)
@@ -61,6 +64,19 @@ def test_a_plan_from_own_runs() -> None:
             law=law, compute_flop=1.1e21, vocab_size=32_768, seq_len=1024, codecs=(FP32,),
             strategies=("sync",),
         ))  # fmt: skip
+
+
+def test_the_tables_own_flop_per_param_token_is_used() -> None:
+    rows = [replace(row, compute_flop=7.5 / 6 * row.compute_flop) for row in table().rows]
+    own = Observations.of(rows)
+    law = observed_law(own, name="own.csv")
+    shown = fit_observations(own).optimum(1e19)
+    assert law.optimum(1e19).params_n == pytest.approx(shown.optimum.params_n, rel=1e-6)
+    assert law.params_interval_at is not None
+    low, high = law.params_interval_at(1e19)
+    assert low <= law.optimum(1e19).params_n <= high
+    odd = Observations.of(replace(row, compute_flop=2.5 * row.compute_flop) for row in rows)
+    assert any("far from the usual 6 N D" in text for text in observed_law(odd, name="x").warnings)
 
 
 def test_tables_without_the_head_are_converted_or_refused() -> None:

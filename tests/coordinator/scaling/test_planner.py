@@ -225,3 +225,94 @@ def test_gpu_hours() -> None:
     for wrong in ({}, {"gpu": "abacus"}, {"gpu": "h100", "flop_per_second": 1e14}):
         with pytest.raises(UsageError):
             compute_of_gpu_hours(1, **wrong)  # type: ignore[arg-type]
+
+
+def peer(name: str, *, flop: float, mbit: float) -> PoolPeer:
+    return PoolPeer(
+        name=name,
+        flop_per_second=flop,
+        availability_ratio=1.0,
+        memory_bytes=80 * 2**30,
+        upload_bytes_per_second=mbit * 1e6 / 8,
+        download_bytes_per_second=mbit * 1e6 / 8,
+    )
+
+
+def test_a_given_compute_is_trained_by_whatever_takes_the_least_time() -> None:
+    asked: dict[str, Any] = {"pool": pool(2), "compute_flop": 1e20}
+    found = make(**asked)
+    assert found.strategy_name == "diloco", "sync would lose less to replicas, and take months"
+    assert found.calendar_seconds is not None
+    late = found.calendar_seconds * 1.2
+    assert make(**asked, seconds=late).strategy_name == "diloco"
+    with pytest.raises(
+        UsageError, match=r"under diloco, .* under sync; the deadline is in"
+    ) as said:
+        make(**asked, seconds=found.calendar_seconds / 1.2)
+    assert "at most" in said.value.allowed and "--flop" in said.value.remedy
+    with pytest.raises(UsageError, match="under sync"):
+        make(**asked, seconds=late, strategies=("sync",))
+
+
+@pytest.mark.parametrize("asked", [{"seconds": 10 * DAY_SECONDS}, {"compute_flop": 1e20}])
+def test_who_costs_more_than_he_brings_is_left_out(asked: dict[str, Any]) -> None:
+    big, modem = peer("big", flop=2e14, mbit=1000), peer("modem", flop=1e12, mbit=0.1)
+    found = make(pool=Pool(peers=(big, modem)), **asked)
+    alone = make(pool=Pool(peers=(big,)), **asked)
+    assert found.admission is not None
+    assert found.admission.left_out == (modem,)
+    assert (found.loss_nats, found.tokens_d) == (alone.loss_nats, alone.tokens_d)
+    reason = reason_of(found, "admitted")
+    assert "leave out modem: it brings 0.5% of the FLOP over a link of 0.1 Mbit/s" in reason
+    assert "of the FLOP count under diloco" in reason and "under sync, loss 2." in reason
+    assert alone.admission is not None and not alone.admission.left_out
+    assert "the only peer" in reason_of(alone, "admitted")
+    assert "nobody to average with" in reason_of(alone, "wire per peer")
+
+
+def test_a_replica_that_brings_less_than_it_costs_is_left_out() -> None:
+    """Three keep 0.83 of the compute's worth, two 0.89: the third must bring 7 %."""
+    two = [peer(name, flop=1e13, mbit=50) for name in ("a", "b")]
+    for share, num_admitted in ((0.01, 2), (0.5, 3)):
+        small = peer("small", flop=1e13 * share, mbit=50)
+        found = make(pool=Pool(peers=(*two, small)), seconds=30 * DAY_SECONDS)
+        assert found.admission is not None
+        assert len(found.admission.admitted) == num_admitted
+
+
+def test_the_cap_and_the_model_keep_the_same_share() -> None:
+    found = make(pool=pool(300), seconds=30 * DAY_SECONDS)
+    assert found.admission is not None
+    assert found.admission.efficiency_ratio < 0.95
+    assert found.efficiency_ratio == pytest.approx(found.admission.efficiency_ratio, abs=0.01)
+    assert f"{found.effective_flop:.4g} FLOP that count" in reason_of(found, "admitted")
+
+
+@pytest.mark.parametrize("unique_tokens", [2e7, 1e6, 20_000])
+def test_text_is_passed_over_as_often_as_is_said(unique_tokens: float) -> None:
+    found = make(compute_flop=1e20, unique_tokens=unique_tokens)
+    assert found.data_passes == pytest.approx(16, rel=1e-2)
+    assert f"tokens: {found.data_passes:.3g} passes" in reason_of(found, "unique tokens")
+    assert f"{found.spent_flop:.4g} of the 1e+20 FLOP are spent" in reason_of(
+        found, "unique tokens"
+    )
+
+
+def test_small_shapes_stay_near_optimal_where_one_is() -> None:
+    for exponent in range(16):
+        found = make(
+            law=published_law("chinchilla"),
+            compute_flop=10 ** (12 + exponent / 8),
+            vocab_size=257,
+            seq_len=128,
+            is_extrapolation_forced=True,
+        )
+        low, high = found.near_optimal_params_n
+        assert low <= found.params_n <= high
+
+
+def test_the_near_optimal_interval_says_what_it_leaves_aside() -> None:
+    found = make(compute_flop=1e20, unique_tokens=1e8)
+    assert found.params_n < found.near_optimal_params_n[0]
+    assert "unique tokens left aside" in reason_of(found, "near-optimal N")
+    assert "left aside" not in reason_of(make(compute_flop=1e20), "near-optimal N")

@@ -117,3 +117,9 @@ def test_empty_pool_and_doubled_names() -> None:
         pool_from_toml("")
     with pytest.raises(UsageError, match="2 peers are called 'anna'"):
         pool_from_toml(POOL_EXAMPLE + POOL_EXAMPLE)
+
+
+def test_a_speed_that_is_no_number_is_refused_with_what_is_allowed() -> None:
+    with pytest.raises(UsageError, match=r"flop_per_second = nan") as said:
+        pool_from_toml(POOL_EXAMPLE.replace("2.1e13", "nan"))
+    assert said.value.allowed == "a finite number, 1000 to 1e+18"

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from coordinator.scaling.laws import Form
-from coordinator.scaling.observations import Observation, Observations
-from coordinator.scaling.parametric import Loss
+from coordinator.scaling import bands, parametric
+from coordinator.scaling.bands import bootstrap
+from coordinator.scaling.laws import Form, LossLaw
+from coordinator.scaling.observations import Convention, Observation, Observations
+from coordinator.scaling.parametric import Loss, fit_law
 from coordinator.scaling.plan_observed import observed_law
-from coordinator.scaling.report import fit_report
+from coordinator.scaling.report import fit_report, predict_rows
 from coordinator.scaling.selection import (
     form_weights,
     impossible_rows,
@@ -117,7 +120,54 @@ def test_rows_of_one_ratio_predict_their_line_and_warn() -> None:
     study = fit_observations(Observations.of(rows), num_draws=20)
     said = study.predict(np.array([1e10]), np.array([2e11]), np.array([1.2e22]))
     assert said.loss_nats[0] == pytest.approx(TRUTH.loss_nats(1e10, 2e11), rel=0.02)
+    assert "rise together" in study.undetermined_reason
+    row = fit_report(study, [1.2e22])["optima"][0]
+    assert (row["is_determined"], row["n_opt"], row["n_opt_low"]) == (False, None, None)
     assert any("rise together" in warning for warning in study.warnings)
+    with pytest.raises(UsageError, match="does not say what N is best"):
+        observed_law(Observations.of(rows), name="own.csv")
+
+
+def test_the_optimum_is_of_the_form_that_the_rows_pick_clearly() -> None:
+    law = LossLaw(e_nats=1.8, a=480.0, b=2000.0, alpha=0.35, beta=0.45)
+    study = fit_observations(made_up(law, noise_ratio=0.0), num_draws=20)
+    assert study.allocation.form is study.fit.form and not study.allocation.form.is_tied
+    found = study.optimum(1e22)
+    assert found.optimum.params_n == pytest.approx(law.optimum(1e22).params_n, rel=1e-3)
+    assert fit_report(study, [1e22])["allocation"]["is_exponent_assumed"] is False
+
+
+def test_intervals_hold_all_forms_of_the_mix_and_need_draws() -> None:
+    table = read(PORIAN_CSV)
+    study = fit_observations(table, max_flop=1e18, num_draws=40)
+    assert study.allocation.form is Form.GENERAL_TIED
+    own = study.boots[Form.GENERAL_TIED].log_optimal_params(2.56e19, study.flop_per_param_token)
+    found = study.optimum(2.56e19)
+    assert found.params_low is not None and found.params_high is not None
+    assert math.log(found.params_high / found.params_low) > 1.5 * float(np.ptp(own))
+    assert any("assumption here, not a finding" in reason for reason in study.reasons)
+    report = fit_report(study, [1e18])
+    assert "params_exponent" in report["assumed"] and "alpha" in report["intervals"]
+    for num_draws in (0, 1, 19):
+        few = fit_report(fit_observations(table, form=Form.TIED, num_draws=num_draws), [1e18])
+        assert few["optima"][0]["n_opt_low"] is None and few["intervals"] == {}
+
+
+def test_rows_to_predict_are_counted_as_the_fitted_table_counts() -> None:
+    rows = [replace(row, convention=Convention.MATMUL) for row in made_up(num_budgets=4).rows]
+    study = fit_observations(Observations.of(rows), form=Form.TIED, num_draws=0)
+
+    def predicted(text: str) -> tuple[float, list[str]]:
+        found = predict_rows(study, text, name="p.csv", is_forced=False)
+        return found["predictions"][0]["loss_predicted"], found["warnings"]
+
+    whole, warnings = predicted("N,D,convention\n1.1e8,1e9,matmul\n")
+    assert warnings == []
+    converted, warnings = predicted("N,D,convention,head_params\n1e8,1e9,non-embedding,1e7\n")
+    assert converted == pytest.approx(whole) and "converted from" in warnings[0]
+    assert "taken as the same" in predicted("N,D\n1.1e8,1e9\n")[1][0]
+    with pytest.raises(UsageError, match="head_params 0"):
+        predicted("N,D,convention\n1e8,1e9,non-embedding\n")
 
 
 def test_refusals() -> None:
@@ -182,6 +232,24 @@ def test_many_rows_are_screened_quickly() -> None:
     assert np.flatnonzero(impossible_rows(compute, loss)).tolist() == [500, 19_999]
 
 
+def test_a_long_table_is_fitted_by_way_of_drawn_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = made_up(num_budgets=8, num_sizes=600)
+    rows = table.params_n, table.tokens_d, table.loss_nats
+    quick = fit_law(*rows, form=Form.GENERAL_TIED)
+    drawn = bootstrap(quick, *rows, num_draws=60, seed=0).log_optimal_params(1e21, 6.0)
+    for module in (parametric, bands):
+        monkeypatch.setattr(module, "MANY_ROWS", 10**9)
+    whole = fit_law(*rows, form=Form.GENERAL_TIED)
+    assert (quick.num_starts, whole.num_starts) == (3, 24)
+    assert quick.objective == pytest.approx(whole.objective, rel=1e-4)
+    assert quick.law.optimum(1e21).params_n == pytest.approx(
+        whole.law.optimum(1e21).params_n, rel=1e-3
+    )
+    full = bootstrap(whole, *rows, num_draws=60, seed=0).log_optimal_params(1e21, 6.0)
+    assert drawn.std() == pytest.approx(full.std(), rel=0.4)
+    assert drawn.mean() == pytest.approx(full.mean(), abs=full.std())
+
+
 def test_weights() -> None:
     errors = {Form.ADDITIVE: 0.02, Form.GENERAL: 0.01}
     weights = form_weights(errors, num_rows=29)
@@ -194,3 +262,10 @@ def test_weights() -> None:
         np.array([1.0, 1.0, 1.0]), np.array([1.0, 1.0, 100.0]), np.array([1.0, 1.0, 100.0])
     )
     assert by_row == pytest.approx([0.05, 0.05, 1.0])
+
+
+def test_dense_sizes_are_no_duplicates_of_one_another() -> None:
+    generator = np.random.default_rng(0)
+    params, tokens = np.exp(generator.uniform(0, 4, (2, 5_000)))
+    weights = row_weights(params, tokens, np.ones(5_000))
+    assert weights.sum() ** 2 / (weights**2).sum() > 4_000, "not a few rows at the edges alone"

@@ -16,6 +16,7 @@ from coordinator.study.design import (
     mark_tokens,
     size_plans,
     sizes_of,
+    uneven_reason,
 )
 from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape
@@ -119,11 +120,34 @@ def test_weak_peers_get_small_trials_and_repeats_go_elsewhere() -> None:
         ({"num_repeats": 9}, "--repeats 9"),
         ({"seq_len": 2}, "--seq-len 2"),
         ({"max_tokens": 10}, "--max-tokens 10"),
+        ({"seq_len": 0}, "--seq-len 0"),
+        ({"learning_rates": (1e-3, 1e-3)}, "--lr"),
+        ({"heldout_tokens": 0}, "--heldout-tokens 0"),
     ],
 )
 def test_designs_that_cannot_be(changes: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         replace(DESIGN, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"flop": 1e6}, "would train .* steps"),
+        ({"flop": 1e20}, "ends the smallest model"),
+        ({"max_tokens": 2048}, "ends the smallest model"),
+    ],
+)
+def test_computes_that_cannot_be(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        first_stage(replace(DESIGN, **changes))
+
+
+def test_sizes_that_end_early_are_said() -> None:
+    _, plans = first_stage(DESIGN)
+    assert "3 sizes end at --max-tokens 4,000,000" in uneven_reason(DESIGN, plans)
+    longer = replace(DESIGN, max_tokens=10**9)
+    assert uneven_reason(longer, first_stage(longer)[1]) == ""
 
 
 def test_a_vocabulary_that_leaves_no_sizes() -> None:

@@ -49,6 +49,10 @@ class Recovery:
     """Of an undisturbed round: median of those so far."""
     slow_round_seconds: float
     """The longest of the newest undisturbed rounds: how busy the machine is now."""
+    between_seconds: float
+    """From one certified step to the next: median so far. Members may be late by a third of
+    it (peer/swarm/pace.py).
+    """
     victim_credited: bool
 
     @property
@@ -64,6 +68,7 @@ class FaultedSwarm:
         self.members: list[Daemon] = []
         self.step = 0
         self.round_seconds: list[float] = []
+        self._step_seconds = [time.monotonic()]
         self._expected = Expected()
         self._parts: Parts = {}
 
@@ -169,6 +174,7 @@ class FaultedSwarm:
         certificate = await self.hub.wait(
             lambda: self.hub.certificate_by_step.get(self.step), "a reported certificate"
         )
+        self._step_seconds.append(time.monotonic())
         held = rounds_pb2.Contributions.FromString(certificate.contributions)
         brought = {c.peer_id for c in held.contributions if c.ranges}
         self._expected.apply(self.step, {peer: self._parts[peer] for peer in brought})
@@ -291,6 +297,7 @@ class FaultedSwarm:
             seconds=max(float(str(t["received_seconds"])) for t in told) - done["done_seconds"],
             round_seconds=statistics.median(self.round_seconds),
             slow_round_seconds=max(self.round_seconds[-_NUM_RECENT_ROUNDS:]),
+            between_seconds=statistics.median(np.diff(self._step_seconds[:-1])),
             victim_credited=first.peer_id in brought,
         )
         assert all(t["outcome"] == "COMMITTED" for t in told), told
