@@ -203,7 +203,8 @@ class _Up:
         self._view.say(summary_table(summary))
         self._view.say(
             f"summary: {path}\ncheckpoint: "
-            f"{summary.checkpoint_path}\nsample:\n{summary.sample_text}"
+            f"{summary.checkpoint_path}\n"
+            + (summary.not_exported_reason or f"sample:\n{summary.sample_text}")
         )
         if options.is_json:
             sys.stdout.write(summary.to_json() + "\n")
@@ -348,25 +349,11 @@ class _Up:
             "--home", str(self._home_of("peer-1")), "--step-cache", str(self._step_cache), "--json",
         )  # fmt: skip
         baselines = await asyncio.to_thread(compute_baselines, dataset_dir)
-        export_dir = (options.data_dir / "export").absolute()
-        shutil.rmtree(export_dir, ignore_errors=True)
-        credits_path = options.data_dir.absolute() / "credits.json"
-        credits_path.write_text(json.dumps(plain_from_response(status)))
-        await run_peer_command(
-            "export", str(state_path), str(export_dir), "--dataset", str(dataset_dir),
-            "--credits", str(credits_path),
-        )  # fmt: skip
-        sample = await run_peer_command(
-            "generate",
-            str(state_path),
-            PROMPT,
-            "--dataset",
-            str(dataset_dir),
-            "--max-tokens",
-            "64",
-            "--seed",
-            "0",
-        )
+        export_path, sample, reason = str(state_path), "", why_not_exported(evaluation["objective"])
+        if reason:
+            say(reason)
+        else:
+            export_path, sample = await self._export_and_sample(status, state_path, dataset_dir)
         first = status.first_evaluation
         return Summary(
             run_digest=status.run_digest,
@@ -377,9 +364,9 @@ class _Up:
             uncredited_trained_tokens=status.uncredited_trained_tokens,
             rolled_back_tokens=status.rolled_back_tokens,
             heldout_loss_nats_first=float("nan") if first is None else first.loss_nats,
-            heldout_loss_nats_last=float(evaluation["loss_nats"]),
-            heldout_bits_per_byte_last=float(evaluation["bits_per_byte"]),
-            one_process_bits_per_byte=float(reference["heldout_bits_per_byte"]),
+            heldout_loss_nats_last=_number(evaluation["loss_nats"]),
+            heldout_bits_per_byte_last=_number(evaluation["bits_per_byte"]),
+            one_process_bits_per_byte=_number(reference["heldout_bits_per_byte"]),
             gzip_bits_per_byte=baselines.gzip_bits_per_byte,
             bigram_bits_per_byte=baselines.bigram_bits_per_byte,
             train_seconds=status.train_seconds,
@@ -389,9 +376,43 @@ class _Up:
             ),
             state_digests_equal=status.state_digests_equal,
             ledger_violations=list(verdict.violations),
-            checkpoint_path=str(export_dir),
-            sample_text=sample.decode(errors="replace"),
+            checkpoint_path=export_path,
+            sample_text=sample,
+            not_exported_reason=reason,
         )
+
+    async def _export_and_sample(
+        self, status: StatusResponse, state_path: Path, dataset_dir: Path
+    ) -> tuple[str, str]:
+        """(exported folder, text that goes on from PROMPT)."""
+        export_dir = (self._options.data_dir / "export").absolute()
+        shutil.rmtree(export_dir, ignore_errors=True)
+        credits_path = self._options.data_dir.absolute() / "credits.json"
+        credits_path.write_text(json.dumps(plain_from_response(status)))
+        await run_peer_command(
+            "export", str(state_path), str(export_dir), "--dataset", str(dataset_dir),
+            "--credits", str(credits_path),
+        )  # fmt: skip
+        sample = await run_peer_command(
+            "generate", str(state_path), PROMPT, "--dataset", str(dataset_dir),
+            "--max-tokens", "64", "--seed", "0",
+        )  # fmt: skip
+        return str(export_dir), sample.decode(errors="replace")
+
+
+def why_not_exported(objective: str) -> str:
+    """Why a run of this objective ends without an export and a sample; empty if it has both."""
+    if objective == "causal":
+        return ""
+    return (
+        f"the objective is {objective}: no export, for LlamaForCausalLM attends causally, and no "
+        "sample; the state file works with `muster-peer eval`"
+    )
+
+
+def _number(value: float | None) -> float:
+    """A figure of `muster-peer`, which says null for what is not finite."""
+    return float("nan") if value is None else float(value)
 
 
 def named_tokens(

@@ -34,8 +34,10 @@ class Summary:
     state_digests_equal: bool
     ledger_violations: list[str]
     checkpoint_path: str
-    """Folder in Hugging Face form."""
+    """Folder in Hugging Face form, or the state file where there is none."""
     sample_text: str
+    not_exported_reason: str
+    """Why there is neither an exported folder nor a sample; empty if there are."""
 
     def to_json(self) -> str:
         """One line of JSON; a number that is not known is null."""

@@ -28,14 +28,14 @@ class ClassifierHead:
     """(classes, d_model)."""
     class_names: tuple[str, ...]
 
-    def config(self) -> dict[str, Any]:
-        """What config.json says of it."""
+    def config(self, *, pad_token_id: int) -> dict[str, Any]:
+        """What config.json says of it; transformers classifies the last token that pads nothing."""
         return {
             "architectures": ["LlamaForSequenceClassification"],
             "id2label": {str(index): name for index, name in enumerate(self.class_names)},
             "label2id": {name: index for index, name in enumerate(self.class_names)},
             "num_labels": len(self.class_names),
-            "pad_token_id": None,
+            "pad_token_id": pad_token_id,
         }
 
 
@@ -111,7 +111,7 @@ def export_model(
     if classifier is not None:
         tensors.pop("lm_head.weight", None)
         tensors["score.weight"] = classifier.weight
-        config |= classifier.config()
+        config |= classifier.config(pad_token_id=eos_token_id)
     tokenizer_bytes = tokenizer_path.read_bytes()
     eos_token = _token_of_id(tokenizer_bytes, eos_token_id, path=tokenizer_path)
     try:
@@ -125,6 +125,7 @@ def export_model(
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": eos_token,
                 "eos_token": eos_token,
+                **({} if classifier is None else {"pad_token": eos_token}),
                 "model_max_length": spec.seq_len,
                 "clean_up_tokenization_spaces": False,
             },

@@ -8,6 +8,7 @@ opened.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,8 @@ def read_hf_config(
     path = folder / "config.json"
     try:
         plain = json.loads(path.read_text())
-        max_positions = int(plain["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        max_positions = _whole(plain["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptDataError(
             f"{path} is missing or does not parse ({error!r})",
             allowed="a folder from `muster-peer export` or of a Llama model in transformers' form",
@@ -75,22 +76,23 @@ def read_hf_config(
             allowed=f"2 to the model's {max_positions}",
             remedy="choose a window within it",
         )
-    heads = plain.get("num_attention_heads")
     try:
+        heads = _whole(plain["num_attention_heads"])
+        width = _whole(plain["hidden_size"])
         spec = ModelSpec(
-            vocab_size=plain["vocab_size"],
-            d_model=plain["hidden_size"],
-            num_layers=plain["num_hidden_layers"],
+            vocab_size=_whole(plain["vocab_size"]),
+            d_model=width,
+            num_layers=_whole(plain["num_hidden_layers"]),
             num_heads=heads,
-            num_kv_heads=_or(plain.get("num_key_value_heads"), heads),
-            head_dim=_or(plain.get("head_dim"), plain["hidden_size"] // heads),
-            d_ff=plain["intermediate_size"],
+            num_kv_heads=_whole(_or(plain.get("num_key_value_heads"), heads)),
+            head_dim=_whole(_or(plain.get("head_dim"), width // heads)),
+            d_ff=_whole(plain["intermediate_size"]),
             seq_len=seq_len or min(max_positions, MAX_DEFAULT_SEQ_LEN),
             has_tied_embeddings=bool(plain.get("tie_word_embeddings", False)),
-            rope_theta=float(_rope(plain).get("rope_theta", plain.get("rope_theta", 10_000.0))),
+            rope_theta=_rope_theta(plain),
             norm_epsilon=float(plain.get("rms_norm_eps", 1e-6)),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise CorruptDataError(
             f"{path}: {error!r}",
             allowed="the numbers of a Llama model",
@@ -157,7 +159,7 @@ def require_vocabulary(tokenizer_path: Path, *, vocab_size: int) -> None:
         ids = list(words.values()) if isinstance(words, dict) else [len(words) - 1]
         ids += [int(token["id"]) for token in plain.get("added_tokens", [])]
         num_ids = max(ids) + 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptDataError(
             f"{tokenizer_path}: {error!r}",
             allowed="the tokenizer.json of the model",
@@ -199,6 +201,13 @@ def _rope(plain: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _rope_theta(plain: dict[str, Any]) -> float:
+    found = float(_rope(plain).get("rope_theta", plain.get("rope_theta", 10_000.0)))
+    if not math.isfinite(found):
+        raise ValueError(f"rope_theta {found}")
+    return found
+
+
 def _rope_type(rope: dict[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
@@ -212,6 +221,14 @@ def _eos_token_id(plain: dict[str, Any], wanted: int | None, vocab_size: int) ->
             remedy="name it with --eos-token-id",
         )
     return found
+
+
+def _whole(value: Any) -> int:
+    """An integer from 1 up, also where JSON writes 4096.0. Raises ValueError."""
+    is_whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+    if not is_whole or value < 1:
+        raise ValueError(f"{value!r} is not an integer from 1 up")
+    return int(value)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -15,6 +15,15 @@ from protos.contract.run_spec import ModelSpec, RunSpec
 
 NO_LICENCE = "not stated"
 _SHOWN_ID = 12
+_GENERATING = (
+    "`transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`, or `muster-peer generate FOLDER "
+    "PROMPT`. Documents begin and end with the end-of-document token."
+)
+_CLASSIFYING = (
+    "`transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)`. Put the "
+    "end-of-document token before a text, as in training; it pads, too. The classes are in "
+    "config.json (`id2label`)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +81,17 @@ def model_card(
     manifest: Manifest | None,
     credits: tuple[Credit, ...] = (),
     licence: str = NO_LICENCE,
+    is_classifier: bool = False,
 ) -> str:
-    """The card's text, with the front matter that model hubs read."""
+    """The card's text, with the front matter that model hubs read. Raises UsageError for a licence
+    that is no single line.
+    """
+    if not licence.strip() or not licence.isprintable():
+        raise UsageError(
+            f"--licence {licence!r}",
+            allowed="one line, such as apache-2.0",
+            remedy="name it, or leave the option out",
+        )
     shape = ModelShape.from_spec(model)
     lines = [
         "---",
@@ -115,12 +133,4 @@ def model_card(
         ]
         lines += [f"| {credit.who} | {credit.tokens:,} |" for credit in credits]
         lines += [f"| all | {sum(credit.tokens for credit in credits):,} |"]
-    lines += [
-        "",
-        "## Use",
-        "",
-        "`transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`, or `muster-peer generate "
-        "FOLDER PROMPT`. Documents begin and end with the end-of-document token.",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "## Use", "", _CLASSIFYING if is_classifier else _GENERATING, ""])

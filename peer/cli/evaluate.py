@@ -153,13 +153,17 @@ def _text_tokens(opened: "OpenedCheckpoint", path: Path) -> list[int]:
     from protos.contract.errors import UsageError
 
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode()  # line ends as they are: they count as bytes
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"cannot read {path}: {error}",
             allowed="a UTF-8 text file",
             remedy="check the path",
         ) from error
+    if not text:
+        raise UsageError(
+            f"{path} is empty", allowed="a text of at least one byte", remedy="check the path"
+        )
     ids: list[int] = opened.load_tokenizer().encode(text, add_special_tokens=False).ids
     return [opened.eos_token_id, *ids, opened.eos_token_id]
 

@@ -1,13 +1,16 @@
 """`muster-peer finetune`: train a checkpoint further on this machine, on a file of one's own."""
 
-import hashlib
+import math
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peer.checkpoint.target import prepare_target
 from peer.cli.options import AsJson, Checkpoint, DatasetDir, SpecPath, Threads, print_json, say
+from protos.contract.errors import RunFailedError, UsageError
 
 if TYPE_CHECKING:
     from peer.checkpoint.export import ClassifierHead
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from peer.train.finetune import Tunable, TuningSettings
     from peer.train.finetune_data import TuningSet
     from protos.contract.digest import Float32Vector
+
+
+_SAY_SECONDS = 5.0
 
 
 def finetune(
@@ -52,7 +58,6 @@ def finetune(
     set_up_torch(threads)
     from peer.train.finetune import TuningSettings
     from peer.train.finetune_data import load_tuning_set
-    from protos.contract.errors import UsageError
 
     settings = TuningSettings(
         peak_lr=lr, num_passes=passes, batch_sequences=batch, weight_decay=weight_decay, seed=seed
@@ -63,6 +68,7 @@ def finetune(
             allowed="one of them",
             remedy="leave --lora out: the head trains with the whole model",
         )
+    prepare_target(out)
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
     opened.require_objective("causal", purpose="fine-tuning predicts the next token")
     tokenizer = opened.load_tokenizer()
@@ -72,6 +78,7 @@ def finetune(
         eos_token_id=opened.eos_token_id,
         seq_len=opened.model_spec.seq_len,
         is_labelled=is_classifier,
+        seed=seed,
     )
     work = _Work(opened, found, settings, out=out)
     if lora_rank:
@@ -80,16 +87,26 @@ def finetune(
         figures = work.train_classifier()
     else:
         figures = work.train_everything()
-    figures["data_digest"] = work.provenance["finetune_data_digest"] = hashlib.sha256(
-        data.read_bytes()
-    ).hexdigest()
+    figures["data_digest"] = found.data_digest
     work.save()
     if is_json:
-        print_json(figures | {"folder": str(out)} | opened.provenance)
+        print_json(figures | {"folder": str(out)} | work.provenance)
         return
     for name, value in figures.items():
         say(f"{name:22}  {f'{value:.4f}' if isinstance(value, float) else value}")
     say(f"written to {out}")
+
+
+def _tuned_provenance(base: dict[str, Any], data_digest: str) -> dict[str, Any]:
+    """Run, step and digests are the base model's; what this fine-tuning read is its own."""
+    tuned = {
+        key if key.startswith(("base_", "finetune_", "earlier_")) else f"base_{key}": value
+        for key, value in base.items()
+    }
+    earlier = [base.get("earlier_finetune_data_digests"), base.get("finetune_data_digest")]
+    if any(earlier):
+        tuned["earlier_finetune_data_digests"] = ", ".join(filter(None, earlier))
+    return tuned | {"finetune_data_digest": data_digest}
 
 
 class _Work:
@@ -106,7 +123,7 @@ class _Work:
         self._opened, self._data, self._settings, self._out = opened, data, settings, out
         self._params: Float32Vector = opened.params
         self._head: ClassifierHead | None = None
-        self.provenance: dict[str, Any] = dict(opened.provenance)
+        self.provenance: dict[str, Any] = _tuned_provenance(opened.provenance, data.data_digest)
 
     def train_everything(self) -> dict[str, Any]:
         """All parameters, on next tokens."""
@@ -158,8 +175,23 @@ class _Work:
 
         size = self._settings.batch_sequences
         before = score_set(tunable, self._data.heldout, batch_sequences=size)
-        losses = list(train(tunable, self._data, self._settings))
+        losses = []
+        said_seconds = time.monotonic()
+        for loss in train(tunable, self._data, self._settings):
+            losses.append(loss)
+            if time.monotonic() - said_seconds >= _SAY_SECONDS:
+                said_seconds = time.monotonic()
+                num_steps = self._settings.num_steps(len(self._data.training))
+                say(f"step {len(losses)} of {num_steps}, loss {loss:.4f}")
         after = score_set(tunable, self._data.heldout, batch_sequences=size)
+        are_finite = all(bool(p.isfinite().all()) for p in tunable.parameters)
+        if not (are_finite and math.isfinite(after.loss_nats)):
+            raise RunFailedError(
+                f"parameters that are {'' if are_finite else 'not '}finite and a held-out loss of "
+                f"{after.loss_nats} after the last step",
+                allowed="finite values; no model is written",
+                remedy="lower --lr",
+            )
         figures: dict[str, Any] = {
             "num_parameters_trained": sum(p.numel() for p in tunable.parameters),
             "training_examples": len(self._data.training),
@@ -180,7 +212,11 @@ class _Work:
 
         opened = self._opened
         text = model_card(
-            opened.model_spec, run_spec=opened.run_spec, provenance=self.provenance, manifest=None
+            opened.model_spec,
+            run_spec=opened.run_spec,
+            provenance=self.provenance,
+            manifest=None,
+            is_classifier=self._head is not None,
         )
         export_model(
             opened.model_spec,

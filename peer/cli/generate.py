@@ -1,7 +1,7 @@
 """`muster-peer generate`: go on from prompts, streamed to the terminal."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +88,30 @@ def generate(
         )
 
 
+class GrowingText:
+    """Text of tokens as they come, whose pieces together are the text of all tokens: these are
+    decoded together each time, for a word alone may look different (Metaspace).
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._num_shown = 0
+
+    def add(self, token: int) -> str:
+        """What is certain now and was not before; empty within a character."""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        if text.endswith(_UNFINISHED):
+            return ""
+        piece, self._num_shown = text[self._num_shown :], len(text)
+        return piece
+
+    def end(self) -> str:
+        """The rest."""
+        return self._decode(self._tokens)[self._num_shown :]
+
+
 class _Generation:
     """Texts that grow."""
 
@@ -127,17 +151,12 @@ class _Generation:
 
     def pieces(self) -> Iterator[str]:
         """Text of the first prompt in pieces of whole characters; runs the generation."""
-        pending: list[int] = []
+        growing = GrowingText(self._tokenizer.decode)
         for new in self._run():
             self._tokens[new.row].append(new.token)
             if new.row == 0:
-                pending.append(new.token)
-                text = self._tokenizer.decode(pending)
-                if not text.endswith(_UNFINISHED):
-                    yield text
-                    pending = []
-        if pending:
-            yield self._tokenizer.decode(pending)
+                yield growing.add(new.token)
+        yield growing.end()
 
     def _run(self) -> "Iterator[NewToken]":
         from peer.eval.generate import generate_batch
@@ -160,12 +179,14 @@ class _Generation:
 
     def samples(self) -> list[dict[str, Any]]:
         """Results in the order of the prompts."""
+        from peer.eval.generate import MAX_SEED
+
         return [
             {
                 "prompt": prompt,
                 "text": prompt + self._tokenizer.decode(tokens),
                 "num_new_tokens": len(tokens),
-                "seed": self._sampling.seed + index,
+                "seed": (self._sampling.seed + index) % MAX_SEED,
             }
             for index, (prompt, tokens) in enumerate(zip(self._prompts, self._tokens, strict=True))
         ]
@@ -177,7 +198,7 @@ def _read_prompts(prompts: list[str], path: Path | None) -> list[str]:
 
     if path is not None:
         try:
-            lines = path.read_text("utf-8").splitlines()
+            lines = [line.removesuffix("\r") for line in path.read_bytes().decode().split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"--prompts {path} cannot be read: {error}",
@@ -191,4 +212,13 @@ def _read_prompts(prompts: list[str], path: Path | None) -> list[str]:
             allowed="one or more texts, or --prompts FILE with a prompt on each line",
             remedy='name one; "" goes on from nothing',
         )
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the prompt {prompt!r} is not UTF-8",
+                allowed="text in UTF-8",
+                remedy="convert it, for example with iconv",
+            ) from error
     return prompts

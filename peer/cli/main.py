@@ -4,10 +4,11 @@ This is the command line's broad-exception border: a MusterError becomes its thr
 error and its exit code, anything else a traceback and exit code 1.
 """
 
+import errno
+import io
 import logging
-import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -23,7 +24,7 @@ from peer.cli import (
     status,
     transfer,
 )
-from peer.cli.options import report_error, say
+from peer.cli.options import forget_stdout, report_error, say, unwritable_stdout
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, MusterError
 
 _EPILOG = (
@@ -89,6 +90,9 @@ app.command("reference", hidden=True)(reference.reference)
 def main() -> None:
     """Entry point of the console script."""
     begin_normal_interrupts()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where an encoding lacks a character
     try:
         app()
     except MusterError as error:
@@ -98,12 +102,23 @@ def main() -> None:
         say("interrupted")
         sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone
+        forget_stdout()  # the reader is gone
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            _give_up()
+        full = unwritable_stdout(error)  # help and version go past print_part
+        report_error(full)
+        sys.exit(full.exit_code)
     except Exception:
-        logging.getLogger(__name__).exception("internal error")
-        say("error: internal error, please report it with the lines above")
-        sys.exit(1)
+        _give_up()
+
+
+def _give_up() -> NoReturn:
+    """Within an except clause: the traceback, and exit code 1."""
+    logging.getLogger(__name__).exception("internal error")
+    say("error: internal error, please report it with the lines above")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

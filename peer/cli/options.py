@@ -1,14 +1,17 @@
 """Options and output that commands share."""
 
+import errno
 import json
 import logging
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from protos.contract.errors import MusterError, UsageError
+from protos.contract.errors import ErrorCode, MachineError, MusterError, UsageError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 HomeDir = Annotated[
@@ -85,22 +88,56 @@ def read_join_text(text: str, join_file: Path | None) -> str:
     return line
 
 
+def finite_or_null(plain: Any) -> Any:
+    """The same with None for numbers that JSON cannot say: infinities and not-a-number."""
+    if isinstance(plain, dict):
+        return {key: finite_or_null(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [finite_or_null(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
 def print_json(plain: Any) -> None:
     """One object on one line, at once."""
-    sys.stdout.write(json.dumps(plain) + "\n")
-    sys.stdout.flush()
+    print_part(json.dumps(finite_or_null(plain)) + "\n")
 
 
 def print_line(text: str) -> None:
     """A line of output, at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    print_part(text + "\n")
 
 
 def print_part(text: str) -> None:
-    """A piece of a line, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """A piece of a line, at once. Raises MachineError if it cannot be written, BrokenPipeError if
+    the reader is gone.
+    """
+    try:
+        if sys.stdout is None:  # closed when the program began
+            raise OSError(errno.EBADF, "it is closed")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise unwritable_stdout(error) from error
+
+
+def unwritable_stdout(error: OSError) -> MachineError:
+    """The error to raise, with standard output forgotten."""
+    forget_stdout()
+    is_full = error.errno == errno.ENOSPC
+    return MachineError(
+        f"cannot write to standard output: {error.strerror or error}",
+        allowed="a terminal, a pipe, or a file with room",
+        remedy="free space, or send the output elsewhere",
+        code=ErrorCode.DISK_FULL if is_full else ErrorCode.PERMISSION_DENIED,
+    )
+
+
+def forget_stdout() -> None:
+    """What is left to write goes nowhere, so that Python's last flush does not fail as well."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:

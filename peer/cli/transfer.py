@@ -41,6 +41,7 @@ def export(
     """Write a folder that transformers.LlamaForCausalLM loads, with a model card."""
     from peer.checkpoint.export import export_model
     from peer.checkpoint.model_card import model_card
+    from peer.checkpoint.target import prepare_target
     from peer.cli.checkpoints import open_checkpoint
     from protos.contract.errors import UsageError
 
@@ -52,6 +53,15 @@ def export(
             remedy="copy the folder instead",
         )
     opened.require_objective("causal", purpose="LlamaForCausalLM attends causally")
+    card = model_card(
+        opened.model_spec,
+        run_spec=opened.run_spec,
+        provenance=opened.provenance,
+        manifest=_manifest(opened),
+        credits=_credits(opened, credits_path, names or []),
+        licence=licence,
+    )
+    prepare_target(out)
     export_model(
         opened.model_spec,
         opened.params,
@@ -59,14 +69,7 @@ def export(
         tokenizer_path=opened.tokenizer_path,
         eos_token_id=opened.eos_token_id,
         provenance=opened.provenance,
-        card=model_card(
-            opened.model_spec,
-            run_spec=opened.run_spec,
-            provenance=opened.provenance,
-            manifest=_manifest(opened),
-            credits=_credits(opened, credits_path, names or []),
-            licence=licence,
-        ),
+        card=card,
     )
     if is_json:
         print_json({"folder": str(out)} | opened.provenance)
@@ -92,6 +95,7 @@ def import_model(
 
     from peer.checkpoint.hf_import import load_hf_params, read_hf_config, require_vocabulary
     from peer.checkpoint.initial import save_initial
+    from peer.checkpoint.target import prepare_target
     from protos.contract.chunk_format import token_bytes_table
     from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
     from protos.contract.initial_file import INITIAL_FILE, InitialHeader
@@ -116,8 +120,8 @@ def import_model(
         origin=folder.absolute().name,
     )
     params = load_hf_params(folder, found.model)
+    prepare_target(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "tokenizer.json").write_bytes(tokenizer_json)
     except OSError as error:
         raise MachineError(
@@ -173,7 +177,7 @@ def _credits(
         )
     try:
         plain = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"cannot read {path}: {error}",
             allowed="what `muster-coordinator status --json` prints",

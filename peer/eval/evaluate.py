@@ -56,8 +56,11 @@ class EvalResult:
 
     @property
     def perplexity(self) -> float:
-        """Of the next token."""
-        return math.exp(self.loss_nats)
+        """Of the next token; infinite beyond what a float holds."""
+        try:
+            return math.exp(self.loss_nats)
+        except OverflowError:
+            return math.inf
 
 
 def token_byte_lengths(tokenizer_path: Path) -> npt.NDArray[np.int64]:

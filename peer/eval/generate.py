@@ -19,13 +19,17 @@ from torch import Tensor
 from peer.model.decoder import Decoder, KeyValueCache
 from protos.contract.errors import UsageError
 
+MAX_SEED = 2**63
+_LEAST_TEMPERATURE = 1e-6
+"""Below, quotients of logits are no fp32 numbers any more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is drawn."""
 
     temperature: float = 0.8
-    """0 takes the likeliest token always."""
+    """0, and what is below 1e-6, takes the likeliest token always."""
     top_k: int = 0
     """Draw from the k likeliest tokens; 0 = all."""
     top_p: float = 0.95
@@ -34,10 +38,12 @@ class Sampling:
     """Of the first prompt; the next one has the next seed."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+        is_drawable = 0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1
+        if not (is_drawable and 0 <= self.seed < MAX_SEED):
             raise UsageError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}",
-                allowed="temperature >= 0, top_k >= 0, 0 < top_p <= 1",
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}, seed "
+                f"{self.seed}",
+                allowed="temperature >= 0, top_k >= 0, 0 < top_p <= 1, seeds of 0 to 2^63 - 1",
                 remedy="correct the sampling options",
             )
 
@@ -53,7 +59,7 @@ class NewToken:
 
 def next_token_ratios(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities to draw from; they add up to 1."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _LEAST_TEMPERATURE:
         return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).float()
     ratios_V = (logits_V.float() / sampling.temperature).softmax(dim=-1)
     sorted_V, order_V = ratios_V.sort(descending=True, stable=True)
@@ -157,7 +163,8 @@ def generate_batch(
     forgotten. Raises UsageError for an empty prompt or a token outside the vocabulary.
     """
     _check_prompts(prompts, vocab_size=model.spec.vocab_size)
-    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
+    seeds = [(sampling.seed + row) % MAX_SEED for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     context = Context(model, prompts, is_prompt_prefix=is_prompt_prefix, has_cache=has_cache)
     is_done = [False] * len(prompts)
     for _ in range(max_new_tokens):

@@ -23,6 +23,8 @@ from peer.model.schedule import lr_ratio
 from peer.train.finetune_data import Example, TuningSet, batch_of, labelled_batch_of
 from protos.contract.errors import RunFailedError, UsageError
 
+_MAX_LR, _MAX_DECAY = 1e30, 1e6
+"""Their product, and Adam's first step, must be fp32 numbers."""
 _WARMUP_RATIO, _COOLDOWN_RATIO = 0.05, 0.5
 
 
@@ -39,14 +41,22 @@ class TuningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        is_allowed = self.peak_lr > 0 and self.num_passes >= 1 and self.batch_sequences >= 1
-        if not (is_allowed and self.weight_decay >= 0 and self.clip_norm > 0):
+        is_allowed = (
+            0 < self.peak_lr < math.inf and self.num_passes >= 1 and self.batch_sequences >= 1
+        )
+        is_allowed &= 0 <= self.weight_decay < math.inf and self.clip_norm > 0
+        if not (is_allowed and 0 <= self.seed < 2**63):
             raise UsageError(
                 f"lr {self.peak_lr}, passes {self.num_passes}, batch {self.batch_sequences}, "
-                f"weight decay {self.weight_decay}, clip {self.clip_norm}",
-                allowed="lr and clip above 0, passes and batch at least 1, weight decay at least 0",
+                f"weight decay {self.weight_decay}, clip {self.clip_norm}, seed {self.seed}",
+                allowed=f"lr above 0 to {_MAX_LR:g}, passes and batch at least 1, weight decay 0 "
+                f"to {_MAX_DECAY:g}, clip above 0, seeds of 0 to 2^63 - 1",
                 remedy="correct the options",
             )
+
+    def num_steps(self, num_examples: int) -> int:
+        """Steps of all passes over so many training examples."""
+        return -(-num_examples // self.batch_sequences) * self.num_passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +181,7 @@ def finetune(tunable: Tunable, data: TuningSet, settings: TuningSettings) -> Ite
         betas=(0.9, 0.95),
     )
     per_pass = -(-len(data.training) // settings.batch_sequences)
-    num_steps = per_pass * settings.num_passes
+    num_steps = settings.num_steps(len(data.training))
     generator = np.random.Generator(np.random.Philox(key=settings.seed))
     for step in range(num_steps):
         if step % per_pass == 0:

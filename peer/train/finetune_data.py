@@ -7,9 +7,10 @@ window is left out and counted; the last tenth of the examples, at least one, is
 Letters: B sequences, T positions.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,26 @@ class TuningSet:
     num_too_long: int
     class_names: tuple[str, ...] = ()
     """Empty unless the examples are labelled."""
+    data_digest: str = ""
+    """SHA-256 of the bytes that were read, in hexadecimal."""
 
 
 def load_tuning_set(
-    path: Path, *, encode: Encode, eos_token_id: int, seq_len: int, is_labelled: bool = False
+    path: Path,
+    *,
+    encode: Encode,
+    eos_token_id: int,
+    seq_len: int,
+    is_labelled: bool = False,
+    seed: int = 0,
 ) -> TuningSet:
-    """Examples of a text file, or of a .jsonl file. Raises UsageError with the line that is
+    """Examples of a text file, or of a .jsonl file. Labelled ones are shuffled with `seed` before
+    some are held out, for files are often sorted by label. Raises UsageError with the line that is
     wrong.
     """
     try:
-        text = path.read_text("utf-8")
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig" if path.suffix == ".jsonl" else "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"cannot read {path}: {error}",
@@ -70,7 +81,8 @@ def load_tuning_set(
             remedy="write it so",
         )
     else:
-        return _from_text(path, [eos_token_id, *encode(text), eos_token_id], seq_len)
+        found_set = _from_text(path, [eos_token_id, *encode(text), eos_token_id], seq_len)
+        return replace(found_set, data_digest=hashlib.sha256(data).hexdigest())
     names = tuple(sorted({row[1] for row in rows})) if is_labelled else ()
     found = []
     for first, second in rows:
@@ -88,7 +100,11 @@ def load_tuning_set(
             allowed="at least two",
             remedy="add examples of other classes",
         )
-    return _split(path, fitting, num_too_long=len(found) - len(fitting), class_names=names)
+    if is_labelled:
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(fitting))
+        fitting = [fitting[index] for index in order]
+    found_set = _split(path, fitting, num_too_long=len(found) - len(fitting), class_names=names)
+    return replace(found_set, data_digest=hashlib.sha256(data).hexdigest())
 
 
 def batch_of(examples: Sequence[Example], *, pad_token_id: int) -> tuple[Int64Array, Int64Array]:
@@ -117,7 +133,7 @@ def labelled_batch_of(
 
 def _rows(path: Path, text: str, keys: tuple[str, str]) -> list[tuple[str, str]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -125,7 +141,8 @@ def _rows(path: Path, text: str, keys: tuple[str, str]) -> list[tuple[str, str]]
             first, second = (plain[key] for key in keys)
             if not (isinstance(first, str) and isinstance(second, str | int)):
                 raise TypeError(f"{type(first).__name__} and {type(second).__name__}")
-        except (ValueError, KeyError, TypeError) as error:
+            f"{first}{second}".encode()  # half of a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"{path}, line {number}: {error!r}",
                 allowed=f'{{"{keys[0]}": TEXT, "{keys[1]}": TEXT}} on each line',

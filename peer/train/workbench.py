@@ -144,16 +144,45 @@ def plan_for(spec: RunSpec, message: Message) -> tuple[Plan, tuple[int, ...]]:
         num_threads=message["num_threads"],
     )
     wish, note = _wish(message, num_devices=len(lent.names))
-    plan = plan_layout(
-        setting,
-        node,
-        wish,
-        round_tokens=spec.strategy.global_batch_tokens,
-        max_turn_sequences=message["max_micro_batch_sequences"],
-    )
+    plan = _chosen_plan(spec, message, setting, node, wish)
     if AUTO in lent.names:
         note = unused_gpu_note() + note
     return replace(plan, reason=note + plan.reason), lent.positions
+
+
+def _chosen_plan(
+    spec: RunSpec, message: Message, setting: Setting, node: Node, wish: LayoutWish
+) -> Plan:
+    """The planner's choice, or one device where ranks cannot do the work or would be slower."""
+
+    def plan(wish: LayoutWish) -> Plan:
+        return plan_layout(
+            setting,
+            node,
+            wish,
+            round_tokens=spec.strategy.global_batch_tokens,
+            max_turn_sequences=message["max_micro_batch_sequences"],
+        )
+
+    if wish.has_axes or len(node.devices) == 1:
+        return plan(wish)
+    alone = replace(wish, dp=1, tp=1, pp=1, is_sharded=False)
+    if spec.optimizer.name == "muon":
+        return _because(plan(alone), "muon needs whole matrices")
+    is_native_likely = message.get("execution", AUTO) in (AUTO, Execution.NATIVE)
+    if not (node.is_cpu and is_native_likely):
+        return plan(wish)
+    try:
+        return _because(
+            plan(alone),
+            "the model fits one, and ranks that share a CPU lack its faster native step",
+        )
+    except MachineError:  # it needs the memory of several
+        return plan(wish)
+
+
+def _because(plan: Plan, why: str) -> Plan:
+    return replace(plan, reason=f"one device, for {why}: {plan.reason}")
 
 
 def leader_position(message: Message) -> int:

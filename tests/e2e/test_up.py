@@ -36,6 +36,7 @@ SUMMARY_TYPES: dict[str, type | tuple[type, ...]] = {
     "ledger_violations": list,
     "checkpoint_path": str,
     "sample_text": str,
+    "not_exported_reason": str,
 }
 
 
@@ -108,6 +109,7 @@ def test_small_up_trains_and_reports_then_refuses(tmp_path: Path) -> None:
     ratio = summary["heldout_bits_per_byte_last"] / summary["one_process_bits_per_byte"]
     assert abs(ratio - 1) <= 0.02
     assert Path(summary["checkpoint_path"]).exists()
+    assert summary["sample_text"] and summary["not_exported_reason"] == ""
 
     again = up(tmp_path, "--budget-tokens", "40000", timeout_seconds=60)
     message = again.stderr.decode()

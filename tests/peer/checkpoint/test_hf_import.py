@@ -3,6 +3,7 @@ decoder does not compute is refused.
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,10 @@ def test_what_export_wrote_comes_back_bit_for_bit(tmp_path: Path, variant: str) 
         ({"eos_token_id": [1, 2]}, "eos_token_id"),
         ({"num_key_value_heads": 3}, "num_kv_heads"),
         ({"hidden_size": None}, "config.json"),
+        ({"num_attention_heads": 0}, "0 is not an integer"),
+        ({"max_position_embeddings": math.inf}, "inf is not an integer"),
+        ({"rope_parameters": {"rope_theta": math.inf}}, "rope_theta"),
+        ({"rms_norm_eps": math.nan}, "norm_epsilon"),
     ],
 )
 def test_models_that_the_decoder_does_not_compute(
@@ -118,6 +123,19 @@ def test_models_that_the_decoder_does_not_compute(
     with pytest.raises(MusterError, match=said) as refused:
         read_hf_config(tmp_path)
     assert refused.value.allowed and refused.value.remedy
+
+
+def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path) -> None:
+    plain = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | CONFIG
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    expected = read_hf_config(tmp_path)
+    changes = {"max_position_embeddings": float(plain["max_position_embeddings"])}
+    changes["hidden_size"] = float(plain["hidden_size"])
+    (tmp_path / "config.json").write_text(json.dumps(plain | changes))
+    assert read_hf_config(tmp_path) == expected
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(MusterError, match="does not parse"):
+        read_hf_config(tmp_path)
 
 
 def test_weights_that_are_not_the_configs(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from peer.cli.generate import GrowingText, _read_prompts
+from peer.cli.options import print_json
 from peer.eval.evaluate import (
+    EvalResult,
     Evaluation,
     choose_windows,
     evaluate,
@@ -194,5 +197,41 @@ def test_sampling_keeps_the_likeliest() -> None:
     assert ratios(top_p=1.0) == pytest.approx([0.5, 0.25, 0.15, 0.1])
     assert ratios(top_p=0.6) == pytest.approx([2 / 3, 1 / 3, 0, 0])
     assert ratios(top_p=1.0, top_k=1) == [1, 0, 0, 0]
+    for temperature in (0.0, 1e-40, 5e-324):
+        cold = Sampling(temperature=temperature)
+        assert next_token_ratios(logits_V, cold).tolist() == [1, 0, 0, 0]
+    for seed in (-1, 2**63):
+        with pytest.raises(UsageError, match="seed"):
+            Sampling(seed=seed)
     with pytest.raises(UsageError):
         Sampling(top_p=0.0)
+
+
+def test_losses_beyond_a_float_are_no_number_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    result = EvalResult(total_nats=1e6, num_tokens=10, num_bytes=0)
+    print_json({"perplexity": result.perplexity, "bits_per_byte": [result.bits_per_byte, 1.5]})
+    assert json.loads(capsys.readouterr().out) == {
+        "perplexity": None,
+        "bits_per_byte": [None, 1.5],
+    }
+
+
+def test_streamed_pieces_are_the_text_of_all_tokens() -> None:
+    """As with Metaspace, where the first word loses its space."""
+
+    def decode(tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace").removeprefix(" ")
+
+    tokens = list(" ab \u00e9 c".encode())
+    for end in (len(tokens), len(tokens) - 3):
+        growing = GrowingText(decode)
+        pieces = [growing.add(token) for token in tokens[:end]]
+        assert "".join(pieces) + growing.end() == decode(tokens[:end])
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_prompts_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="UTF-8"):
+        _read_prompts(["a\udce9"], None)
+    (tmp_path / "p").write_bytes("a\u2028b\r\n\nc".encode())
+    assert _read_prompts([], tmp_path / "p") == ["a\u2028b", "c"]

@@ -1,13 +1,17 @@
 """Fine-tuning: what is predicted, that it is learned, and that the result is a usable folder."""
 
+import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from peer.checkpoint.export import ClassifierHead, export_model
+from peer.checkpoint.model_card import model_card
 from peer.cli.checkpoints import open_checkpoint
+from peer.cli.finetune import _tuned_provenance
 from peer.cli.finetune import finetune as finetune_command
 from peer.model.objectives import IGNORED
 from peer.train.finetune import (
@@ -70,6 +74,8 @@ def test_text_is_cut_into_windows_that_predict_every_token_once(tmp_path: Path) 
         ("d.jsonl", '{"prompt": "a", "answer": "b"}\n', False, "1 examples"),
         ("d.txt", "a", True, "jsonl"),
         ("d.txt", "a", False, "1 examples"),
+        ("d.jsonl", '{"prompt": "a", "answer": "\\ud800"}\n' * 3, False, "line 1"),
+        ("d.jsonl", "[" * 100_000, False, "line 1"),
     ],
 )
 def test_data_that_cannot_be_used(
@@ -79,6 +85,31 @@ def test_data_that_cannot_be_used(
     with pytest.raises(UsageError, match=said) as refused:
         load(tmp_path / name, is_labelled=is_labelled)
     assert refused.value.allowed and refused.value.remedy
+
+
+def test_lines_end_at_line_feeds_only_and_sorted_labels_are_shuffled(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    row = '{"prompt": "a\u2028b\x85", "answer": "c"}\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + (row * 2).encode())
+    found = load_tuning_set(path, encode=lambda text: [1] * len(text), eos_token_id=0, seq_len=12)
+    assert [len(example.tokens) for example in (*found.training, *found.heldout)] == [7, 7]
+    assert found.data_digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    rows = [{"text": "a", "label": label} for label in ["x"] * 40 + ["y"] * 40]
+    labelled = load(write_lines(path, rows), is_labelled=True)
+    assert {example.label for example in labelled.heldout} == {0, 1}
+
+
+def test_settings_that_cannot_end_well_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    for bad in ({"peak_lr": math.inf}, {"weight_decay": math.inf}, {"seed": 2**63}):
+        with pytest.raises(UsageError):
+            TuningSettings(**bad)
+    folder, data = write_model(tmp_path / "in"), tmp_path / "d.txt"
+    data.write_text("ab" * 200)
+    with pytest.raises(UsageError, match="holds config.json"):
+        finetune_command(folder, folder, data=data)
+    with pytest.raises(RunFailedError, match="finite"):
+        finetune_command(folder, tmp_path / "out", data=data, lr=1e30, weight_decay=1e6, passes=1)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_model_learns_answers_and_a_bad_rate_is_refused() -> None:
@@ -126,6 +157,14 @@ def test_a_classifier_learns_and_transformers_computes_its_logits(tmp_path: Path
         ours = head(final_hidden(model, tokens_BT)[:, -1])
         assert float((theirs(tokens_BT).logits - ours).abs().max()) <= 1e-4
     assert theirs.config.id2label == {0: "odd", 1: "even"}
+    padded_BT = torch.tensor([[*examples[2].tokens, 0, 0], [*examples[2].tokens, 5, 6]])
+    with torch.inference_mode():
+        logits_BC = theirs(padded_BT).logits
+    assert float((logits_BC[0] - ours[0]).abs().max()) <= 1e-4
+    card = model_card(BASE, run_spec=None, provenance={}, manifest=None, is_classifier=True)
+    assert "ForSequenceClassification" in card and "generate" not in card
+    with pytest.raises(UsageError, match="licence"):
+        model_card(BASE, run_spec=None, provenance={}, manifest=None, licence="a\nb")
 
 
 def write_model(folder: Path) -> Path:
@@ -154,6 +193,13 @@ def test_the_command_writes_a_folder_that_predicts_the_data_better(
         torch.tensor(opened.params), torch.tensor(open_checkpoint(folder).params)
     )
     assert figures["data_digest"] in (tmp_path / "out" / "README.md").read_text()
+    finetune_command(tmp_path / "out", tmp_path / "again", data=data, passes=1, is_json=True)
+    assert (
+        open_checkpoint(tmp_path / "again").provenance["earlier_finetune_data_digests"]
+        == figures["data_digest"]
+    )
+    tuned = _tuned_provenance({"state_digest": "s", "outer_step": 3}, "d")
+    assert tuned == {"base_state_digest": "s", "base_outer_step": 3, "finetune_data_digest": "d"}
 
 
 def test_low_rank_adapters_or_a_clear_refusal(

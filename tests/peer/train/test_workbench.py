@@ -94,6 +94,16 @@ def test_moments_of_a_byte_take_a_quarter_of_the_planned_memory() -> None:
     assert planned[1] == pytest.approx(planned[0] * 65 / 256, rel=1e-3)
 
 
+@pytest.mark.parametrize(("optimizer", "said"), [("muon", "muon"), ("adamw", "native step")])
+def test_auto_takes_one_device_where_ranks_cannot_or_are_slower(optimizer: str, said: str) -> None:
+    strategy = StrategySpec(name="diloco", inner_steps=2, inner_batch_tokens=SPEC.model.seq_len)
+    spec = replace(SPEC, strategy=strategy, optimizer=OptimizerSpec(name=optimizer))
+    plan, positions = plan_for(spec, MESSAGE | {"layout": "auto"})
+    assert plan.layout.num_ranks == 1 and len(plan.devices) == 1 and positions == (0, 1)
+    assert plan.reason.startswith("one device, for ") and said in plan.reason
+    assert plan_for(spec, MESSAGE | {"layout": "dp=2"})[0].layout.dp == 2, "a wish is a wish"
+
+
 def test_ranks_refuse_what_needs_one_device() -> None:
     strategy = StrategySpec(name="diloco", inner_steps=2, inner_batch_tokens=SPEC.model.seq_len)
     muon = replace(SPEC, strategy=strategy, optimizer=OptimizerSpec(name="muon"))

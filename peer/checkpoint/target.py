@@ -1,0 +1,34 @@
+"""The folder that a command writes a model to: checked before any work, so that no model shadows
+another and hours of training do not end in a folder that cannot be written.
+"""
+
+import tempfile
+from pathlib import Path
+
+from protos.contract.errors import ErrorCode, MachineError, UsageError
+
+_PATTERNS = ("*.safetensors", "*.json", "README.md", "adapter")
+
+
+def prepare_target(folder: Path) -> None:
+    """Make `folder` if it is not there. Raises UsageError if it holds a model or files that would
+    be replaced, MachineError if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = sorted({path.name for pattern in _PATTERNS for path in folder.glob(pattern)})
+        if not taken:
+            with tempfile.TemporaryFile(dir=folder):
+                return
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {folder}: {error.strerror or error}",
+            allowed="a writable folder",
+            remedy="choose another folder or free space",
+            code=ErrorCode.PERMISSION_DENIED,
+        ) from error
+    raise UsageError(
+        f"{folder} holds {', '.join(taken)}",
+        allowed="an empty or a new folder: two models in one would shadow each other",
+        remedy="name another folder, or move that one away",
+    )
