@@ -241,7 +241,7 @@ class SessionMachine:
 
     def _on_round_ended(self, event: ev.RoundEnded) -> None:
         facts = self._facts
-        if not facts.is_contributing:
+        if not facts.is_contributing or event.offer_number != facts.offer_number:
             return  # a round without this peer's work: the new state alone matters (_tell_trainer)
         if event.outcome is RoundOutcome.COMMITTED:
             facts.is_contributing = False
@@ -258,15 +258,13 @@ class SessionMachine:
         facts.is_contributing = False
         self.leases.forget(numbers := self.leases.discard_contribution())
         self._release(numbers, reason)
-        facts.outcome = event or ev.RoundEnded(
-            outcome=RoundOutcome.RESYNC, incarnation=0, outer_step=0, reason=reason
-        )
+        facts.outcome = event or facts.lost_offer(reason)
 
     def _on_contribution(self, event: ev.ContributionReady) -> None:
         facts = self._facts
         facts.contribution_tokens = 0
         self.leases.contribute(event.ranges)
-        facts.is_contributing = True
+        facts.is_contributing, facts.offer_number = True, event.offer_number
         position = facts.position
         if not facts.is_swarm_ready or position is None:
             self._discard_contribution(facts.phase_reason)
@@ -275,8 +273,6 @@ class SessionMachine:
                 f"made for step {event.outer_step} of incarnation {event.incarnation}, "
                 f"the state is step {position.outer_step} of incarnation {position.incarnation}"
             )
-            if facts.trainer_position == position:
-                facts.outcome = None  # on its way already; a second one would hit its next work
         else:
             self._do(ev.PassContribution())
 
@@ -424,7 +420,7 @@ class SessionMachine:
         if facts.trainer_position is None:
             if position.round_tokens == 0:
                 return
-            facts.trainer_position, facts.outcome = position, None
+            facts.trainer_position, facts.outcome, facts.offer_number = position, None, 0
             self._tell_swarm_idle(False)
             self._do(
                 ev.TellStateReady(
@@ -441,8 +437,9 @@ class SessionMachine:
                 outcome.outer_step,
             ):
                 return  # the state that belongs to it is still to come
-        elif outcome is None and position == facts.trainer_position:
+        elif outcome is None and not facts.offer_number and position == facts.trainer_position:
             return
+        offer_number, facts.offer_number = facts.offer_number, 0
         facts.trainer_position, facts.outcome = position, None
         if outcome is None:
             kind, reason = (
@@ -458,6 +455,7 @@ class SessionMachine:
                 outer_step=position.outer_step,
                 round_tokens=position.round_tokens,
                 reason=reason,
+                offer_number=offer_number,
             )
         )
 

@@ -112,6 +112,8 @@ class RoundEnded:
     incarnation: int
     outer_step: int
     reason: str
+    offer_number: int
+    """Contribution that this is the verdict on; 0 for a round without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +180,8 @@ class TrainerIdle:
 class ContributionReady:
     """The trainer put a contribution into shared memory."""
 
+    offer_number: int
+    """Counts this trainer's contributions, from 1."""
     incarnation: int
     outer_step: int
     ranges: tuple[UsedRange, ...]
@@ -341,6 +345,8 @@ class TellRoundOutcome:
     outer_step: int
     round_tokens: int
     reason: str
+    offer_number: int
+    """Contribution that this is the verdict on; 0 if it is news of the state only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from peer.lease_holdings import LeaseHoldings
 from peer.session_events import ChildName, DutyOffered, RoundEnded
 from peer.session_link import GRACE_SECONDS, CoordinatorLink
-from protos.contract.telemetry import RoundPhase, SessionState
+from protos.contract.telemetry import RoundOutcome, RoundPhase, SessionState
 
 _REDUCING = (RoundPhase.EXCHANGE, RoundPhase.REDUCE, RoundPhase.AGREE, RoundPhase.APPLY)
 
@@ -65,6 +65,8 @@ class SessionFacts:
     """Tokens in the contribution that the trainer is making."""
     is_contributing: bool = False
     """True from a contribution to the end of its round."""
+    offer_number: int = 0
+    """Of the contribution whose verdict the trainer has not been told; 0 if there is none."""
     outcome: RoundEnded | None = None
     """Ended round that the trainer has not been told of."""
     duty: OpenDuty | None = None
@@ -81,6 +83,16 @@ class SessionFacts:
         if self.position is None or self.is_run_paused:
             return 0
         return self.position.round_tokens or self.coming_tokens
+
+    def lost_offer(self, reason: str) -> RoundEnded:
+        """Verdict on a contribution that no round has had."""
+        return RoundEnded(
+            outcome=RoundOutcome.RESYNC,
+            incarnation=0,
+            outer_step=0,
+            reason=reason,
+            offer_number=self.offer_number,
+        )
 
 
 def derive_state(

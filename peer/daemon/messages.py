@@ -161,16 +161,18 @@ class MessageDesk:
         numbers.received_bytes += received
         metrics.add(telemetry.PEER_ROUND_WIRE_BYTES, sent, {"direction": "sent"})
         metrics.add(telemetry.PEER_ROUND_WIRE_BYTES, received, {"direction": "received"})
+        is_ours = self._contribution.get("offer_number") == message["offer_number"]
         if outcome is RoundOutcome.COMMITTED:
             numbers.num_rounds_committed += 1
             numbers.round_seconds = sum(seconds_by_phase.values())
-            if self._contribution:
+            if is_ours:
                 tokens = self._contribution["num_tokens"]
                 numbers.committed_tokens += tokens
                 self._note_trained(numbers.committed_tokens)  # progress is limited in rate
                 metrics.add(telemetry.PEER_COMMITTED_TOKENS, tokens)
             metrics.set(telemetry.PEER_ROUND_PEERS, message["num_peers"])
-        self._contribution = {}
+        if is_ours:
+            self._contribution = {}
         core.report(
             Report(
                 kind="round",
@@ -184,6 +186,7 @@ class MessageDesk:
                 incarnation=message["incarnation"],
                 outer_step=message["outer_step"],
                 reason=message["reason"],
+                offer_number=message["offer_number"],
             )
         )
 
@@ -218,6 +221,7 @@ class MessageDesk:
                 self._offered = message
                 core.feed(
                     ev.ContributionReady(
+                        offer_number=message["offer_number"],
                         incarnation=message["incarnation"],
                         outer_step=message["outer_step"],
                         ranges=tuple(_used_range(entry) for entry in message["ranges"]),

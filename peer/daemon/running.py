@@ -239,6 +239,7 @@ class RunningSession:
                     outer_step=action.outer_step,
                     round_tokens=action.round_tokens,
                     reason=action.reason,
+                    offer_number=action.offer_number,
                 )
             case ev.TellPause():
                 self._tell_trainer("pause", is_paused=action.is_paused)

@@ -437,7 +437,7 @@ class SwarmNode:
         was_known = self._reporter.has_state
         self._after_state()
         if was_known:
-            self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
+            self._offers.lost(reason)
 
     def _after_state(self) -> None:
         self._done_ratio = 0.0
@@ -453,7 +453,7 @@ class SwarmNode:
         shell = self._shell
         if shell.refused_reason:
             reason, shell.refused_reason = shell.refused_reason, ""
-            self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
+            self._offers.lost(reason)
         if shell.behind is not None:
             shell.behind = None
             self._note_behind()
@@ -468,7 +468,8 @@ class SwarmNode:
 
     async def _apply(self, commit: rt.Commit) -> None:
         """Make the decided step, or leave it to catching up if its bytes are not here."""
-        own, shell = self._shell.own, self._shell
+        shell = self._shell
+        is_in = shell.has_work and commit.is_own_included
         self._reporter.phase("APPLY", f"certified in attempt {commit.attempt}")
         value = rounds_pb2.RoundValue.FromString(commit.certificate.value)
         self._target_step = max(self._target_step, value.outer_step)
@@ -476,7 +477,6 @@ class SwarmNode:
             self._replica.learn_directive(commit.next_directive)
         await shell.finish_reduction()
         is_applied = await self._catch_up.apply_certificate(commit.certificate, commit.holders)
-        has_work = own is not None and len(own.contribution.ranges) > 0
         reason = f"certified in attempt {commit.attempt} by {len(commit.certificate.votes)} votes"
         outcome = AttemptOutcome.COMMITTED if is_applied else AttemptOutcome.SUPERSEDED
         shell.end_attempt(outcome, attempt=commit.attempt, reason=reason)
@@ -487,10 +487,10 @@ class SwarmNode:
             return
         self._behind_since_seconds = None
         self._after_state()
-        is_in = has_work and commit.is_own_included
         self._reporter.outcome(
             RoundOutcome.COMMITTED if is_in else RoundOutcome.RESYNC,
             reason=reason if is_in else f"{reason} without our contribution",
+            offer_number=self._offers.take_number(),
             certificate=commit.certificate,
             seconds_by_phase=shell.seconds_by_phase,
         )

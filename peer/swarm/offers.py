@@ -1,7 +1,11 @@
-"""What the trainer brings, held until the round it was made for is under way."""
+"""What the trainer brings, held until the round it was made for is under way.
+
+Each contribution has a number and gets one verdict, which names it: what a step without it has
+become may be on its way to the trainer while the trainer, which reads the state in shared memory,
+has already offered the next one.
+"""
 
 import asyncio
-import logging
 from typing import Any
 
 from peer.ipc import Message
@@ -14,8 +18,6 @@ from protos.contract.errors import CorruptDataError
 from protos.contract.telemetry import RoundOutcome
 from protos.muster.v1 import common_pb2, rounds_pb2
 
-logger = logging.getLogger(__name__)
-
 
 class Offers:
     """Contribution or idleness of the own trainer."""
@@ -27,10 +29,23 @@ class Offers:
         self._own_peer_id = own_peer_id
         self._pending: Message | None = None
         self._is_idle = False
+        self._number = 0
+
+    def take_number(self) -> int:
+        """Number of the contribution that has had no verdict, for the verdict that is told now;
+        0 if there is none. What is held of it is forgotten.
+        """
+        number, self._number, self._pending = self._number, 0, None
+        return number
+
+    def lost(self, reason: str) -> None:
+        """Tell that the contribution, and whatever was trained on another state, is lost."""
+        number = self.take_number()
+        self._reporter.outcome(RoundOutcome.RESYNC, reason=reason, offer_number=number)
 
     async def contribution(self, message: Message) -> None:
         """The trainer has announced a contribution."""
-        self._pending = message
+        self._pending, self._number = message, message["offer_number"]
         await self._offer_contribution()
 
     async def idle(self, is_idle: bool) -> None:
@@ -50,9 +65,7 @@ class Offers:
         self._pending = None
         base = (message["incarnation"], message["outer_step"])
         if base != self._replica.position:
-            # The outcome that came with the newer state has said so; a second one would take the
-            # trainer's next contribution for lost and let it overwrite what we have committed to.
-            logger.debug("made for state %s, the state is %s", base, self._replica.position)
+            self._refuse(f"made for state {base}, the state is {self._replica.position}")
             return
         contribution = rounds_pb2.Contribution(
             peer_id=self._own_peer_id,
@@ -80,19 +93,17 @@ class Offers:
         return encoded, encoded.digests()
 
     def _refuse(self, problem: str) -> None:
-        reason = f"contribution not usable: {problem}"
-        self._reporter.outcome(RoundOutcome.RESYNC, reason=reason)
+        self.lost(f"contribution not usable: {problem}")
 
     async def _offer_idle(self) -> None:
         """Without work a member still votes and reduces."""
         shell = self._shell
         if shell.machine is None:
             return
-        has_work = shell.own is not None and len(shell.own.contribution.ranges) > 0
         if self._is_idle and shell.own is None:
             empty = rounds_pb2.Contribution(peer_id=self._own_peer_id)
             await shell.contribute(rt.OwnContribution(contribution=empty))
-        elif not self._is_idle and shell.own is not None and not has_work:
+        elif not self._is_idle and shell.own is not None and not shell.has_work:
             await shell.contribute(None)
 
 

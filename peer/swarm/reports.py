@@ -92,10 +92,15 @@ class Reporter:
         outcome: RoundOutcome,
         *,
         reason: str,
+        offer_number: int,
         certificate: rounds_pb2.Certificate | None = None,
         seconds_by_phase: dict[str, float] | None = None,
     ) -> None:
-        """Tell what became of the trainer's work; it reads the state again afterwards."""
+        """Tell what became of the trainer's work; it reads the state again afterwards.
+
+        `offer_number` names the contribution that this is the verdict on, 0 if it is about none:
+        then the work under way alone may be lost, if it was made on another state.
+        """
         self._replica.feedback.end_round(
             is_committed=outcome is RoundOutcome.COMMITTED, place=self._replica.position
         )
@@ -111,6 +116,7 @@ class Reporter:
             incarnation=incarnation,
             outer_step=outer_step,
             reason=reason,
+            offer_number=offer_number,
             num_peers=num_peers,
             wire_sent_bytes=sent - self._wire_bytes[0],
             wire_received_bytes=received - self._wire_bytes[1],

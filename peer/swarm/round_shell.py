@@ -104,6 +104,11 @@ class RoundShell:
         return self._own
 
     @property
+    def has_work(self) -> bool:
+        """True if that is a contribution, not the word of an idle member."""
+        return self._own is not None and len(self._own.contribution.ranges) > 0
+
+    @property
     def checks(self) -> SignedChecks | None:
         """Rules of the step under way."""
         return self._checks

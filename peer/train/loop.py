@@ -66,6 +66,7 @@ class TrainLoop:
         self._clock = clock
         self.reports = Reports(link, clock=clock)
         self._num_bad = 0
+        self._num_offers = 0
         self._offered: tuple[TrainedRange, ...] = ()
         """Ranges of the contribution that travels; empty if none does."""
         self._seq_len = step.spec.seq_len
@@ -94,9 +95,11 @@ class TrainLoop:
 
     def offer(self, offered: OfferedContribution) -> None:
         """Announce the contribution; its outcome is seen by `_listen`."""
-        self.state.take_outcome()
+        self._num_offers += 1
+        self.state.offer_number = self._num_offers
         self.link.send(
             "contribution_ready",
+            offer_number=self._num_offers,
             incarnation=offered.base.incarnation,
             outer_step=offered.base.outer_step,
             ranges=[
@@ -196,16 +199,15 @@ class TrainLoop:
         for message in self.link.receive(wait_seconds=wait_seconds):
             self.state.fold(message)
         self.feed.drop(self.state.take_lost())
-        if not self.state.is_stopping and not self._offered and self.state.has_news:
-            self._follow_state()
-        elif not self.state.is_stopping and (outcome := self.state.take_outcome()) is not None:
+        if not self.state.is_stopping and (outcome := self.state.take_outcome()) is not None:
             self._after_round(outcome)
+        elif not self.state.is_stopping and not self._offered and self.state.has_news:
+            self._follow_state()
         if self.base is not None:
             self.feed.add(self.state.take_leases(self.base.incarnation))
 
     def _follow_state(self) -> None:
         """News outside a round: keep the work if it was made on this very state, else drop it."""
-        self.state.outcome = None
         position = self.vectors.position()
         if self.base is not None and (position.incarnation, position.outer_step) == (
             self.base.incarnation,

@@ -36,8 +36,12 @@ class TrainerState:
     has_news: bool = False
     """True while an announced state or budget has not been looked at."""
     round_tokens: int = 0
+    offer_number: int = 0
+    """Of the contribution that travels; 0 if none does. An outcome that names another is news only:
+    the state in shared memory may have been read, and worked on, before its outcome came.
+    """
     outcome: Outcome | None = None
-    """Newest outcome that has not been taken."""
+    """Of that contribution, until it is taken."""
     has_no_more_leases: bool = False
     """True while the feed will not be filled; false while leases may be on their way."""
     lost_lease_numbers: list[int] = field(default_factory=list)
@@ -61,11 +65,13 @@ class TrainerState:
             case "round_outcome":
                 self.is_state_announced = self.has_news = True
                 self.round_tokens = message["round_tokens"]
-                self.outcome = Outcome(
-                    kind=RoundOutcome(message["outcome"]),
-                    round_tokens=message["round_tokens"],
-                    reason=message["reason"],
-                )
+                if self.offer_number and message["offer_number"] == self.offer_number:
+                    self.offer_number = 0
+                    self.outcome = Outcome(
+                        kind=RoundOutcome(message["outcome"]),
+                        round_tokens=message["round_tokens"],
+                        reason=message["reason"],
+                    )
             case "evaluate":
                 self.evaluations.append(
                     EvaluationOrder(

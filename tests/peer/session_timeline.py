@@ -70,8 +70,11 @@ def nothing(*, is_exhausted: bool = False) -> ev.LeasesGranted:
     )
 
 
-def contribution(step: int, ranges: Iterable[tuple[int, int, int]]) -> ev.ContributionReady:
+def contribution(
+    step: int, ranges: Iterable[tuple[int, int, int]], *, number: int = 1
+) -> ev.ContributionReady:
     return ev.ContributionReady(
+        offer_number=number,
         incarnation=1,
         outer_step=step,
         ranges=tuple(
@@ -81,8 +84,10 @@ def contribution(step: int, ranges: Iterable[tuple[int, int, int]]) -> ev.Contri
     )
 
 
-def ended(outcome: RoundOutcome, step: int) -> ev.RoundEnded:
-    return ev.RoundEnded(outcome=outcome, incarnation=1, outer_step=step, reason="because")
+def ended(outcome: RoundOutcome, step: int, *, number: int = 1) -> ev.RoundEnded:
+    return ev.RoundEnded(
+        outcome=outcome, incarnation=1, outer_step=step, reason="because", offer_number=number
+    )
 
 
 JOINED = ev.Joined(heartbeat_interval_seconds=10.0, incarnation=1, has_lost_leases=False)

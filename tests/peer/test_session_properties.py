@@ -56,6 +56,7 @@ events = st.one_of(
         incarnation=st.integers(0, 2),
         outer_step=small,
         reason=st.just("ended"),
+        offer_number=st.integers(0, 3),
     ),
     st.just(ev.LeasesNeeded()),
     st.builds(
@@ -73,6 +74,7 @@ events = st.one_of(
     st.builds(ev.TrainerIdle, is_idle=st.booleans()),
     st.builds(
         ev.ContributionReady,
+        offer_number=st.integers(1, 3),
         incarnation=st.integers(0, 2),
         outer_step=small,
         ranges=st.lists(used, max_size=2).map(tuple),
@@ -109,7 +111,7 @@ def test_any_order_of_events(timeline: list[tuple[ev.Event, float]]) -> None:
     machine = SessionMachine()
     now_seconds = 0.0
     is_trainer_ready = has_state = False
-    num_asked = num_answered = num_beats = num_beats_answered = 0
+    num_asked = num_answered = num_beats = num_beats_answered = offer_number = 0
     for event, wait_seconds in timeline:
         now_seconds += wait_seconds
         if isinstance(event, ev.LeasesGranted | ev.LeasesNotGranted):
@@ -123,18 +125,25 @@ def test_any_order_of_events(timeline: list[tuple[ev.Event, float]]) -> None:
         is_ready = isinstance(event, ev.ChildReady) and event.child is ChildName.TRAINER
         if is_ready and is_trainer_ready:
             continue  # a process becomes ready once
+        if isinstance(event, ev.ContributionReady):
+            if not has_state or offer_number:
+                continue  # made on a state, and after the verdict on the one before
+            offer_number = event.offer_number
         decision = machine.handle(event, now_seconds=now_seconds)
         assert decision.reason
         if is_ready:
             is_trainer_ready, has_state = True, False
         died = isinstance(event, ev.ChildDied) and event.child is ChildName.TRAINER
         if died and decision.state is not SessionState.DRAINING:
-            is_trainer_ready = False
+            is_trainer_ready = has_state = False
+            offer_number = 0
         for action in decision.actions:
             if isinstance(action, TO_TRAINER):
                 assert is_trainer_ready, "orders go to a trainer that is there"
             if isinstance(action, ev.TellRoundOutcome):
                 assert has_state, "an outcome follows a first state"
+                assert action.offer_number in (0, offer_number), "a verdict names its offer"
+                offer_number = 0 if action.offer_number else offer_number
             has_state = has_state or isinstance(action, ev.TellStateReady)
             if isinstance(action, ev.AcquireLeases):
                 assert action.wanted_tokens > 0

@@ -99,6 +99,8 @@ class Daemon:
     channel: AsyncChannel | None = None
     reader: asyncio.Task[None] | None = None
     addresses: list[str] = field(default_factory=list)
+    num_offers: int = 0
+    """Contributions announced to its process."""
     messages: list[Message] = field(default_factory=list)
     lease_number: int = 0
     fault_plan: Path | None = None
@@ -434,8 +436,10 @@ class Hub:
         state = daemon.newest("state")
         assert state is not None and daemon.channel is not None
         lease = self.lease(daemon, num_windows)
+        daemon.num_offers += 1
         daemon.channel.send(
             "contribution",
+            offer_number=daemon.num_offers,
             incarnation=state["incarnation"],
             outer_step=state["outer_step"],
             ranges=[

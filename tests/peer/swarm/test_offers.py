@@ -1,4 +1,4 @@
-"""A contribution that comes too late is dropped without a word: its outcome has been told."""
+"""Every contribution gets one verdict, which names it."""
 
 import asyncio
 from types import SimpleNamespace
@@ -12,27 +12,41 @@ class Told:
     """What a reporter was asked to say."""
 
     def __init__(self) -> None:
-        self.outcomes: list[RoundOutcome] = []
+        self.outcomes: list[tuple[RoundOutcome, int]] = []
 
-    def outcome(self, outcome: RoundOutcome, *, reason: str) -> None:
-        self.outcomes.append(outcome)
+    def outcome(self, outcome: RoundOutcome, *, reason: str, offer_number: int) -> None:
+        self.outcomes.append((outcome, offer_number))
 
 
-def test_a_late_contribution_gets_no_second_outcome() -> None:
-    """By then the trainer may have offered the next one, which a second word would take for lost
-    while this member has already committed to its bytes.
+def offer(number: int, *, outer_step: int) -> dict[str, Any]:
+    return {
+        "offer_number": number,
+        "incarnation": 1,
+        "outer_step": outer_step,
+        "ranges": [],
+        "loss_nats": 1.0,
+    }
+
+
+def test_a_late_contribution_gets_the_one_verdict_that_names_it() -> None:
+    """One that waits between two rounds is lost with the step that comes without it, and one that
+    comes later still is refused by its own number: neither word can be taken for the next one's.
     """
     told = Told()
-    shell: Any = SimpleNamespace(machine=None, checks=object(), own=None)
+    shell: Any = SimpleNamespace(machine=None, checks=object(), own=None, has_work=False)
     replica: Any = SimpleNamespace(position=(1, 2))
     offers = Offers(shell, replica, told, own_peer_id="a")  # type: ignore[arg-type]
-    late = {"incarnation": 1, "outer_step": 2, "ranges": [], "loss_nats": 1.0}
 
     async def scenario() -> None:
-        await offers.contribution(late)  # between two rounds: held
-        replica.position = (1, 3)  # a step was certified without it, and its outcome told
+        await offers.contribution(offer(1, outer_step=2))  # between two rounds: held
+        replica.position = (1, 3)
+        offers.lost("caught up with the swarm")
         shell.machine = object()
         await offers.renew()
+        replica.position = (1, 4)
+        offers.lost("caught up with the swarm")  # before the next contribution has come
+        await offers.contribution(offer(2, outer_step=3))
 
     asyncio.run(scenario())
-    assert told.outcomes == []
+    lost = RoundOutcome.RESYNC
+    assert told.outcomes == [(lost, 1), (lost, 0), (lost, 2)]

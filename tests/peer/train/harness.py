@@ -55,6 +55,8 @@ class FakeDaemon:
     seen: list[Message] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
     end_reasons: list[str | BaseException] = field(default_factory=list)
+    offer_number: int = 0
+    """Of the newest contribution that was seen."""
 
     def __post_init__(self) -> None:
         spec = self.spec.model
@@ -97,6 +99,8 @@ class FakeDaemon:
         while True:
             message = self.channel.receive()
             self.seen.append(message)
+            if message["kind"] == "contribution_ready":
+                self.offer_number = message["offer_number"]
             if message["kind"] == kind:
                 return message
             assert message["kind"] != "failed", message
@@ -169,7 +173,10 @@ class FakeDaemon:
             round_tokens=round_windows * self.spec.model.seq_len,
         )
 
-    def end_round(self, outcome: str, *, round_windows: int, reason: str = "") -> None:
+    def end_round(
+        self, outcome: str, *, round_windows: int, reason: str = "", offer_number: int | None = None
+    ) -> None:
+        """The verdict on the newest contribution that was seen, or on another."""
         position = self.vectors.position()
         self.send(
             "round_outcome",
@@ -178,6 +185,7 @@ class FakeDaemon:
             outer_step=position.outer_step,
             round_tokens=round_windows * self.spec.model.seq_len,
             reason=reason,
+            offer_number=self.offer_number if offer_number is None else offer_number,
         )
 
     def mean_gradient(self, contribution: Message) -> Float32Vector:

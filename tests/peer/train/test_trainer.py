@@ -135,6 +135,31 @@ def test_resync_drops_the_work_and_returns_begun_leases_only(tmp_path: Path) -> 
         assert relative_error(daemon.vectors.contribution, expected) < 1e-5
 
 
+def test_late_news_of_a_state_is_not_the_verdict_on_an_offer_made_on_it(tmp_path: Path) -> None:
+    """The trainer reads the state of step 2 with the outcome of step 1, works and offers on it;
+    what the daemon said of step 2 meanwhile comes after that.
+    """
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=4)
+        daemon.give(daemon.lease(1, 0, 4), daemon.lease(2, 4, 8), daemon.lease(3, 8, 12))
+        assert daemon.expect("contribution_ready")["offer_number"] == 1
+        daemon.commit()
+        daemon.commit()
+        daemon.end_round("COMMITTED", round_windows=4)
+        contribution = daemon.expect("contribution_ready")
+        assert (contribution["outer_step"], contribution["offer_number"]) == (2, 2)
+        offered = daemon.vectors.contribution.copy()
+        daemon.end_round("RESYNC", round_windows=4, reason="came without us", offer_number=0)
+        daemon.end_round("RESYNC", round_windows=4, reason="for the one before", offer_number=1)
+        daemon.send("evaluate", duty_id="d", eval_tokens=0, heldout_paths=[str(daemon.chunk_path)])
+        daemon.expect("evaluation")  # the loop has come round: it has seen both
+        assert not [m for m in daemon.seen if m["kind"] == "released"]
+        assert np.array_equal(daemon.vectors.contribution, offered), "the round still reads it"
+        daemon.commit()
+        daemon.end_round("COMMITTED", round_windows=4)
+        assert windows_of(daemon.expect("contribution_ready")) == [(8, 12)]
+
+
 def test_a_committed_round_keeps_the_rest_of_a_lease(tmp_path: Path) -> None:
     with trainer_thread(tmp_path) as daemon:
         daemon.announce(round_windows=4)
