@@ -156,6 +156,8 @@ class Reduction:
         """Reducers that said last that they wait for somebody."""
         self.late_seconds_by_peer: defaultdict[str, float] = defaultdict(float)
         self.tokens_by_peer = tokens_by_peer
+        self.num_moved = 0
+        """Pieces that have come in or left, of anybody: unchanged as long as nothing moves."""
         self.begin_seconds = time.monotonic()
         self._tick_seconds = self._heed_seconds = self.begin_seconds
         """When `tick` was called last, and since when others' silence counts."""
@@ -274,6 +276,9 @@ class Reduction:
             for peer_id in late:
                 self.late_seconds_by_peer[peer_id] += seconds
 
+    def _note_moved(self) -> None:
+        self.num_moved += 1
+
     def _note_waiting(self, reducer: str, is_waiting: bool) -> None:
         (self._waiting.add if is_waiting else self._waiting.discard)(reducer)
 
@@ -359,7 +364,10 @@ class Reduction:
                 self._awaited[sender, False] = (stream, time.monotonic())
                 low, high = piece_bounds(batch.begin_piece, batch.end_piece, self._num_values)
                 digests = committed[batch.begin_piece : batch.end_piece]
-                read_part(stream, self._codec, batch, digests, values[: high - low])
+                values_here = values[: high - low]
+                read_part(
+                    stream, self._codec, batch, digests, values_here, on_moved=self._note_moved
+                )
                 slots.put_filled(values)
             self._awaited.pop((sender, False), None)
         except (Refused, ValueError, CorruptDataError) as error:
@@ -381,7 +389,7 @@ class Reduction:
                     send_refusal(stream, str(self._failure or "averaging was given up"))
                     return
                 digests = self._result.digests[batch.begin_piece : batch.end_piece]
-                send_batch(stream, self._result.encoded, batch, digests)
+                send_batch(stream, self._result.encoded, batch, digests, on_moved=self._note_moved)
             stream.wait_acknowledged()
         except StreamError as error:
             logger.debug("reduced pieces to %s: %s", receiver, error)
@@ -425,7 +433,7 @@ class Reduction:
                 if self._failure is not None:
                     return
                 assert self._own is not None
-                send_batch(stream, self._own, batch)
+                send_batch(stream, self._own, batch, on_moved=self._note_moved)
         except StreamError as error:
             # The reducer says why on the other direction, if it still can.
             logger.debug("own part to %s: %s", reducer, error)
@@ -445,7 +453,7 @@ class Reduction:
                 read_mark(stream, lambda is_waiting: self._note_waiting(reducer, is_waiting))
                 digests = read_digests(stream, batch)
                 views = [result.encoded.run(piece, piece + 1) for piece in pieces]
-                read_pieces(stream, batch, digests, views)
+                read_pieces(stream, batch, digests, views, on_moved=self._note_moved)
                 for piece in pieces:
                     result.check(piece, scratch)
                 result.digests[batch.begin_piece : batch.end_piece] = digests

@@ -15,10 +15,12 @@ _NUM_CALLS = 64
 _LEAST_ROUNDS = 3
 _LEAST_CALLS = 3
 """A member that was restarted may lead its second round."""
-_FIRST = RoundTiming(form_wait_seconds=30.0, reduce_wait_seconds=60.0)
+_FIRST = RoundTiming(form_wait_seconds=30.0, reduce_wait_seconds=60.0, is_guessed=True)
+"""Of averaging, this is for a reduction in which nothing moves: nobody knows the links yet."""
 _FIRST_CALL_SECONDS = 4.0
 _FIRST_STALL_SECONDS = 15.0
-_MOST_REDUCE_SECONDS = 3600.0
+MOST_REDUCE_SECONDS = 3600.0
+"""For the bytes of one attempt, also if they still move."""
 
 
 class Pace:
@@ -109,7 +111,7 @@ def reduce_deadline_seconds(
     and twice as long after each reduction of the step that failed.
     """
     patience = max(timing.reduce_wait_seconds, 2.0 * expected_seconds + 2.0)
-    return min(_MOST_REDUCE_SECONDS, patience * 2.0**num_failed)
+    return min(MOST_REDUCE_SECONDS, patience * 2.0**num_failed)
 
 
 def _patience(values: deque[float], *, factor: float, least: float, most: float) -> float:

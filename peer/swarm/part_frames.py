@@ -27,11 +27,18 @@ class Refused(Exception):
 
 
 def send_batch(
-    stream: BulkStream, encoded: EncodedVector, batch: Batch, digests: Sequence[bytes] = ()
+    stream: BulkStream,
+    encoded: EncodedVector,
+    batch: Batch,
+    digests: Sequence[bytes] = (),
+    *,
+    on_moved: Callable[[], None],
 ) -> None:
-    """Send one batch. Raises StreamError."""
+    """Send one batch; tells `on_moved` of every piece. Raises StreamError."""
     stream.send(_PIECES + b"".join(digests))
-    stream.send(encoded.run(batch.begin_piece, batch.end_piece))
+    for piece in range(batch.begin_piece, batch.end_piece):
+        stream.send(encoded.run(piece, piece + 1))
+        on_moved()
 
 
 def send_refusal(stream: BulkStream, reason: str) -> None:
@@ -73,9 +80,15 @@ def read_digests(stream: BulkStream, batch: Batch) -> list[bytes]:
 
 
 def read_pieces(
-    stream: BulkStream, batch: Batch, digests: Sequence[bytes], views: Sequence[memoryview]
+    stream: BulkStream,
+    batch: Batch,
+    digests: Sequence[bytes],
+    views: Sequence[memoryview],
+    *,
+    on_moved: Callable[[], None],
 ) -> None:
-    """Read a batch's pieces into `views` and hold each against its digest.
+    """Read a batch's pieces into `views` and hold each against its digest; tells `on_moved` of
+    every piece.
 
     Raises StreamError, and ValueError naming the piece that differs.
     """
@@ -85,6 +98,7 @@ def read_pieces(
         stream.read_into(view)
         if piece_digest(view) != digest:
             raise ValueError(f"piece {piece} is not what was committed to")
+        on_moved()
 
 
 def read_part(
@@ -93,6 +107,8 @@ def read_part(
     batch: Batch,
     digests: Sequence[bytes],
     values: Float32Vector,
+    *,
+    on_moved: Callable[[], None],
 ) -> None:
     """Read, check and decode a batch of a member's own pieces into `values`, which it fills.
 
@@ -106,6 +122,6 @@ def read_part(
     else:
         data = memoryview(bytearray(codec.encoded_bytes(values.size)))
     views = [data[codec.encoded_bytes(low) : codec.encoded_bytes(high)] for low, high in bounds]
-    read_pieces(stream, batch, digests, views)
+    read_pieces(stream, batch, digests, views, on_moved=on_moved)
     if codec.name != "fp32":
         codec.decode(data, values)

@@ -21,7 +21,7 @@ from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.coordinator_questions import CoordinatorQuestions, Place, Post
 from peer.swarm.latecomers import Latecomers, late_in_failed
-from peer.swarm.pace import Pace
+from peer.swarm.pace import MOST_REDUCE_SECONDS, Pace
 from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 ROUND_CALL = "round"
 TICK_SECONDS = 0.1
 _FINISH_SECONDS = 3.0
+_MOVES_SECONDS = 1.0
 _AGAIN_SECONDS = 0.2
 """From a call that failed to the next, at least."""
 _AGAIN_RATIO = 0.7
@@ -353,6 +354,8 @@ class RoundShell:
         self._transport.link_meter.begin(time.monotonic())
         self._current = reduction
         self._reduction = self._tasks.start(self._reduce(reduction, effect.attempt))
+        if not self.pace.is_learnt:
+            self._tasks.start(self._watch_moves(reduction, effect.attempt))
 
     async def _reduce(self, reduction: Reduction, attempt: int) -> None:
         place = self._place()
@@ -395,6 +398,20 @@ class RoundShell:
                 reason = f"{peer_id} has sent nothing for {seconds:.1f} s"
                 reduction.fail(ReduceError(reason, peer_id=peer_id, is_down=True))
                 return
+
+    async def _watch_moves(self, reduction: Reduction, attempt: int) -> None:
+        """No round was measured yet, so an attempt lasts as long as bytes move, also those that
+        others still fetch from here after our own are complete.
+        """
+        place, num_moved = self._place(), 0
+        end_seconds = reduction.begin_seconds + MOST_REDUCE_SECONDS
+        while place == self.place and self._current is reduction and not reduction.has_failed:
+            if time.monotonic() >= end_seconds:
+                return
+            if reduction.num_moved != num_moved:
+                num_moved = reduction.num_moved
+                self._post(place, rt.ReduceMoved(attempt))
+            await asyncio.sleep(_MOVES_SECONDS)
 
     def _abort_reduction(self, reason: str) -> None:
         if self._reduction is not None and not self._reduction.done():

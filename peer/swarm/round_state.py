@@ -35,13 +35,13 @@ from peer.swarm.round_types import (
     Received,
     ReduceDone,
     ReduceFailed,
+    ReduceMoved,
     RoundChecks,
     RoundPhase,
     RoundRecord,
     RoundSetup,
     RoundTiming,
     StartReduce,
-    Tick,
 )
 from protos.muster.v1 import common_pb2, rounds_pb2
 
@@ -124,7 +124,9 @@ class RoundMachine:
         return self._core.late
 
     def handle(self, event: Event, *, now_seconds: float) -> list[Effect]:
-        """Take one event; returns effects to carry out in order. Nothing happens after `Commit`."""
+        """Take one event (a Tick is time alone); returns effects to carry out in order. Nothing
+        happens after `Commit`.
+        """
         if self._core.phase is RoundPhase.DONE:
             return self._core.take_effects()
         self.now_seconds = now_seconds
@@ -142,6 +144,8 @@ class RoundMachine:
                 self._on_reduce_done(event)
             case ReduceFailed():
                 self._on_reduce_failed(event)
+            case ReduceMoved() if self._core.timing.is_guessed and event.attempt == self.attempt:
+                self._allow_bytes(0.0)
             case BytesFetched():
                 self._agree.on_bytes(event.averaged_digest)
             case PeerUnreachable():
@@ -153,14 +157,11 @@ class RoundMachine:
             case CoordinatorVoted():
                 self._agree.on_coordinator(event.response)
                 if event.response is not None and event.response.reason:
-                    reason = f"coordinator: {event.response.reason}"
-                    self._core.show(RoundPhase.NO_QUORUM, reason)
+                    self._core.show(RoundPhase.NO_QUORUM, f"coordinator: {event.response.reason}")
             case DirectiveKnown():
                 self._core.learn_directive(event.directive)
             case CertificateKnown():
                 self._agree.on_certificate(event.certificate)
-            case Tick():
-                pass
         self._work()
         return self._core.take_effects()
 

@@ -63,6 +63,8 @@ class RoundTiming:
     """Between repetitions of an unanswered message."""
     grace_seconds: float = 5.0
     """What a member adds to the leader's deadline before it goes on without the leader."""
+    is_guessed: bool = False
+    """No round was measured yet: averaging may take longer, as long as bytes move."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +158,13 @@ class ReduceDone:
 
 
 @dataclass(frozen=True, slots=True)
+class ReduceMoved:
+    """Bytes of the attempt's reduction have moved, to or from this member."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReduceFailed:
     """The reduction of the attempt cannot finish."""
 
@@ -231,6 +240,7 @@ Event = (
     | Acked
     | Contributed
     | ReduceDone
+    | ReduceMoved
     | ReduceFailed
     | BytesFetched
     | PeerUnreachable

@@ -75,6 +75,8 @@ class World:
     timing: rt.RoundTiming = TIMING
     reduce_seconds: tuple[float, ...] = ()
     """How long averaging takes each member of a group, beyond a message's delay."""
+    moves_seconds: float = 0.0
+    """Between two looks of a member at whether its averaging moves; 0: nobody looks."""
     fetch_seconds: float = 0.0
     """How long averaged bytes take that are fetched whole."""
     blame_ratio: float = 0.0
@@ -400,6 +402,19 @@ class Simulation:
             seconds = self._world.reduce_seconds[index] if self._world.reduce_seconds else 0.0
             seconds += self._delay_seconds()
             self._at(seconds, self._finishing(member, event, digest))
+            longest_seconds = max(self._world.reduce_seconds, default=0.0)  # it serves the others
+            self._move(member, effect.attempt, until_seconds=self.now_seconds + longest_seconds)
+
+    def _move(self, peer: str, attempt: int, *, until_seconds: float) -> None:
+        """Bytes keep moving until a member's averaging is done."""
+        seconds = self._world.moves_seconds
+
+        def move() -> None:
+            self._tell(peer, rt.ReduceMoved(attempt))
+            self._move(peer, attempt, until_seconds=until_seconds)
+
+        if seconds and self.now_seconds + seconds < until_seconds:
+            self._at(seconds, self._living(peer, move))
 
     def _failed(self, peer: str, attempt: int, others: list[str]) -> rt.ReduceFailed:
         """How a reduction fails at a member, which may have waited for another most of the time."""

@@ -1,5 +1,6 @@
 """Single rules of the round machine: who is refused, who falls behind, what is asked of whom."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ def _machine(
     is_paused: bool = False,
     record: rt.RoundRecord | None = None,
     left_out: frozenset[str] = frozenset(),
+    timing: rt.RoundTiming = TIMING,
 ) -> RoundMachine:
     roster = [
         common_pb2.RosterEntry(
@@ -50,7 +52,7 @@ def _machine(
     return RoundMachine(
         setup=setup,
         checks=Checks(own, directive),
-        timing=TIMING,
+        timing=timing,
         record=record or rt.RoundRecord(incarnation=1, outer_step=1),
         newest_directive=common_pb2.Signed(payload=directive.SerializeToString()),
         now_seconds=0.0,
@@ -338,6 +340,22 @@ def test_a_slow_leader_is_passed_over_while_another_may_lead() -> None:
     machine = _machine(OTHERS[0], left_out=frozenset(PEERS))
     machine.handle(rt.Contributed(_own(OTHERS[0])), now_seconds=0.0)
     assert machine.attempt == 0
+
+
+def test_unmeasured_averaging_ends_when_nothing_has_moved_for_long() -> None:
+    for is_guessed in (True, False):
+        machine = _machine(LEADER, timing=replace(TIMING, is_guessed=is_guessed))
+        machine.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+        for peer in OTHERS:
+            machine.handle(_join(peer), now_seconds=0.0)
+        wait_seconds = TIMING.reduce_wait_seconds
+        for number in range(10):
+            machine.handle(rt.ReduceMoved(0), now_seconds=0.9 * wait_seconds * number)
+        machine.handle(rt.ReduceMoved(1), now_seconds=8.9 * wait_seconds)  # of no attempt of ours
+        machine.handle(rt.Tick(), now_seconds=9.05 * wait_seconds)
+        assert (machine.attempt == 0) == is_guessed
+        machine.handle(rt.Tick(), now_seconds=9.15 * wait_seconds)
+        assert machine.attempt > 0
 
 
 def test_each_failed_reduction_makes_the_next_deadline_longer() -> None:

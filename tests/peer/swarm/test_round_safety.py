@@ -87,6 +87,23 @@ def test_who_averages_first_does_not_cut_the_others_off(
         assert simulation.num_attempts_discarded == 0
 
 
+def test_the_first_rounds_take_as_long_as_bytes_move() -> None:
+    """Nobody knows the links yet. A deadline of 60 s cut every attempt off, until doubling had made
+    it longer than the slowest link takes.
+    """
+    for moves_seconds, may_be_cut_off in ((1.0, False), (0.0, True)):
+        world = World(
+            num_members=3,
+            timing=Pace().timing(),
+            reduce_seconds=(100.0, 200.0, 190.0),
+            fetch_seconds=150.0,
+            moves_seconds=moves_seconds,
+        )
+        simulation = _play(0, world)
+        assert len(simulation.values) == 1
+        assert (simulation.num_attempts_discarded > 0) == may_be_cut_off
+
+
 def test_bytes_that_take_long_to_fetch_cost_no_attempt() -> None:
     """Some fail to average what others have voted for; their bytes come by another way."""
     quick, slow = (
