@@ -141,18 +141,14 @@ class Coordinator:
         )
         metrics.add_samples(sampler.samples)
         await self._start_server(writer, identity, metrics)
-        ticker = Ticker(writer, observe_commit=metrics.observe_commit)
-        ticker.start()
-        on_stop.push_async_callback(ticker.stop)
-        refitter = Refitter(writer)
-        refitter.start()
-        on_stop.push_async_callback(refitter.stop)
-        dialler = Dialler(writer)
-        dialler.start()
-        on_stop.push_async_callback(dialler.stop)
-        mirror_index = MirrorIndex(writer, data_dir=config.data_dir, key=identity.signing_key)
-        mirror_index.start()
-        on_stop.push_async_callback(mirror_index.stop)
+        for repeating in (
+            Ticker(writer, observe_commit=metrics.observe_commit),
+            Refitter(writer),
+            Dialler(writer),
+            MirrorIndex(writer, data_dir=config.data_dir, key=identity.signing_key),
+        ):
+            repeating.start()
+            on_stop.push_async_callback(repeating.stop)
         web = WebServer(
             build_app(cache=cache, metrics=metrics), host=config.http_host, port=config.http_port
         )

@@ -3,8 +3,6 @@ can be copied to mirrors (any web server) as it is.
 """
 
 import asyncio
-import logging
-from contextlib import suppress
 from pathlib import Path
 
 from coordinator.operations.admin import list_runs
@@ -12,40 +10,24 @@ from coordinator.operations.duties import find_checkpoint
 from coordinator.operations.requests import CheckpointInfo, FindCheckpointRequest
 from coordinator.operations.requests_admin import ListRunsRequest
 from coordinator.operations.writer import Writer
+from coordinator.repeating import Repeating
 from protos.contract.checkpoint_index import INDEX_NAME, CheckpointIndex
-from protos.contract.errors import MusterError
 from protos.contract.signing import SigningKey
 
-_LOGGER = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 
 
-class MirrorIndex:
-    """Runs between `start` and `stop` on the server's event loop."""
+class MirrorIndex(Repeating):
+    """Looks for newer checkpoints."""
 
     def __init__(self, writer: Writer, *, data_dir: Path, key: SigningKey) -> None:
+        super().__init__("index of checkpoints", pause_seconds=LOOK_SECONDS)
         self._writer, self._data_dir, self._key = writer, data_dir, key
         self._written: dict[str, CheckpointInfo] = {}
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to look."""
-        self._task = asyncio.create_task(self._run(), name="mirror index")
-
-    async def stop(self) -> None:
-        """End; what was not written is written after the next start."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                await asyncio.to_thread(self.write_due)
-            except (MusterError, OSError) as error:
-                _LOGGER.warning("index of checkpoints: %s", error)
-            await asyncio.sleep(LOOK_SECONDS)
+    async def turn(self) -> None:
+        """In a thread, because it writes files."""
+        await asyncio.to_thread(self.write_due)
 
     def write_due(self) -> None:
         """Write the index of every run whose newest proved checkpoint is another one now."""

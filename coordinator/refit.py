@@ -7,7 +7,6 @@ that fails is a forecast that could not be made: stored with its reason like any
 
 import asyncio
 import logging
-from contextlib import suppress
 
 import numpy as np
 
@@ -19,8 +18,9 @@ from coordinator.operations.forecasts import (
     save_forecast,
 )
 from coordinator.operations.writer import Writer
+from coordinator.repeating import Repeating
 from coordinator.scaling.live import live_forecast
-from protos.contract.errors import MusterError, UsageError
+from protos.contract.errors import UsageError
 
 _LOGGER = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
@@ -38,33 +38,14 @@ def make_forecast(task: RefitTask) -> SaveForecastRequest:
     return SaveForecastRequest(task=task, forecast=said, reason=reason)
 
 
-class Refitter:
-    """Runs between `start` and `stop` on the server's event loop."""
+class Refitter(Repeating):
+    """Looks for runs with a new evaluation."""
 
     def __init__(self, writer: Writer) -> None:
+        super().__init__("refit", pause_seconds=LOOK_SECONDS)
         self._writer = writer
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to look."""
-        self._task = asyncio.create_task(self._run(), name="refit")
-
-    async def stop(self) -> None:
-        """End; a fit under way is dropped and made again after the next start."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                await self.refit()
-            except MusterError as error:
-                _LOGGER.warning("refit: %s", error)
-            await asyncio.sleep(LOOK_SECONDS)
-
-    async def refit(self) -> None:
+    async def turn(self) -> None:
         """Forecast every run that has a new evaluation."""
         tasks = await asyncio.to_thread(self._writer.read, find_refits, FindRefitsRequest())
         for task in tasks:

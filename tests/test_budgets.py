@@ -27,7 +27,7 @@ BROAD_HANDLERS = {
     "coordinator/cli/main.py": 1,
     "peer/cli/main.py": 1,
     "coordinator/api/interceptor.py": 2,  # unary calls, streams
-    "coordinator/ticker.py": 1,
+    "coordinator/repeating.py": 1,  # a turn's border: the next one is tried
     "peer/swarm/__main__.py": 1,  # the process's border
     "peer/swarm/allreduce.py": 1,  # a thread's border: its error ends the attempt
     "coordinator/operations/writer.py": 2,  # the first try, and the batch that cannot be saved

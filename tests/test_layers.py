@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "coordinator": (
         ("ports",),
-        ("config", "metrics", "identity", "rendezvous"),
+        ("config", "metrics", "identity", "rendezvous", "repeating"),
         ("domain", "scaling", "store"),
         ("corpus", "study"),
         ("operations",),

@@ -9,7 +9,6 @@ peers are; so a member that cannot be dialled only loses the right to reduce.
 import asyncio
 import logging
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 
 from coordinator.dial_back.hello import HelloError, identity_at, is_loopback, tcp_endpoint
@@ -21,7 +20,7 @@ from coordinator.operations.reachability import (
     save_reach,
 )
 from coordinator.operations.writer import Writer
-from protos.contract.errors import MusterError
+from coordinator.repeating import Repeating
 
 _LOGGER = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
@@ -67,32 +66,17 @@ async def dial(task: DialTask, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> 
     return "" if not all(problems) else "; ".join(problems[:2])
 
 
-class Dialler:
-    """Runs between `start` and `stop` on the server's event loop."""
+class Dialler(Repeating):
+    """Looks for members that are due."""
 
     def __init__(self, writer: Writer) -> None:
+        super().__init__("dialling back", pause_seconds=LOOK_SECONDS)
         self._writer = writer
         self._known: dict[DialTask, _Known] = {}
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to look."""
-        self._task = asyncio.create_task(self._run(), name="dialler")
-
-    async def stop(self) -> None:
-        """End; what was being dialled is dialled again after the next start."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                await self.dial_due(time.monotonic())
-            except MusterError as error:
-                _LOGGER.warning("dialling back: %s", error)
-            await asyncio.sleep(LOOK_SECONDS)
+    async def turn(self) -> None:
+        """By this machine's clock."""
+        await self.dial_due(time.monotonic())
 
     async def dial_due(self, now_seconds: float) -> None:
         """Dial whoever is due and store what came of it."""

@@ -36,7 +36,7 @@ def test_every_new_evaluation_is_forecast_once_off_the_writer_thread(
     writer = Writer(world.store, context=world.context, clock=lambda: world.now).start()
     refitter = Refitter(writer)
     for _ in range(2):
-        asyncio.run(refitter.refit())
+        asyncio.run(refitter.turn())
     writer.stop()
     assert len(threads) == 1 and threads[0] != "store-writer"
     with world.store.read() as tx:
