@@ -297,6 +297,43 @@ def assign(
     return None
 
 
+def parting_duty(
+    duties: Sequence[DutyRecord],
+    member: Member,
+    *,
+    run_id: str,
+    incarnation: int,
+    outer_step: int,
+    stored_outer_step: int,
+    num_other_holders: int,
+    now_unix_seconds: float,
+) -> DutyRecord | None:
+    """The checkpoint that a member owes which is about to leave with the newest state: nobody who
+    stays holds one, and the stored one is older. None if it owes nothing.
+    """
+    for duty in duties:
+        if duty.kind is not DutyKind.CHECKPOINT or duty.state is not DutyState.ASSIGNED:
+            continue
+        if duty.peer_id == member.peer_id:
+            return duty
+    is_newest = member.has_attested(incarnation) and member.attested_outer_step >= outer_step
+    if num_other_holders or not is_newest or stored_outer_step >= outer_step:
+        return None
+    for duty in duties:
+        if duty.kind is DutyKind.CHECKPOINT and duty.state is DutyState.OPEN:
+            return hand_out(duty, member.peer_id, now_unix_seconds=now_unix_seconds)
+    duty = DutyRecord(
+        duty_id=f"{run_id}/checkpoint/{incarnation}-{outer_step}-parting",
+        kind=DutyKind.CHECKPOINT,
+        state=DutyState.OPEN,
+        fence=0,
+        min_outer_step=outer_step,
+        create_unix_seconds=now_unix_seconds,
+        reason="the last member that holds this state leaves",
+    )
+    return hand_out(duty, member.peer_id, now_unix_seconds=now_unix_seconds)
+
+
 def hand_out(duty: DutyRecord, peer_id: str, *, now_unix_seconds: float) -> DutyRecord:
     """The open duty with a holder, under a new fence."""
     return replace(

@@ -41,6 +41,7 @@ from coordinator.operations.members import (
     note_peer_state,
     row_from_member,
 )
+from coordinator.operations.parting import take_parting_duty
 from coordinator.operations.requests import (
     Claims,
     DutyOrder,
@@ -65,7 +66,7 @@ from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from coordinator.store.rows_membership import PeerRow
 from protos.contract.errors import ErrorCode, RefusedError
-from protos.contract.telemetry import PeerState
+from protos.contract.telemetry import PeerState, SessionState
 from protos.muster.v1 import common_pb2
 
 
@@ -154,7 +155,9 @@ def heartbeat(
         lease_numbers=request.lease_numbers,
     )
     renewed = renew_leases(tx, renewal, context=context, now_unix_seconds=now_unix_seconds)
-    duty = None if is_over else _duty_for(tx, run, row, request, now_unix_seconds=now_unix_seconds)
+    duty = None
+    if not is_over:
+        duty = _duty_for(tx, context, run, row, request, now_unix_seconds=now_unix_seconds)
     return HeartbeatResponse(
         directive=_newer_directive(tx, run, request),
         incarnation_record=_other_incarnation(tx, run, request),
@@ -268,6 +271,7 @@ def _lacking_certificates(
 
 def _duty_for(
     tx: Transaction,
+    context: OperationContext,
     run: RunRow,
     row: PeerRow,
     request: HeartbeatRequest,
@@ -288,6 +292,11 @@ def _duty_for(
     if renewed is not None:
         save_duty(tx, run.run_id, renewed)
         return order_from_duty(tx, renewed)
+    if request.claims.state == SessionState.DRAINING:
+        parting = take_parting_duty(
+            tx, context, run, member_from_row(row), now_unix_seconds=now_unix_seconds
+        )
+        return None if parting is None else order_from_duty(tx, parting)
     duty = assign(
         duties,
         member_from_row(row),

@@ -148,6 +148,29 @@ class CoordinatorTasks:
         if response.HasField("duty"):
             self._offer_duty(response.duty)
 
+    async def parting_duty(
+        self, membership: Membership, held: duties_pb2.Duty | None = None
+    ) -> duties_pb2.Duty | None:
+        """What is owed before this peer leaves, which its state DRAINING says: a checkpoint, if
+        nobody else holds the newest state. `held` is renewed. Raises MusterError.
+        """
+        attestations = self._outbox.attestations()
+        request = membership_pb2.HeartbeatRequest(
+            claims=self._numbers.claims(),
+            attestations=attestations,
+            directive_number=membership.directive_number,
+            incarnation=membership.incarnation,
+            addresses=self._numbers.addresses,
+            has_lost_state=self._outbox.has_lost_state,
+            duty_id=held.duty_id if held is not None else "",
+            duty_fence=held.fence if held is not None else 0,
+        )
+        response, _ = await self._client.heartbeat(request)
+        self._outbox.acknowledge_attestations(attestations)
+        duty = response.duty if response.HasField("duty") else None
+        is_checkpoint = duty is not None and duty.kind == duties_pb2.DUTY_KIND_CHECKPOINT
+        return duty if is_checkpoint else None
+
     def _offer_duty(self, duty: duties_pb2.Duty) -> None:
         kind = DUTY_KINDS.get(duty.kind)
         if kind is None:

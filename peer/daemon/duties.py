@@ -79,6 +79,8 @@ class Duties:
         self._digest_by_state: dict[tuple[int, int], bytes] = {}
         self._trial: _Trial | None = None
         self._is_fetching = False
+        self.uploaded_bytes = 0
+        """Of the checkpoint that is on its way to the coordinator, or was last."""
 
     def keep_trial(self, send_seconds: float, duty_id: str, fence: int) -> None:
         """A heartbeat sent at `send_seconds` (monotonic) names this duty as the peer's. A trial
@@ -209,11 +211,18 @@ class Duties:
                 attestation=common_pb2.Signed.FromString(answer["attestation"]),
                 total_bytes=written.stat().st_size,
             )
-            response = await self._client.upload_checkpoint(header, _parts_of(written))
+            self.uploaded_bytes = 0
+            response = await self._client.upload_checkpoint(header, self._parts_of(written))
             if not response.is_accepted:
                 _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
         finally:
             path.unlink(missing_ok=True)
+
+    def _parts_of(self, path: Path) -> Iterator[bytes]:
+        with path.open("rb") as file:
+            while part := file.read(MAX_STREAM_PART_BYTES):
+                yield part
+                self.uploaded_bytes += len(part)
 
     async def _report_failure(self, duty: duties_pb2.Duty, reason: str) -> None:
         request = duties_pb2.ReportDutyRequest(
@@ -311,9 +320,3 @@ async def _save_checkpoint(
             remedy="it is asked for again",
         )
     return header
-
-
-def _parts_of(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while part := file.read(MAX_STREAM_PART_BYTES):
-            yield part

@@ -35,6 +35,7 @@ from peer.daemon.membership import (
 from peer.daemon.messages import MessageDesk
 from peer.daemon.mirrors import fetch_from_mirrors
 from peer.daemon.outbox import CertificateKey, Outbox
+from peer.daemon.parting import hand_over
 from peer.daemon.reports import Report
 from peer.daemon.trainer_limits import TrainerLimits
 from peer.daemon.trials import Trials
@@ -179,7 +180,7 @@ class RunningSession:
 
     async def drain(self, reason: str) -> None:
         """End in good order: micro-batch, certificates, membership, children. About a second, five
-        at most.
+        at most, unless nobody else holds the newest state.
         """
         began_seconds = time.monotonic()
         for watch in self._watches.values():
@@ -191,13 +192,19 @@ class RunningSession:
                     pass
         except TimeoutError:
             _LOGGER.info("left with unreported certificates; they lie in the local checkpoint")
+        handed_over_seconds = await hand_over(
+            calls=self._calls,
+            duties=self._duties,
+            membership=self._membership,
+            note=self._core.note,
+        )
         attestations = self._outbox.attestations()
         request = membership_pb2.LeaveRequest(reason=reason[:500], attestations=attestations)
         try:
             await self._client.leave(request, deadline_seconds=_LEAVE_SECONDS)
         except MusterError as error:
             _LOGGER.info("left without the coordinator's answer: %s", error.found)
-        spent_seconds = time.monotonic() - began_seconds
+        spent_seconds = time.monotonic() - began_seconds - handed_over_seconds
         grace_seconds = max(_SWARM_STOP_SECONDS, _DRAIN_SECONDS - spent_seconds)
         await self._children.stop(ChildName.SWARM, grace_seconds=grace_seconds, reason=reason)
         _LOGGER.info("drained in %.1f s", time.monotonic() - began_seconds)

@@ -230,6 +230,7 @@ class SwarmWorld:
         *attestations: common_pb2.Signed,
         lease_numbers: tuple[int, ...] = (),
         works_on: tuple[str, int] = ("", 0),
+        state: str = "TRAINING",
     ) -> HeartbeatResponse:
         """A heartbeat; the peer follows what the answer says. `works_on`: a duty and its fence."""
         peer = self.peer(index)
@@ -237,7 +238,7 @@ class SwarmWorld:
             run_id=RUN_ID,
             peer_id=peer.peer_id,
             claims=Claims(
-                state="TRAINING",
+                state=state,
                 outer_step=peer.outer_step,
                 tokens_per_second=peer.tokens_per_second,
             ),

@@ -182,6 +182,49 @@ def test_three_checkpoints_are_kept() -> None:
         assert [row.outer_step for row in tx.checkpoints(RUN_ID)] == [5, 4, 3]
 
 
+def test_the_last_holder_of_a_state_gives_it_away_before_it_leaves() -> None:
+    world = started(num_peers=2, checkpoint_interval_seconds=1e6)
+    finish_first_evaluation(world)
+    world.commit()
+    world.attest()
+    assert world.beat(0, state="DRAINING").duty is None, "the other one stays with the same state"
+    world.leave(0)
+    duty = world.beat(1, state="DRAINING").duty
+    assert duty is not None and duty.kind == "CHECKPOINT" and duty.min_outer_step == 1
+    again = world.beat(1, state="DRAINING").duty
+    assert again == duty, "asked again, as after a lost answer"
+    works_on = (duty.duty_id, duty.fence)
+    assert world.beat(1, state="DRAINING", works_on=works_on).duty == duty
+    assert finish(world, 1, begin(world, 1)).is_accepted
+    assert world.beat(1, state="DRAINING").duty is None, "it is there"
+    world.leave(1)
+    assert checkpoint(world).outer_step == 1
+    world.join(2)
+    world.tick(1.0)
+    world.tick(15.0)
+    assert world.directive().incarnation == 2
+    assert world.beat(2).incarnation_record is not None
+    assert world.peer(2).outer_step == 1, "nothing is rolled back"
+
+
+def test_of_two_that_leave_at_once_the_second_gives_the_state_away() -> None:
+    world = started(num_peers=2, checkpoint_interval_seconds=1e6)
+    finish_first_evaluation(world)
+    world.commit()
+    world.attest()
+    assert world.beat(0, state="DRAINING").duty is None
+    assert world.beat(1, state="DRAINING").duty is not None
+
+
+def test_who_leaves_without_the_newest_state_owes_nothing() -> None:
+    world = started(num_peers=1, checkpoint_interval_seconds=1e6)
+    assert world.finish_evaluation(0).is_accepted
+    world.commit()
+    assert world.beat(0, state="DRAINING").duty is None, "it has not attested step 1"
+    world.attest(0)
+    assert world.beat(0, state="DRAINING").duty is not None
+
+
 def test_all_die_and_newcomers_go_on_from_the_checkpoint() -> None:
     world = started(num_peers=1)
     finish_first_evaluation(world)
