@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from peer.ipc import AsyncChannel, ChannelClosed, Message
 from peer.shared_vectors import SharedVectors
+from peer.swarm.replica import Replica
 from protos.contract.certificate import (
     Tag,
     certificate_from_votes,
@@ -170,6 +171,17 @@ class Hub:
         )
         self.daemons.append(daemon)
         return daemon
+
+    def replica(self, daemon: Daemon) -> Replica:
+        """A member's copy of the state, in this process; it has not entered anything yet."""
+        return Replica(
+            spec=self.spec,
+            run_id=RUN_ID,
+            key=daemon.key,
+            coordinator_public_key=self.key.public_key,
+            vectors=daemon.vectors,
+            folder=daemon.home,
+        )
 
     def issue_directive(self, voters: list[Daemon], others: list[Daemon] | None = None) -> None:
         """A new directive with this roster."""

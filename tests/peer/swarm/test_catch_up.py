@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from peer.swarm.catch_up import CatchUp
-from peer.swarm.replica import Replica
 from peer.swarm.state_server import StateServer
 from peer.swarm.transport import Stream
-from tests.peer.swarm.swarm_hub import RUN_ID, SPEC, Hub
+from tests.peer.swarm.swarm_hub import Hub
 from tests.peer.swarm.wire import Wire
 
 
@@ -27,17 +26,7 @@ def test_a_newcomer_takes_the_swarms_state_and_no_base_that_was_left_behind(
         hub, wire = Hub(tmp_path), Wire()
         hub.begin()
         voter, newcomer = hub.add_daemon(), hub.add_daemon()
-        held, other = (
-            Replica(
-                spec=SPEC,
-                run_id=RUN_ID,
-                key=daemon.key,
-                coordinator_public_key=hub.key.public_key,
-                vectors=daemon.vectors,
-                folder=daemon.home,
-            )
-            for daemon in (voter, newcomer)
-        )
+        held, other = (hub.replica(daemon) for daemon in (voter, newcomer))
         held.enter_incarnation(hub.record)
         assert held.build_initial()
         hub.start_incarnation([voter], to_outer_step=0, base=held.state_digest)

@@ -14,13 +14,12 @@ from peer.checkpoint.initial import imported_model_path, save_initial
 from peer.daemon.dataset import Dataset
 from peer.model.init import fill_normal, initial_vector
 from peer.swarm.catch_up import CatchUp
-from peer.swarm.replica import Replica
 from protos.contract.chunk_format import MANIFEST_FILE, heldout_chunk_path
 from protos.contract.errors import CorruptDataError
 from protos.contract.initial_file import InitialHeader
 from protos.contract.run_spec import DataSpec
 from protos.muster.v1 import corpus_pb2
-from tests.peer.swarm.swarm_hub import NUM_VALUES, RUN_ID, SPEC, Hub
+from tests.peer.swarm.swarm_hub import NUM_VALUES, SPEC, Hub
 from tests.peer.train.toy_dataset import build_toy_dataset
 
 
@@ -40,14 +39,7 @@ def test_the_initial_state_is_the_imported_model(tmp_path: Path) -> None:
     hub.add_daemon()
     hub.begin()
     daemon = hub.daemons[0]
-    replica = Replica(
-        spec=spec,
-        run_id=RUN_ID,
-        key=daemon.key,
-        coordinator_public_key=hub.key.public_key,
-        vectors=daemon.vectors,
-        folder=daemon.home,
-    )
+    replica = hub.replica(daemon)
     replica.enter_incarnation(hub.record)
     assert not replica.build_initial() and replica.meta is None, "it waits for the file"
     path = imported_model_path(daemon.home, spec)

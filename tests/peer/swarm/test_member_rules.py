@@ -36,14 +36,7 @@ def hub(tmp_path: Path) -> Hub:
 
 
 def _replica(hub: Hub, daemon: Daemon) -> Replica:
-    replica = Replica(
-        spec=SPEC,
-        run_id=RUN_ID,
-        key=daemon.key,
-        coordinator_public_key=hub.key.public_key,
-        vectors=daemon.vectors,
-        folder=daemon.home,
-    )
+    replica = hub.replica(daemon)
     replica.enter_incarnation(hub.record)
     replica.build_initial()
     return replica

@@ -26,7 +26,7 @@ from peer.swarm.state_transfer import ProvenState
 from peer.swarm.transport import Stream, StreamError
 from protos.contract.digest import state_digest
 from protos.muster.v1 import state_pb2
-from tests.peer.swarm.swarm_hub import RUN_ID, SPEC, Hub
+from tests.peer.swarm.swarm_hub import SPEC, Hub
 from tests.peer.swarm.wire import Handler, Wire
 
 
@@ -40,14 +40,7 @@ def hub(tmp_path: Path) -> Hub:
 def _replica(hub: Hub) -> Replica:
     """A new member that holds the initial state, with moments that are not zero."""
     daemon = hub.add_daemon()
-    replica = Replica(
-        spec=SPEC,
-        run_id=RUN_ID,
-        key=daemon.key,
-        coordinator_public_key=hub.key.public_key,
-        vectors=daemon.vectors,
-        folder=daemon.home,
-    )
+    replica = hub.replica(daemon)
     replica.enter_incarnation(hub.record)
     assert replica.build_initial() and replica.meta is not None
     params = initial_vector(SPEC)
@@ -348,14 +341,7 @@ def test_resumed_state_is_proven_by_the_certificate_after_it(
         replica, server = _donor(hub, wire, "a")
         layout = _layout(replica)
         newcomer = hub.add_daemon()
-        other = Replica(
-            spec=SPEC,
-            run_id=RUN_ID,
-            key=newcomer.key,
-            coordinator_public_key=hub.key.public_key,
-            vectors=newcomer.vectors,
-            folder=newcomer.home,
-        )
+        other = hub.replica(newcomer)
         other.enter_incarnation(hub.record)
         half = _cutting(wire.handler_by_peer["a"], after_bytes=layout.total_bytes // 2)
         wire.handler_by_peer["a"] = half
