@@ -124,6 +124,8 @@ async def _average(
         desks[peer].open(reductions[peer])
     runs = [asyncio.wait_for(reductions[peer].run(), 20.0) for peer in PEERS]
     results = await asyncio.gather(*runs, return_exceptions=True)
+    for peer, result in zip(PEERS, results, strict=True):
+        assert isinstance(result, BaseException) or reductions[peer].num_moved > 0
     return dict(zip(PEERS, results, strict=True))
 
 
