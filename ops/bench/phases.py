@@ -62,6 +62,11 @@ async def _strike_all(
             recovery = await swarm.strike(phase, sent, is_leader=is_leader)
             recoveries.append(vars(recovery) | {"noticed_seconds": recovery.noticed_seconds})
             await swarm.round_with_all()
+            say(
+                f"  {recovery.phase} {recovery.signal_name}{' leader' * is_leader}: "
+                f"{recovery.attempts_lost} attempts lost, {recovery.noticed_seconds:.2f} s over a "
+                f"round of {recovery.round_seconds:.2f} s"
+            )
         grown = swarm.num_open_files() - num_fds
         grown_mib = (swarm.memory_bytes() - memory_bytes) / 2**20
         say(f"resident memory of the largest member: {grown_mib:+.0f} MiB over all faults")
