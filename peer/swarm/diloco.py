@@ -12,8 +12,8 @@ over micro-batches, divided by its tokens, clipped, AdamW or Muon) until the own
 directive is done; a faster peer has a larger budget. Then the fragment whose turn it is goes out as
 a packed pseudo-gradient, weighed by the tokens trained since the last one, and training goes on for
 up to tau inner steps, which count towards the next round. When the round is committed, what the
-swarm has made of the contribution takes its place in the local parameters. The outer step itself is made by the
-swarm process on every member (outer_update.py).
+swarm has made of the contribution takes its place in the local parameters. The outer step itself is
+made by the swarm process on every member (outer_update.py).
 
 Private, never in a digest: local parameters, inner moments, work under way. Local parameters become
 the anchors at every restart; inner moments stay over a resync of a living trainer, as they do over
