@@ -15,7 +15,6 @@ from protos.contract.run_spec import (
     ScheduleSpec,
     StrategySpec,
 )
-from protos.contract.strategy_spec import OVERLAP_MIX_RATIO
 
 _NO_DATASET = "0" * 64
 _DILOCO_BETA2 = 0.99
@@ -79,7 +78,6 @@ def _diloco_values(plan: Plan, chosen: StrategyChoice) -> dict[str, object]:
         "inner_batch_tokens": windows * seq_len,
         "num_fragments": chosen.num_fragments,
         "overlap_inner_steps": chosen.overlap_inner_steps,
-        "mix_ratio": OVERLAP_MIX_RATIO if chosen.overlap_inner_steps else 0.0,
         "outer_lr": outer_lr,
         "outer_momentum": outer_momentum,
     }

@@ -17,8 +17,6 @@ from torch import nn
 from peer.model.adamw8bit import AdamW8bit
 from protos.contract.run_spec import OptimizerSpec
 
-_MUON_MOMENTUM = 0.95
-
 
 def adamw(spec: OptimizerSpec, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW with decoupled decay of matrices only; fused where torch has it."""
@@ -64,7 +62,7 @@ class InnerOptimizer:
                     hidden,
                     lr=spec.peak_lr,
                     weight_decay=spec.weight_decay,
-                    momentum=_MUON_MOMENTUM,
+                    momentum=spec.muon_momentum,
                     nesterov=True,
                     adjust_lr_fn="match_rms_adamw",
                 )

@@ -3,22 +3,24 @@
 Names of the papers: H inner steps between two syncs of a fragment, pseudo-gradient delta = anchor -
 local (DiLoCo, Douillard et al. 2023, arXiv 2311.08105, algorithm 1); P fragments that take turns,
 one per outer step, tau inner steps trained while a fragment travels, and alpha, the share of the
-local parameters that stays when it arrives (Streaming DiLoCo, Douillard et al. 2025, arXiv
-2501.18512, algorithm 2).
+difference from the other peers that stays when it arrives (Streaming DiLoCo, Douillard et al. 2025,
+arXiv 2501.18512, algorithm 2; there what was trained meanwhile is replaced, here it stays:
+ops/decisions/0013-overlap-keeps-what-was-trained.md).
 
 Order of things in one outer step. Inner steps of `inner_batch_tokens` each (gradient accumulated
 over micro-batches, divided by its tokens, clipped, AdamW or Muon) until the own token budget of the
 directive is done; a faster peer has a larger budget. Then the fragment whose turn it is goes out as
 a packed pseudo-gradient, weighed by the tokens trained since the last one, and training goes on for
-up to tau inner steps, which count towards the next round. When the round is committed, the new
-anchors of that fragment are mixed into the local parameters. The outer step itself is made by the
-swarm process on every member (outer_update.py).
+up to tau inner steps, which count towards the next round. When the round is committed, what the
+swarm has made of the contribution takes its place in the local parameters. The outer step itself is
+made by the swarm process on every member (outer_update.py).
 
 Private, never in a digest: local parameters, inner moments, work under way. Local parameters become
 the anchors at every restart; inner moments stay over a resync of a living trainer, as they do over
 a committed round. A joiner's are zero, and its first inner steps are warmed up.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -27,7 +29,7 @@ from peer.data.feed import TrainedRange
 from peer.model.schedule import lr_ratio
 from peer.parallel.inner_steps import InnerSteps
 from peer.shared_vectors import SharedVectors, StatePosition
-from peer.swarm.fragments import FragmentPlan
+from peer.swarm.fragments import Fragment, FragmentPlan
 from peer.swarm.strategy import (
     OfferedContribution,
     PlainState,
@@ -82,24 +84,34 @@ class DilocoStrategy:
         return self._base
 
     def settle(self, *, round_tokens: int) -> StatePosition:
-        """Mix the fragment that has arrived into the local parameters.
+        """Put what the swarm has made of the contribution in the place of what was contributed:
 
-        What was trained on it while it travelled stays with the share `mix_ratio`; the rest of it
-        is lost, though its tokens count towards the next round. The other fragments keep all of it.
-        So with P fragments a step of the overlap has the effect of 1 - (1 - mix_ratio) / P of a
-        step, by the count of parameters; the spec refuses settings for which that is 0.
+            local += (1 - mix_ratio) (anchors after - anchors before + contribution)
+
+        With mix_ratio 0 local is then the new anchors and what was trained while the contribution
+        travelled, so no credited work is lost (Streaming DiLoCo replaces local parameters, and
+        with them that work). With more a share of the difference from the other peers stays.
         """
         before = self._base
         assert before is not None
         if not self._is_travelling:
             return self.restart(round_tokens=round_tokens)
-        after = self._vectors.read_params(self._anchors)
+        fragment = self._plan.of_outer_step(before.outer_step + 1)
+        local, anchors = self._parameters.host_values(), self._anchors
+        contribution = self._vectors.contribution
+        share = np.float32(1.0) - np.float32(self._spec.strategy.mix_ratio)
+        is_all_sent = share == 1.0 and self._steps_while_travelling == 0
+        if not is_all_sent:
+            for place, packed in _blocks(fragment):
+                local[place] += share * (contribution[packed] - anchors[place])
+        after = self._vectors.read_params(anchors)
         if not after.follows(before):
             return self.restart(round_tokens=round_tokens)
-        local = self._parameters.host_values()
-        keep = np.float32(self._spec.strategy.mix_ratio)
-        for begin, end in self._plan.of_outer_step(after.outer_step).runs:
-            _mix(local[begin:end], self._anchors[begin:end], keep=keep)
+        for place, _ in _blocks(fragment):
+            if is_all_sent:
+                local[place] = anchors[place]  # the same, not rounded
+            else:
+                local[place] += share * anchors[place]
         self._put_local(local)
         self._base = after
         self._round_tokens = round_tokens
@@ -107,8 +119,14 @@ class DilocoStrategy:
         return after
 
     def drop(self) -> None:
-        """Back to the anchors; a travelling contribution has its own copy."""
+        """Back to the anchors, and to what was contributed if that is on its way."""
         self._put_local(self._anchors)
+        if self._is_travelling:
+            assert self._base is not None
+            local = self._parameters.host_values()
+            for place, packed in _blocks(self._plan.of_outer_step(self._base.outer_step + 1)):
+                local[place] -= self._vectors.contribution[packed]
+            self._put_local(local)
         self._parameters.forget_grads()
         self._batch_tokens = 0
         self.num_tokens = 0
@@ -141,11 +159,9 @@ class DilocoStrategy:
         if self._batch_tokens:
             self._inner_step()
         fragment = self._plan.of_outer_step(self._base.outer_step + 1)
-        packed, local, offset = self._vectors.contribution, self._parameters.host_values(), 0
-        for begin, end in fragment.runs:
-            target = packed[offset : offset + end - begin]
-            np.subtract(self._anchors[begin:end], local[begin:end], out=target)
-            offset += end - begin
+        local, contribution = self._parameters.host_values(), self._vectors.contribution
+        for place, packed in _blocks(fragment):
+            np.subtract(self._anchors[place], local[place], out=contribution[packed])
         offered = OfferedContribution(
             base=self._base,
             ranges=ranges,
@@ -218,17 +234,13 @@ def _copy(source: Float32Vector, target: Float32Vector) -> None:
         np.copyto(target, source)
 
 
-def _mix(local: Float32Vector, anchors: Float32Vector, *, keep: np.float32) -> None:
-    """local = keep local + (1 - keep) anchors, in blocks: fresh memory of the size of a model costs
-    more than the arithmetic.
+def _blocks(fragment: Fragment) -> Iterator[tuple[slice, slice]]:
+    """Places of blocks of a fragment in the canonical and in the packed vector: fresh memory of the
+    size of a model costs more than the arithmetic.
     """
-    if not keep:
-        np.copyto(local, anchors)
-        return
-    taken = np.empty(min(_BLOCK_VALUES, local.size), dtype=np.float32)
-    for begin in range(0, local.size, _BLOCK_VALUES):
-        mine = local[begin : begin + _BLOCK_VALUES]
-        theirs = taken[: mine.size]
-        np.multiply(anchors[begin : begin + _BLOCK_VALUES], np.float32(1.0) - keep, out=theirs)
-        np.multiply(mine, keep, out=mine)
-        np.add(mine, theirs, out=mine)
+    packed_begin = 0
+    for begin, end in fragment.runs:
+        for low in range(begin, end, _BLOCK_VALUES):
+            size = min(_BLOCK_VALUES, end - low)
+            yield slice(low, low + size), slice(packed_begin, packed_begin + size)
+            packed_begin += size

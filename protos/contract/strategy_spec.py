@@ -14,12 +14,8 @@ from protos.contract.errors import UsageError
 
 STRATEGIES: tuple[str, ...] = ("sync", "diloco")
 FRAGMENT_ORDERS: tuple[str, ...] = ("strided", "sequential")
-OVERLAP_MIX_RATIO = 0.5
-"""alpha with which Streaming DiLoCo (arXiv 2501.18512) trains while a fragment travels."""
 ADDED_LATER = {"is_added_later": True}
 """Metadata of a field of the RunSpec that the first runs did not have; see run_spec.py."""
-_LEFT_OUT = float("nan")
-"""Known by its identity; a spec never holds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +42,12 @@ class StrategySpec:
     """strided: layer i is in fragment i mod num_fragments; sequential: runs of layers."""
     overlap_inner_steps: int = 0
     """diloco: inner steps that may be trained while a fragment travels (Streaming DiLoCo's tau)."""
-    mix_ratio: float = _LEFT_OUT
-    """diloco: share of the own local parameters that stays when a fragment arrives (Streaming
-    DiLoCo's alpha); 0 = they are replaced, and with them what was trained on that fragment while it
-    travelled. Left out: 0.5 with overlap, as in the paper, 0 without.
+    mix_ratio: float = 0.0
+    """diloco: share of the difference from the other peers that stays in the local parameters when
+    a fragment arrives (Streaming DiLoCo's alpha).
     """
 
     def __post_init__(self) -> None:
-        if self.mix_ratio is _LEFT_OUT:
-            default_ratio = OVERLAP_MIX_RATIO if self.overlap_inner_steps else 0.0
-            object.__setattr__(self, "mix_ratio", default_ratio)
         check_setting(
             self.name in STRATEGIES, "strategy.name", self.name, "one of " + ", ".join(STRATEGIES)
         )
@@ -99,14 +91,6 @@ class StrategySpec:
             f"0 to {self.inner_steps // self.num_fragments - 1}, less than the inner steps of one"
             " outer step (inner_steps / num_fragments)",
         )
-        check_setting(
-            self.mix_ratio > 0 or self.num_fragments > 1 or self.overlap_inner_steps == 0,
-            "strategy.mix_ratio",
-            self.mix_ratio,
-            f"above 0 with strategy.overlap_inner_steps = {self.overlap_inner_steps} and one "
-            "fragment, because everything trained during the overlap would be thrown away and yet "
-            f"credited (left out it is {OVERLAP_MIX_RATIO:g})",
-        )
 
     def _check_diloco_is_unset(self) -> None:
         """A setting without effect is a mistake, not a detail."""
@@ -114,9 +98,8 @@ class StrategySpec:
             if spec_field.name in ("name", "global_batch_tokens", "codec"):
                 continue
             value = getattr(self, spec_field.name)
-            default = 0.0 if spec_field.name == "mix_ratio" else spec_field.default
             check_setting(
-                value == default,
+                value == spec_field.default,
                 f"strategy.{spec_field.name}",
                 value,
                 f"left out with strategy.name = {self.name!r}; it belongs to diloco",

@@ -121,10 +121,10 @@ class Definition:
         pairs = zip(deltas, self.round_tokens, strict=True)
         self.outer[index].grad = sum(delta * (tokens / total) for delta, tokens in pairs)
         self.sgd[index].step()
+        moved = self.outer[index].detach() - self.anchors[chosen]
         self.anchors[chosen] = self.outer[index].detach()
-        for _, flat, _ in self.peers:
-            mixed = (1 - strategy.mix_ratio) * self.anchors[chosen]
-            flat.values[chosen] = strategy.mix_ratio * flat.values[chosen] + mixed
+        for (_, flat, _), delta in zip(self.peers, deltas, strict=True):
+            flat.values[chosen] += (1 - strategy.mix_ratio) * (moved + delta)
         self.outer_step += 1
         self.schedule_tokens += total
         return overlap_tokens
@@ -138,6 +138,7 @@ class Definition:
         ({"num_fragments": 2, "fragment_order": "sequential"}, [4, 8]),
         ({"num_fragments": 2, "overlap_inner_steps": 1, "mix_ratio": 0.5}, [4, 6]),
         ({"overlap_inner_steps": 2, "mix_ratio": 0.25}, [8, 8]),
+        ({"overlap_inner_steps": 3}, [8, 4]),
     ],
 )
 def test_replicas_follow_the_definition(
@@ -279,7 +280,7 @@ def test_what_is_wanted_ends_with_inner_step_budget_and_overlap(
     trained = peer.flat.values.clone()
     peer.put(1, 0.5)
     assert strategy.settle(round_tokens=tokens_of(4)).outer_step == 1
-    assert torch.equal(peer.flat.values, 0.5 * trained + 0.25)
+    assert torch.allclose(peer.flat.values, trained + 0.5 * (0.5 - local), rtol=0, atol=1e-6)
     assert strategy.wanted_tokens() == tokens_of(2)  # of 4, 2 are done
     assert strategy.state_dict()["num_tokens"] == tokens_of(2)
 
@@ -290,9 +291,16 @@ def test_other_states_and_drops_bring_back_the_anchors(dataset: tuple[RunSpec, P
     strategy.restart(round_tokens=tokens_of(2))
     peer.train(2)
     peer.offer(2)
+    sent = peer.flat.values.clone()
     peer.train(2)
     strategy.drop()  # a bad micro-batch while the contribution travels
-    assert set(peer.flat.values.tolist()) == {1.0} and not strategy.due(is_feed_empty=True)
+    assert torch.allclose(peer.flat.values, sent, rtol=0, atol=1e-6)
+    assert not strategy.due(is_feed_empty=True)
+    peer.put(1, 0.5)
+    assert strategy.settle(round_tokens=tokens_of(2)).outer_step == 1
+    assert torch.allclose(peer.flat.values, 0.5 * (sent + 0.5), rtol=0, atol=1e-6)
+    peer.train(2)
+    peer.offer(2)
     peer.put(7, 3.0)  # the swarm went on by more than one step
     assert strategy.settle(round_tokens=tokens_of(2)).outer_step == 7
     assert set(peer.flat.values.tolist()) == {3.0}
