@@ -64,8 +64,9 @@ async def _strike_all(
             await swarm.round_with_all()
             say(
                 f"  {recovery.phase} {recovery.signal_name}{' leader' * is_leader}: "
-                f"{recovery.attempts_lost} attempts lost, {recovery.noticed_seconds:.2f} s over a "
-                f"round of {recovery.round_seconds:.2f} s"
+                f"{recovery.attempts_lost} attempts lost, "
+                f"{recovery.survivors_left_out} survivors left out, "
+                f"{recovery.noticed_seconds:.2f} s over a round of {recovery.round_seconds:.2f} s"
             )
         grown = swarm.num_open_files() - num_fds
         grown_mib = (swarm.memory_bytes() - memory_bytes) / 2**20
@@ -109,7 +110,14 @@ def figures_of_phases(outcomes: list[dict[str, Any]]) -> list[Figure]:
             value=max(r["attempts_lost"] for r in recoveries),
             unit="attempts",
             at_most=1,
-        )
+        ),
+        Figure(
+            name="survivors_left_out",
+            value=sum(r["survivors_left_out"] for r in recoveries),
+            unit="members",
+            at_most=0,
+            note="their work was not in the step: late for its group, as on a busy machine",
+        ),
     ]
     for sent in SIGNALS:
         noticed = sorted(r["noticed_seconds"] for r in recoveries if r["signal_name"] == sent.name)

@@ -72,8 +72,8 @@ def test_survivors_go_on_in_one_state(
 
 
 def _has_kept_bounds(recovery: Recovery) -> bool:
-    """True if at most one attempt was lost, and no more time than the issue allows; never more than
-    a busy machine can explain.
+    """True if at most one attempt was lost, no survivor's work, and no more time than the issue
+    allows; never more than a busy machine can explain.
     """
     guilty = recovery.attempts_lost - recovery.innocent_attempts_lost
     late_seconds = max(NOTICED_ROUNDS * recovery.slow_round_seconds, recovery.between_seconds / 3)
@@ -81,7 +81,8 @@ def _has_kept_bounds(recovery: Recovery) -> bool:
     busy_seconds *= 1 + recovery.innocent_attempts_lost
     assert guilty <= 1 and recovery.noticed_seconds <= busy_seconds, recovery
     allowed_seconds = NOTICED_SECONDS + recovery.slow_round_seconds
-    return recovery.attempts_lost <= 1 and recovery.seconds <= allowed_seconds
+    is_quick = recovery.attempts_lost <= 1 and recovery.seconds <= allowed_seconds
+    return is_quick and not recovery.survivors_left_out
 
 
 MOST_ROUNDS = 8
