@@ -417,7 +417,7 @@ class _Measure:
     @property
     def _num_glimpses(self) -> float:
         """In a sequence."""
-        return self._whole.inputs_BT.shape[1] / self._num_glimpsed
+        return float(self._whole.inputs_BT.shape[1] / self._num_glimpsed)
 
     def _first_glimpse_seconds(self) -> float:
         """Finds how many tokens a glimpse has, and whether anything longer can be run."""
