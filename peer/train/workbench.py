@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from peer.config import EXECUTIONS_OF_RANKS
 from peer.ipc import Message
 from peer.model.adamw8bit import STATE_BYTES
 from peer.model.decoder import Decoder, FlatParameters
@@ -293,7 +294,7 @@ def _check_ranks_can(spec: RunSpec, message: Message, layout: Layout) -> None:
             allowed="one device: muon needs whole matrices",
             remedy="join with one --device, or with one that holds the model",
         )
-    if message["execution"] not in (AUTO, Execution.EAGER):
+    if message["execution"] not in EXECUTIONS_OF_RANKS:
         raise MachineError(
             f"layout {layout.text} and execution {message['execution']}",
             allowed="auto or eager with several devices",
