@@ -72,22 +72,15 @@ def evaluate(
             "--tasks": bool(tasks),
         }
     )
-    if mode != "--tasks":
-        require_effect(
-            {
-                "--few-shot": few_shot > 0,
-                "--limit": limit_examples is not None,
-                "--task-folder": task_folder is not None,
-            },
-            without="without --tasks",
-            remedy="name tasks with --tasks, or leave them out",
-        )
-    if mode:
-        require_effect(
-            {"--eval-tokens": eval_tokens > 0},
-            without=f"with {mode}",
-            remedy="leave it out: it bounds how many of --dataset's held-out tokens are read",
-        )
+    _require_effect(
+        mode,
+        {
+            "--few-shot": few_shot > 0,
+            "--limit": limit_examples is not None,
+            "--task-folder": task_folder is not None,
+        },
+        has_eval_tokens=eval_tokens > 0,
+    )
     set_up_torch(threads)
     opened = open_checkpoint(
         checkpoint,
@@ -108,15 +101,19 @@ def evaluate(
     if is_json:
         print_json(plain | opened.provenance)
         return
-    width = max(map(len, plain))
-    for name, value in plain.items():
-        number = f"{value:,.4f}" if isinstance(value, float) else value
-        print_line(f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else number}")
+    _print_figures(plain)
     if is_memorization:
         print_line(
             "An average over the corpus against held-out text; not a bound on any document and no "
             "statement about privacy."
         )
+
+
+def _print_figures(plain: dict[str, Any]) -> None:
+    width = max(map(len, plain))
+    for name, value in plain.items():
+        number = f"{value:,.4f}" if isinstance(value, float) else value
+        print_line(f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else number}")
 
 
 def _mode(is_asked_by_name: dict[str, bool]) -> str:
@@ -129,6 +126,24 @@ def _mode(is_asked_by_name: dict[str, bool]) -> str:
             remedy="run the command once for each",
         )
     return asked[0] if asked else ""
+
+
+def _require_effect(
+    mode: str, is_given_for_tasks: dict[str, bool], *, has_eval_tokens: bool
+) -> None:
+    """Raise UsageError for options that this mode does not read."""
+    if mode != "--tasks":
+        require_effect(
+            is_given_for_tasks,
+            without="without --tasks",
+            remedy="name tasks with --tasks, or leave them out",
+        )
+    if mode:
+        require_effect(
+            {"--eval-tokens": has_eval_tokens},
+            without=f"with {mode}",
+            remedy="leave it out: it bounds how many of --dataset's held-out tokens are read",
+        )
 
 
 def _losses(

@@ -197,7 +197,8 @@ def _wish(message: Message, *, num_devices: int) -> tuple[LayoutWish, str]:
     note = ""
     needed = (wish.dp or 1) * (wish.tp or 1) * (wish.pp or 1)
     if message.get("lost_devices") and needed > num_devices:
-        note = f"{needed} devices were asked for and {num_devices} are left: "
+        are = "is" if num_devices == 1 else "are"
+        note = f"{needed} devices were asked for and {num_devices} {are} left: "
         wish = replace(wish, dp=None, tp=None, pp=None, is_sharded=None, schedule=None)
     if message.get("saves_memory"):
         note += "memory was not enough, so activations are recomputed: "

@@ -145,7 +145,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("devices", "layout", "words"),
     [
-        ("", "tp=2", "takes 2 devices, 1 are lent"),
+        ("", "tp=2", "takes 2 devices, 1 is lent"),
         ("cpu:2", "tp=2,pp=2", "takes 4 devices, 2 are lent"),
         ("cpu:4", "tp=4", "does not divide 6 query heads"),
         ("cpu:4", "pp=3", "more than 2 layers"),

@@ -39,7 +39,7 @@ def cpus(count: int, gib: float) -> Node:
 def test_a_small_model_on_one_device_takes_it_as_it_is() -> None:
     plan = plan_layout(TINY, cpus(1, 4))
     assert plan.layout.num_ranks == 1 and not plan.layout.has_checkpointing
-    assert plan.table.device_bytes < 4 * GIB and "tokens/s expected" in plan.reason
+    assert plan.table.device_bytes < 4 * GIB and "guessed" in plan.reason
     assert "GiB" in "\n".join(plan.lines())
 
 
