@@ -180,10 +180,11 @@ def _with_micro_batches(
 ) -> list[Layout]:
     count = _MICRO_BATCHES_PER_STAGE * base.pp if base.pp > 1 else 1
     least = base.num_stages if base.pp > 1 else 1
-    bound = max_turn_sequences or node.max_micro_batch_sequences * count * base.dp
-    sizes = [wish.micro_batch_sequences] if wish.micro_batch_sequences else []
+    wished = wish.micro_batch_sequences or 0
+    bound = max_turn_sequences or max(node.max_micro_batch_sequences, wished) * count * base.dp
+    sizes = [max(1, min(wished, bound // base.dp))] if wished else []
     size = 1
-    while not wish.micro_batch_sequences and size <= node.max_micro_batch_sequences:
+    while not wished and size <= node.max_micro_batch_sequences:
         sizes.append(size)
         size *= 2
     layouts = []

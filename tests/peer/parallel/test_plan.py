@@ -111,6 +111,13 @@ def test_after_an_out_of_memory_a_turn_is_bounded() -> None:
     assert plan_layout(TINY, cpus(1, 8), max_turn_sequences=1).layout.turn_sequences == 1
 
 
+def test_a_wished_micro_batch_is_obeyed_until_memory_was_not_enough() -> None:
+    wish = parse_layout("dp=2,micro=16")
+    assert plan_layout(TINY, cpus(2, 8), wish).layout.micro_batch_sequences == 16
+    after = plan_layout(TINY, cpus(2, 8), wish, max_turn_sequences=8).layout
+    assert (after.micro_batch_sequences, after.turn_sequences) == (4, 8)
+
+
 def test_splitting_a_model_divides_what_a_rank_holds() -> None:
     setting = Setting(shape=SHAPE_PRESETS["llama2-7b"])
     alone = Layout()
