@@ -29,6 +29,8 @@ _UNIT_BYTES = {
 }  # fmt: skip
 _SIZE_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 EXECUTIONS = ("auto", "eager", "native", "compiled")
+EXECUTIONS_OF_RANKS = ("auto", "eager")
+"""Where a model lies on several devices."""
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 

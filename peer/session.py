@@ -180,11 +180,10 @@ class SessionMachine:
                 event, sequences=max(1, facts.micro_batch_sequences * was_training)
             )
             return
-        is_unfit = event.exit_code in UNFIT_EXIT_CODES and event.child not in facts.proven_children
-        if (
-            is_unfit or event.exit_code == RunFailedError.exit_code
-        ):  # the next would end as this one
-            self._begin_drain(event.reason, exit_code=event.exit_code)
+        code = event.exit_code
+        is_unfit = code in UNFIT_EXIT_CODES and event.child not in facts.proven_children
+        if code is not None and (is_unfit or code == RunFailedError.exit_code):
+            self._begin_drain(event.reason, exit_code=code)  # the next would end as this one
             return
         deaths = facts.deaths_by_child.setdefault(event.child, [])
         deaths[:] = [at for at in deaths if self._now_seconds - at < DEATH_WINDOW_SECONDS]

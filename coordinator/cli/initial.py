@@ -15,6 +15,8 @@ from protos.contract.initial_file import (
     read_initial_header,
 )
 
+_HF_CONFIG = "config.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportedModel:
@@ -29,6 +31,12 @@ def read_initial(path: Path, manifest: Manifest) -> ImportedModel:
     """The file, or the one in a folder. Raises UsageError unless the dataset is in its model's
     tokens.
     """
+    if (path / _HF_CONFIG).is_file() and not (path / INITIAL_FILE).is_file():
+        raise UsageError(
+            f"{path} is a folder in transformers' form, as `export` and `finetune` write",
+            allowed="a folder that `muster-peer import` wrote",
+            remedy=f"run `muster-peer import {path} DIR`, then name DIR with --init",
+        )
     path = _file_of(path)
     header = read_initial_header(path)
     if header.tokenizer_digest != manifest.tokenizer_digest:

@@ -41,6 +41,7 @@ def create(
     from coordinator.identity import load_certificate
     from coordinator.operations.requests_admin import CreateTokenRequest
     from protos.contract.channel import JoinString, ca_fingerprint, split_address
+    from protos.contract.text import counted
 
     expire_after_seconds = parse_duration_seconds(expires)
     address = advertise or _running_address(data_dir)
@@ -62,7 +63,9 @@ def create(
         return
     typer.echo(join_string)
     uses = (
-        "any number of peers" if not made["max_uses"] else f"at most {made['max_uses']} new peers"
+        "any number of peers"
+        if not made["max_uses"]
+        else f"at most {counted(made['max_uses'], 'new peer')}"
     )
     say(
         f"token {made['token_id']} for run {made['run_id']}: {uses}, "

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from protos.contract.text import counted
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -54,7 +56,10 @@ def summary_table(summary: Summary) -> str:
     table.add_column("what")
     table.add_column("bits/byte", justify="right")
     rows = [
-        (f"this swarm, {summary.num_peers_seen} peers", summary.heldout_bits_per_byte_last),
+        (
+            f"this swarm, {counted(summary.num_peers_seen, 'peer')}",
+            summary.heldout_bits_per_byte_last,
+        ),
         ("one process, same tokens", summary.one_process_bits_per_byte),
         ("interpolated bigram", summary.bigram_bits_per_byte),
         ("gzip -9", summary.gzip_bits_per_byte),

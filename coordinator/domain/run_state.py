@@ -5,6 +5,7 @@ what is the case now.
 from dataclasses import dataclass
 
 from protos.contract.telemetry import RunState
+from protos.contract.text import counted
 
 FINAL_STATES = frozenset({RunState.FINISHED, RunState.STOPPED})
 """States that no event changes."""
@@ -73,7 +74,11 @@ def decide_run_state(facts: RunFacts) -> RunVerdict:
         return RunVerdict(state=RunState.STALLED, reason=reason)
     if facts.stall_reason:
         return RunVerdict(state=RunState.STALLED, reason=facts.stall_reason)
-    return RunVerdict(state=RunState.RUNNING, reason=f"{facts.num_live_peers} live peers train")
+    return RunVerdict(
+        state=RunState.RUNNING,
+        reason=counted(facts.num_live_peers, "live peer")
+        + (" trains" if facts.num_live_peers == 1 else " train"),
+    )
 
 
 def _decide_end(facts: RunFacts) -> RunVerdict:

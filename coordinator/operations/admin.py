@@ -32,6 +32,7 @@ from protos.contract.initial_file import initial_path, read_initial_header
 from protos.contract.run_spec import RunSpec
 from protos.contract.schedule_order import ScheduleOrder
 from protos.contract.telemetry import PeerState, RunState
+from protos.contract.text import counted
 from protos.muster.v1 import common_pb2
 
 _PREFIX_BYTES = 16
@@ -60,7 +61,7 @@ def create_run(
         dataset_dir=request.dataset_dir,
         dht_prefix=f"muster-{context.random_bytes(_PREFIX_BYTES).hex()}",
         state=RunState.WAITING_FOR_PEERS,
-        state_reason=f"waits for {request.min_peers} peers",
+        state_reason=f"waits for {counted(request.min_peers, 'peer')}",
         min_peers=request.min_peers,
         incarnation=0,
         directive_number=1,
@@ -203,7 +204,7 @@ def _store_incarnation_zero(
         ),
         is_paused=False,
     )
-    reason = f"run created; waits for {run.min_peers} peers to attest the initial state"
+    reason = f"run created; waits for {counted(run.min_peers, 'peer')} to attest the initial state"
     signed = store_first_directive(
         tx, context, run, content, reason=reason, now_unix_seconds=now_unix_seconds
     )

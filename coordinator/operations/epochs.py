@@ -33,6 +33,7 @@ from coordinator.operations.store_age import load_beyond
 from coordinator.store.base import Transaction
 from coordinator.store.rows import DirectiveRow, IncarnationRow, RunRow
 from protos.contract.certificate import Tag
+from protos.contract.text import counted
 from protos.muster.v1 import common_pb2
 
 
@@ -351,7 +352,8 @@ def _store_directive(
         )
     )
     text = (
-        f"directive {number}: {len(content.roster)} members, {len(content.voters)} votes; {reason}"
+        f"directive {number}: {counted(len(content.roster), 'member')}, "
+        f"{counted(len(content.voters), 'vote')}; {reason}"
     )
     _note(tx, run.run_id, "directive", text, now_unix_seconds=now_unix_seconds)
     return signed

@@ -72,6 +72,7 @@ from coordinator.operations.study_stages import advance_studies, end_studies
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
 from protos.contract.telemetry import RunState
+from protos.contract.text import counted
 
 _MAX_PRUNED_REQUESTS = 256
 
@@ -124,7 +125,9 @@ class _RunTick:
             now_unix_seconds=self._now,
         )
         if expired.num_expired_leases:
-            self.changes.append(f"{expired.num_expired_leases} leases expired: {expired.reason}")
+            self.changes.append(
+                f"{counted(expired.num_expired_leases, 'lease')} expired: {expired.reason}"
+            )
         bootstrap_reason = stall_reason = ""
         if self._run.incarnation == 0:
             bootstrap_reason = self._bootstrap()

@@ -92,6 +92,12 @@ def read_hf_config(
             rope_theta=_rope_theta(plain),
             norm_epsilon=float(plain.get("rms_norm_eps", 1e-6)),
         )
+    except UsageError as error:  # a number that no model of ours has
+        raise CorruptDataError(
+            f"{path}: {error.found}",
+            allowed=error.allowed,
+            remedy="correct config.json, or name another model",
+        ) from error
     except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise CorruptDataError(
             f"{path}: {error!r}",
@@ -218,7 +224,7 @@ def _eos_token_id(plain: dict[str, Any], wanted: int | None, vocab_size: int) ->
         raise UsageError(
             f"eos_token_id = {found!r}",
             allowed=f"one id below {vocab_size} that ends a document",
-            remedy="name it with --eos-token-id",
+            remedy="name one with `muster-peer import FOLDER DIR --eos-token-id N`, then use DIR",
         )
     return found
 

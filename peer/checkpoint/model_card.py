@@ -54,7 +54,7 @@ def credits_from_status(
         raise UsageError(
             f"credits of the run {found_digest[:16]}...",
             allowed=f"those of the checkpoint's run, {run_digest[:16]}...",
-            remedy="ask the coordinator of that run: status --run ID --json",
+            remedy="ask that run's: `muster-coordinator status --run ID --json`",
         )
     name_by_peer: dict[str, str] = {}
     for prefix, name in consenting.items():

@@ -10,15 +10,17 @@ from protos.contract.errors import ErrorCode, MachineError, UsageError
 _PATTERNS = ("*.safetensors", "*.json", "README.md", "adapter")
 
 
-def prepare_target(folder: Path) -> None:
-    """Make `folder` if it is not there. Raises UsageError if it holds a model or files that would
-    be replaced, MachineError if it cannot be written.
+def check_target(folder: Path) -> None:
+    """Raises UsageError if `folder` holds a model or files that would be replaced, MachineError if
+    it cannot be written. Nothing is made, so that a command that is refused leaves nothing.
     """
+    existing = folder.absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        while not existing.exists():
+            existing = existing.parent
         taken = sorted({path.name for pattern in _PATTERNS for path in folder.glob(pattern)})
         if not taken:
-            with tempfile.TemporaryFile(dir=folder):
+            with tempfile.TemporaryFile(dir=existing):
                 return
     except OSError as error:
         raise MachineError(

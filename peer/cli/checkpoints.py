@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peer.cli.options import require_effect
 from protos.contract.errors import CorruptDataError, MachineError, MusterError, UsageError
 from protos.contract.initial_file import INITIAL_FILE, is_initial_file
 from protos.contract.run_spec import ModelSpec, RunSpec
@@ -119,9 +120,24 @@ def load_spec(path: Path) -> RunSpec:
 
 
 def open_checkpoint(
-    path: Path, *, spec_path: Path | None = None, dataset: Path | None = None
+    path: Path,
+    *,
+    spec_path: Path | None = None,
+    dataset: Path | None = None,
+    is_dataset_read: bool = False,
 ) -> OpenedCheckpoint:
-    """Open a state file, an imported file or a folder. Raises MusterError."""
+    """Open a state file, an imported file or a folder; `is_dataset_read` is True where the command
+    itself reads from --dataset. Raises MusterError.
+    """
+    if path.is_dir() or (path.is_file() and is_initial_file(path)):
+        require_effect(
+            {
+                "--spec": spec_path is not None,
+                "--dataset": dataset is not None and not is_dataset_read,
+            },
+            without=f"with {path}, which brings its own model and tokenizer",
+            remedy="leave them out, or name a state file (*.safetensors) of a run",
+        )
     if path.is_dir():
         imported = path / INITIAL_FILE
         return _open_imported(imported) if imported.is_file() else _open_exported(path)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from peer.cli.ports import require_free_port
 from peer.config import PeerConfig, child_environment, format_bytes, problem_of_cache
@@ -29,6 +30,7 @@ from peer.home import (
     find_leftover_files,
     holder_of_lock,
     load_child_records,
+    load_status,
     write_atomically,
 )
 from protos.contract.channel import JoinString
@@ -348,8 +350,14 @@ def check_step_plan(config: PeerConfig) -> Check:
             allowed="a directory of this user that nobody else may write to",
             remedy=f"remove it, or: chmod 700 {config.step_cache}",
         )
+    status = load_status(config.home) or {}
+    pid = holder_of_lock(config.home)
+    if status.get("step_plan") and pid is not None:
+        return _step_in_use(status, f"in use by pid {pid}")
     plans = config.step_cache.glob("plan-*.json")
     newest = max(plans, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None and status.get("step_plan"):
+        return _step_in_use(status, "used last")
     if newest is None:
         return Check(name="step", is_ok=True, found="no run's model was measured on this home yet")
     try:
@@ -365,6 +373,19 @@ def check_step_plan(config: PeerConfig) -> Check:
             allowed="what the trainer wrote",
             remedy="remove it; the next trainer measures again",
         )
+
+
+def _step_in_use(status: dict[str, Any], when: str) -> Check:
+    """What a peer on this home does or did, on one device or several, from its status file."""
+    speed = float(status.get("tokens_per_second") or 0)
+    return Check(
+        name="step",
+        is_ok=True,
+        found=f"{when}: {status.get('device') or 'device not known yet'}, "
+        + (f"{speed:,.0f} tokens/s in training" if speed > 0 else "no step was trained yet")
+        + f"; {status['step_plan']}",
+        details={key: status.get(key) for key in ("device", "tokens_per_second", "step_plan")},
+    )
 
 
 def _load_probe(path: Path, key: dict[str, object]) -> dict[str, object] | None:

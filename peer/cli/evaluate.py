@@ -15,7 +15,9 @@ from peer.cli.options import (
     Threads,
     print_json,
     print_line,
+    require_effect,
 )
+from protos.contract.errors import UsageError
 
 if TYPE_CHECKING:
     from peer.cli.checkpoints import OpenedCheckpoint
@@ -62,8 +64,30 @@ def evaluate(
     """
     from peer.cli.checkpoints import open_checkpoint, set_up_torch
 
+    mode = _mode(
+        {
+            "TEXT": text is not None,
+            "--in-context": is_in_context,
+            "--memorization": is_memorization,
+            "--tasks": bool(tasks),
+        }
+    )
+    _require_effect(
+        mode,
+        {
+            "--few-shot": few_shot > 0,
+            "--limit": limit_examples is not None,
+            "--task-folder": task_folder is not None,
+        },
+        has_eval_tokens=eval_tokens > 0,
+    )
     set_up_torch(threads)
-    opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
+    opened = open_checkpoint(
+        checkpoint,
+        spec_path=spec,
+        dataset=dataset,
+        is_dataset_read=mode in ("", "--memorization"),
+    )
     if is_in_context:
         plain = _in_context(opened)
     elif is_memorization:
@@ -77,14 +101,48 @@ def evaluate(
     if is_json:
         print_json(plain | opened.provenance)
         return
-    width = max(map(len, plain))
-    for name, value in plain.items():
-        number = f"{value:,.4f}" if isinstance(value, float) else value
-        print_line(f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else number}")
+    _print_figures(plain)
     if is_memorization:
         print_line(
             "An average over the corpus against held-out text; not a bound on any document and no "
             "statement about privacy."
+        )
+
+
+def _print_figures(plain: dict[str, Any]) -> None:
+    width = max(map(len, plain))
+    for name, value in plain.items():
+        number = f"{value:,.4f}" if isinstance(value, float) else value
+        print_line(f"{name:{width}}  {f'{value:,}' if isinstance(value, int) else number}")
+
+
+def _mode(is_asked_by_name: dict[str, bool]) -> str:
+    """What is evaluated; "" for held-out chunks. Raises UsageError for several at once."""
+    asked = [name for name, is_asked in is_asked_by_name.items() if is_asked]
+    if len(asked) > 1:
+        raise UsageError(
+            " and ".join(asked),
+            allowed=f"at most one of {', '.join(is_asked_by_name)}; none reads held-out chunks",
+            remedy="run the command once for each",
+        )
+    return asked[0] if asked else ""
+
+
+def _require_effect(
+    mode: str, is_given_for_tasks: dict[str, bool], *, has_eval_tokens: bool
+) -> None:
+    """Raise UsageError for options that this mode does not read."""
+    if mode != "--tasks":
+        require_effect(
+            is_given_for_tasks,
+            without="without --tasks",
+            remedy="name tasks with --tasks, or leave them out",
+        )
+    if mode:
+        require_effect(
+            {"--eval-tokens": has_eval_tokens},
+            without=f"with {mode}",
+            remedy="leave it out: it bounds how many of --dataset's held-out tokens are read",
         )
 
 
@@ -131,7 +189,6 @@ def _windows_of_text(
 
     from peer.eval.evaluate import evaluate as evaluate_windows
     from protos.contract.chunk_format import chunk_from_tokens
-    from protos.contract.errors import UsageError
 
     ids = _text_tokens(opened, text)
     if len(ids) <= opened.model_spec.seq_len:
@@ -150,7 +207,6 @@ def _windows_of_text(
 
 
 def _text_tokens(opened: "OpenedCheckpoint", path: Path) -> list[int]:
-    from protos.contract.errors import UsageError
 
     try:
         text = path.read_bytes().decode()  # line ends as they are: they count as bytes
@@ -186,7 +242,6 @@ def _memorization(opened: "OpenedCheckpoint", dataset: Path | None) -> dict[str,
     from peer.eval.evaluate import token_byte_lengths
     from peer.eval.memorization import CAPACITY_BITS_PER_PARAMETER, memorization
     from peer.eval.trained_text import heldout_windows, trained_windows
-    from protos.contract.errors import UsageError
 
     opened.require_objective("causal", purpose="memorisation is measured on the next token")
     if opened.run_spec is None:
@@ -253,7 +308,6 @@ def _harness(
 
 def _dataset_of(opened: "OpenedCheckpoint", dataset: Path | None) -> "tuple[Path, Manifest]":
     from protos.contract.chunk_format import Manifest
-    from protos.contract.errors import UsageError
 
     folder = dataset or opened.dataset
     if folder is None or not (folder / "manifest.json").is_file():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peer.checkpoint.target import prepare_target
+from peer.checkpoint.target import check_target
 from peer.cli.options import AsJson, Checkpoint, DatasetDir, SpecPath, Threads, print_json, say
 from protos.contract.errors import RunFailedError, UsageError
 
@@ -38,7 +38,8 @@ def finetune(
         bool, typer.Option("--classify", help="Train a classification head on the last token.")
     ] = False,
     lora_rank: Annotated[
-        int, typer.Option("--lora", help="Rank of adapters; 0 trains everything. Extra `lora`.")
+        int,
+        typer.Option("--lora", help="Rank of adapters; 0 trains everything. Extra `lora`.", min=0),
     ] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
     passes: Annotated[int, typer.Option(help="Times through the examples.")] = 3,
@@ -68,7 +69,7 @@ def finetune(
             allowed="one of them",
             remedy="leave --lora out: the head trains with the whole model",
         )
-    prepare_target(out)
+    check_target(out)
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
     opened.require_objective("causal", purpose="fine-tuning predicts the next token")
     tokenizer = opened.load_tokenizer()

@@ -16,6 +16,7 @@ from peer.cli.options import (
     print_json,
     print_line,
     print_part,
+    require_effect,
     say,
 )
 
@@ -57,6 +58,12 @@ def generate(
     """Go on from one or more prompts; one prompt is shown as it grows."""
     from peer.cli.checkpoints import open_checkpoint, set_up_torch
 
+    if temperature == 0:
+        require_effect(
+            {"--top-k": top_k > 0, "--top-p": top_p < 1, "--seed": seed > 0},
+            without="with --temperature 0, which always takes the likeliest token",
+            remedy="leave them out, or raise --temperature",
+        )
     set_up_torch(threads)
     from peer.eval.generate import Sampling
 

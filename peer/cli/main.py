@@ -18,6 +18,7 @@ from peer.cli import (
     evaluate,
     finetune,
     generate,
+    hold_standard_descriptors,
     join,
     reference,
     rendezvous,
@@ -89,6 +90,7 @@ app.command("reference", hidden=True)(reference.reference)
 
 def main() -> None:
     """Entry point of the console script."""
+    hold_standard_descriptors()
     begin_normal_interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,5 +1,6 @@
 """Options and output that commands share."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -12,6 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from protos.contract.errors import ErrorCode, MachineError, MusterError, UsageError
+
+
+def require_effect(is_given_by_option: dict[str, bool], *, without: str, remedy: str) -> None:
+    """Raise UsageError for options that were given and change nothing. `without` says what they
+    need, for people.
+    """
+    useless = [option for option, is_given in is_given_by_option.items() if is_given]
+    if useless:
+        raise UsageError(
+            f"{' and '.join(useless)} {without}",
+            allowed="options that change what the command does",
+            remedy=remedy,
+        )
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 HomeDir = Annotated[
@@ -141,8 +156,10 @@ def forget_stdout() -> None:
 
 
 def say(text: str) -> None:
-    """A line on standard error, for people."""
-    sys.stderr.write(text + "\n")
+    """A line on standard error, for people; dropped if nobody can read it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text + "\n")
 
 
 def report_error(error: MusterError) -> None:

@@ -8,7 +8,6 @@ that precision reaches on the same threads, and the ratio of both, the model FLO
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from peer.cli.options import print_json, say
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.objectives import Examples
 from peer.parallel.devices import (
@@ -45,13 +45,19 @@ def main(arguments: list[str]) -> int:
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     try:
-        device = choose_device(options.device)
-        model = Decoder(TINY_MODEL, device=device)
-        step = MicroStep(model, FlatParameters(model, device=device))
-        plan = set_up_step(step, wanted=options.execution, cache_dir=options.cache)
+        print_json(measured(options))
     except MusterError as error:
-        sys.stderr.write(f"{error}\n")
+        say(str(error))
         return error.exit_code
+    return 0
+
+
+def measured(options: argparse.Namespace) -> dict[str, object]:
+    """The figures. Raises MusterError."""
+    device = choose_device(options.device)
+    model = Decoder(TINY_MODEL, device=device)
+    step = MicroStep(model, FlatParameters(model, device=device))
+    plan = set_up_step(step, wanted=options.execution, cache_dir=options.cache)
     ceiling = measure_product_flop_per_second(device, plan.precision)
     shape = (plan.micro_batch_sequences, TINY_MODEL.seq_len)
     tokens_BT = np.random.default_rng(0).integers(0, TINY_MODEL.vocab_size, shape)
@@ -62,7 +68,7 @@ def main(arguments: list[str]) -> int:
     tokens_per_second = num_tokens / (time.monotonic() - began_seconds)
     info = describe_device(device, num_threads=torch.get_num_threads())
     flop_per_second = tokens_per_second * ModelShape.from_spec(TINY_MODEL).flop_per_token()
-    plain = {
+    return {
         "device": info.device,
         "device_name": info.name,
         "device_memory_bytes": info.total_memory_bytes,
@@ -77,8 +83,6 @@ def main(arguments: list[str]) -> int:
         "tried": [asdict(trial) for trial in plan.trials],
         "torch_version": torch.__version__,
     }
-    sys.stdout.write(json.dumps(plain) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
 
     from peer.config import format_bytes, load_config
     from peer.home import holder_of_lock, load_status
+    from protos.contract.text import counted
 
     path = load_config(flags={"home": home}).home
     pid = holder_of_lock(path)
@@ -41,7 +42,7 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
             (
                 "speed",
                 f"{found['tokens_per_second']:,.0f} tokens/s on {found['device'] or '-'}, "
-                f"{found.get('micro_batch_sequences', 0)} windows a micro-batch",
+                f"{counted(found.get('micro_batch_sequences', 0), 'window')} a micro-batch",
             ),
             *([("step plan", found["step_plan"])] if found.get("step_plan") else []),
             (

@@ -41,7 +41,7 @@ def export(
     """Write a folder that transformers.LlamaForCausalLM loads, with a model card."""
     from peer.checkpoint.export import export_model
     from peer.checkpoint.model_card import model_card
-    from peer.checkpoint.target import prepare_target
+    from peer.checkpoint.target import check_target
     from peer.cli.checkpoints import open_checkpoint
     from protos.contract.errors import UsageError
 
@@ -61,7 +61,7 @@ def export(
         credits=_credits(opened, credits_path, names or []),
         licence=licence,
     )
-    prepare_target(out)
+    check_target(out)
     export_model(
         opened.model_spec,
         opened.params,
@@ -95,7 +95,7 @@ def import_model(
 
     from peer.checkpoint.hf_import import load_hf_params, read_hf_config, require_vocabulary
     from peer.checkpoint.initial import save_initial
-    from peer.checkpoint.target import prepare_target
+    from peer.checkpoint.target import check_target
     from protos.contract.chunk_format import token_bytes_table
     from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
     from protos.contract.initial_file import INITIAL_FILE, InitialHeader
@@ -120,8 +120,9 @@ def import_model(
         origin=folder.absolute().name,
     )
     params = load_hf_params(folder, found.model)
-    prepare_target(out)
+    check_target(out)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "tokenizer.json").write_bytes(tokenizer_json)
     except OSError as error:
         raise MachineError(

@@ -20,6 +20,7 @@ from peer.daemon.coordinator_tasks import CallObserver
 from peer.daemon.core import Core
 from peer.daemon.membership import (
     Membership,
+    check_can_take_part,
     installed_version,
     is_same_run,
     join_run,
@@ -115,6 +116,8 @@ class Daemon:
         saved = load_membership(self._home.path)
         if saved is not None and not is_same_run(saved.join_string, self._join_string):
             saved = None
+        if saved is not None:
+            check_can_take_part(saved, self._config)
         give_up_seconds = loop.time() + JOIN_PATIENCE_SECONDS
         self._core.feed(ev.JoinBegun(reason=f"run {numbers.run_id} at {numbers.address}"))
         while True:

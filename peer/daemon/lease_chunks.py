@@ -43,7 +43,7 @@ class LeaseChunks:
 
     def entries(self, parts: Iterable[UsedRange]) -> list[Mapping[str, Any]]:
         """Parts of fetched leases as the trainer is told them."""
-        entries = []
+        entries: list[Mapping[str, Any]] = []
         for part in parts:
             known = self._lease_by_number[part.lease_number]
             entries.append(

@@ -7,6 +7,7 @@ votes; its leases died with its old process.
 """
 
 import base64
+import contextlib
 import json
 import os
 import sys
@@ -15,11 +16,11 @@ from importlib import metadata
 from pathlib import Path
 
 from peer import session_events as ev
-from peer.config import PeerConfig, format_bytes
+from peer.config import EXECUTIONS_OF_RANKS, PeerConfig, format_bytes
 from peer.coordinator_client import ClockOffset, CoordinatorClient, check_clock
 from peer.home import write_atomically
 from peer.identity import Identity
-from peer.parallel.layout import device_names, parse_layout, require_possible
+from peer.parallel.layout import Layout, device_names, parse_layout, require_possible
 from protos.contract.certificate import Tag
 from protos.contract.channel import JoinString
 from protos.contract.codecs_wire import CODEC_NAMES
@@ -41,6 +42,7 @@ _BASE_MEMORY_BYTES = 600 * 2**20
 """Libraries of the three processes, measured with torch 2.13 CPU: 250 to 350 MiB in the trainer, as
 much in the swarm process.
 """
+_LEAVE_SECONDS = 2.0
 _VECTORS_BY_STRATEGY = {"sync": 8, "diloco": 12}
 """sync: state (3), contribution, the trainer's parameters and gradients, the swarm process's
 average and next state. diloco: state (2), contribution, the trainer's local parameters, gradients,
@@ -184,9 +186,10 @@ def describe_capabilities(
 async def join_run(
     client: CoordinatorClient, *, join_string: JoinString, identity: Identity, config: PeerConfig
 ) -> tuple[Membership, ClockOffset]:
-    """Challenge, clock check, Join, spec check. Raises RefusedError, UnavailableError,
-    MachineError.
+    """Machine check, Challenge, clock check, Join, spec check; who cannot train the run leaves it
+    at once, so that nobody waits for it. Raises MusterError.
     """
+    check_machine(config)
     nonce, clock = await client.challenge()
     check_clock(clock)
     response = await client.join(
@@ -198,17 +201,31 @@ async def join_run(
         name=config.name,
         capabilities=describe_capabilities(config),
     )
-    if response.peer_id != identity.peer_id:
-        raise RefusedError(
-            f"the coordinator knows this peer as {response.peer_id}, its key says "
-            f"{identity.peer_id}",
-            allowed="the identity that follows from the key",
-            remedy="update both sides to the same version",
-            code=ErrorCode.PROTOCOL_MISMATCH,
-        )
     membership = Membership(
         join_string=join_string, response=response, certificate_pem=client.certificate_pem
     )
+    try:
+        if response.peer_id != identity.peer_id:
+            raise RefusedError(
+                f"the coordinator knows this peer as {response.peer_id}, its key says "
+                f"{identity.peer_id}",
+                allowed="the identity that follows from the key",
+                remedy="update both sides to the same version",
+                code=ErrorCode.PROTOCOL_MISMATCH,
+            )
+        check_can_take_part(membership, config)
+    except MusterError as error:
+        request = membership_pb2.LeaveRequest(reason=f"cannot take part: {error.found}"[:500])
+        with contextlib.suppress(MusterError):
+            await client.leave(request, deadline_seconds=_LEAVE_SECONDS)
+        raise
+    return membership, clock
+
+
+def check_can_take_part(membership: Membership, config: PeerConfig) -> None:
+    """Raises RefusedError for a run that this version does not know, UsageError or MachineError for
+    one that this machine cannot train as its owner wishes.
+    """
     try:
         spec = membership.spec
     except UsageError as error:
@@ -219,13 +236,12 @@ async def join_run(
             code=ErrorCode.CAPABILITY_MISSING,
         ) from error
     check_can_honour(spec, config)
-    return membership, clock
 
 
-def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
-    """Return the run's shape if this code and machine can train it. Raises MachineError.
-
-    RunSpec.from_wire has refused strategies, codecs and objectives that this code does not know.
+def check_machine(config: PeerConfig) -> None:
+    """Refuse what no run could be joined with, before one is asked for. Raises MachineError for
+    packages that are missing, UsageError for a layout that cannot be read or takes more devices
+    than are lent.
     """
     missing = [name for name in ("torch", "hivemind") if not installed_version(name)]
     if missing:
@@ -235,6 +251,17 @@ def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
             remedy="pip install 'muster[peer]'",
             code=ErrorCode.DEPENDENCY_MISSING,
         )
+    names = device_names(config.devices or config.device)
+    parse_layout(config.layout).require_devices(len(names))
+
+
+def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
+    """Return the run's shape if this code and machine can train it. Raises UsageError,
+    MachineError.
+
+    RunSpec.from_wire has refused strategies, codecs and objectives that this code does not know.
+    """
+    check_machine(config)
     shape = ModelShape.from_spec(spec.model)
     needed_bytes = needed_memory_bytes(shape, spec.strategy.name)
     limit_bytes = config.memory_limit_bytes
@@ -246,16 +273,30 @@ def check_can_honour(spec: RunSpec, config: PeerConfig) -> ModelShape:
             remedy="raise --memory-limit, or join a run with a smaller model",
             code=ErrorCode.CAPABILITY_MISSING,
         )
-    _check_layout(shape, config)
+    layout = parse_layout(config.layout).layout()
+    require_possible(layout, shape)
+    if layout.num_ranks > 1:
+        _require_ranks_can(spec, config, layout)
     return shape
 
 
-def _check_layout(shape: ModelShape, config: PeerConfig) -> None:
-    """Refuse a layout that this model or these devices cannot have. Raises UsageError."""
-    wish = parse_layout(config.layout)
-    names = device_names(config.devices or config.device)
-    wish.require_devices(len(names))
-    require_possible(wish.layout(), shape)
+def _require_ranks_can(spec: RunSpec, config: PeerConfig, layout: Layout) -> None:
+    """Raise UsageError for what only one device can do."""
+    needs = {
+        "optimizer.name = 'muon', which needs whole matrices": spec.optimizer.name == "muon",
+        f"execution {config.execution}": config.execution not in EXECUTIONS_OF_RANKS,
+        f"probe_interval_seconds = {config.probe_interval_seconds:g}": (
+            config.probe_interval_seconds > 0
+        ),
+    }
+    found = [need for need, is_needed in needs.items() if is_needed]
+    if found:
+        raise UsageError(
+            f"layout {layout.text} and {' and '.join(found)}",
+            allowed="one device for the optimizer muon, for an execution other than "
+            f"{' or '.join(EXECUTIONS_OF_RANKS)}, and for a layer probe",
+            remedy="leave --layout out, or what it does not go with",
+        )
 
 
 def needed_memory_bytes(shape: ModelShape, strategy_name: str) -> int:

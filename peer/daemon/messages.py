@@ -27,7 +27,7 @@ from protos.contract.telemetry import LogField, RoundOutcome, RoundPhase
 from protos.muster.v1 import common_pb2
 
 _LOGGER = logging.getLogger(__name__)
-Send = Callable[..., None]
+Send = Callable[..., bool]
 _FOR_TASKS = frozenset({"coordinator_request", "need_checkpoint"})
 
 

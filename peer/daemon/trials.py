@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from peer.background import finish
 from peer.daemon.child_watch import SILENT_TURNS, ChildWatch
@@ -166,8 +167,8 @@ async def _listen(child: Child, turns: ChildWatch) -> None:
             turns.turn(max(message["longest_turn_seconds"], _LEAST_TURN_SECONDS))
 
 
-def _result_from_plain(plain: dict[str, object]) -> duties_pb2.TrialResult:
+def _result_from_plain(plain: dict[str, Any]) -> duties_pb2.TrialResult:
     fields = dict(plain)
-    points = [duties_pb2.TrialPoint(**point) for point in fields.pop("points")]  # type: ignore[attr-defined]
+    points = [duties_pb2.TrialPoint(**point) for point in fields.pop("points")]
     digest = bytes.fromhex(str(fields.pop("params_digest")))
     return duties_pb2.TrialResult(points=points, params_digest=digest, **fields)

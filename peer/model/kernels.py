@@ -93,7 +93,7 @@ def _none(reason: str) -> BuiltKernels:
 
 def _compilers() -> list[str]:
     """Those on the PATH, each once under whichever name."""
-    found = {}
+    found: dict[str, str] = {}
     for name in COMPILERS:
         path = shutil.which(name)
         if path is not None:

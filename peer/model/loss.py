@@ -45,7 +45,7 @@ def pieced_loss(
         weights_N = weights_N * weights_B[:, None]
     labels_N = labels_BT.flatten()
     weights_N = torch.where(labels_N == IGNORED, 0.0, weights_N.flatten())
-    nats: Tensor = _PiecedHead.apply(
+    nats: Tensor = _PiecedHead.apply(  # type: ignore[no-untyped-call]
         hidden_BTD.flatten(0, 1), weight_VD, labels_N.clamp_min(0), weights_N
     )
     return nats
@@ -84,7 +84,7 @@ class _PiecedHead(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """The gradients that were kept, times `grad`, which has one value."""
         grad_ND, grad_VD = ctx.saved_tensors
         return grad_ND * grad, grad_VD * grad, None, None

@@ -21,6 +21,7 @@ Letters: B windows, T positions.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +69,7 @@ class Examples:
         first = parts[0]
         if len(parts) == 1:
             return first
-        joined = {
+        joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in cls.__slots__
             if getattr(first, name) is not None
@@ -77,10 +78,10 @@ class Examples:
 
     def select(self, windows: slice) -> "Examples":
         """Some of the windows."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return Examples(
-            **{name: None if value is None else value[windows] for name, value in values.items()}
-        )
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        for name, value in values.items():
+            values[name] = None if value is None else value[windows]
+        return Examples(**values)
 
     def padded_to(self, num_windows: int) -> "Examples":
         """With windows behind that predict nothing, so that there are so many."""
@@ -197,7 +198,8 @@ class ExampleBuilder:
     def _documents(self, inputs_BT: Int64Array) -> Int64Array:
         """A document ends with its EOS token."""
         ends_BT = inputs_BT == self._eos_token_id
-        return np.cumsum(ends_BT, axis=1) - ends_BT
+        documents_BT: Int64Array = np.cumsum(ends_BT, axis=1) - ends_BT
+        return documents_BT
 
     def _words(self, key: WindowKey, count: int) -> npt.NDArray[np.uint64]:
         """Raw Philox words, whose stream numpy promises for ever."""
@@ -254,7 +256,7 @@ def _sentinel_documents(source_L: Int64Array, documents_T: Int64Array) -> Int64A
     """Document of each position; a sentinel belongs to that of the span it stands for, the last
     one to that of the last token.
     """
-    documents_L = documents_T[np.maximum(source_L, 0)]
+    documents_L: Int64Array = documents_T[np.maximum(source_L, 0)]
     predicted_begin = int(np.flatnonzero(source_L == -1)[1])
     for position in np.flatnonzero(source_L < 0):
         twin = predicted_begin + int(

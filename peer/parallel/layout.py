@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape
+from protos.contract.text import counted
 
 AUTO = "auto"
 _PATTERN = re.compile(r"[a-z]+=[A-Za-z0-9-]+(,[a-z]+=[A-Za-z0-9-]+)*")
@@ -112,7 +113,8 @@ class LayoutWish:
         layout = self.layout()
         if layout.num_ranks > num_devices:
             raise UsageError(
-                f"layout {layout.text} takes {layout.num_ranks} devices, {num_devices} are lent",
+                f"layout {layout.text} takes {layout.num_ranks} devices, "
+                f"{num_devices} {'is' if num_devices == 1 else 'are'} lent",
                 allowed="dp x tp x pp of at most the number of --devices",
                 remedy=f"lend more with --devices (cpu:{layout.num_ranks}), or ask for less",
             )
@@ -200,7 +202,10 @@ def why_impossible(layout: Layout, shape: ModelShape) -> str:
         if shape.vocab_size < tp:
             return f"tp={tp} is more than {shape.vocab_size} words of the vocabulary"
     if layout.num_stages > shape.num_layers:
-        return f"{layout.num_stages} pipeline stages are more than {shape.num_layers} layers"
+        return (
+            f"{layout.num_stages} pipeline stages are more than "
+            f"{counted(shape.num_layers, 'layer')}"
+        )
     if layout.is_sharded and (tp > 1 or pp > 1):
         return "fsdp together with tp or pp is not built"
     is_v_shaped = pp > 1 and layout.schedule is Schedule.ZERO_BUBBLE

@@ -11,14 +11,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh
 
 from peer.parallel.layout import Layout, stages_of_rank
 
 
-def open_store(fd: int) -> dist.Store:
+def open_store(fd: int) -> Store:
     """The store in an inherited memory file."""
-    return dist.FileStore(f"/proc/self/fd/{fd}", -1)
+    return FileStore(f"/proc/self/fd/{fd}", -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def open_groups(
     layout: Layout,
     *,
     rank: int,
-    store: dist.Store,
+    store: Store,
     generation: int,
     timeout_seconds: float,
     device_type: str,
@@ -78,7 +79,7 @@ def open_groups(
     backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"generation{generation}", store),
+        store=PrefixStore(f"generation{generation}", store),
         rank=rank,
         world_size=layout.num_ranks,
         timeout=timeout,

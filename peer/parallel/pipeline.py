@@ -19,7 +19,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from peer.model.decoder import Decoder
 from peer.parallel.layout import Schedule
-from peer.parallel.tensor import from_neighbour
+from peer.parallel.tensor import from_neighbour, local_part
 
 _CLASSES: dict[Schedule, Any] = {
     Schedule.GPIPE: schedules.ScheduleGPipe,
@@ -75,7 +75,7 @@ class StageModule(nn.Module):
         x = decoder.run_layers(x, 0, batch.inputs_BT.shape[1], None, batch.mask)
         if decoder.part.is_last:
             return self._loss_of(decoder.logits(x), batch)
-        return x.to_local() if self._mesh is not None else x
+        return x if self._mesh is None else local_part(x)
 
 
 def build_schedule(

@@ -6,6 +6,10 @@ over all devices at their measured speed, a third more with recomputation, the p
 per layer, pp the stream at each border there and back, dp the gradient once a round, fsdp the
 parameters three times a micro-batch. So tensor parallel wins where links are fast and pipelines
 where they are slow, without a rule that says so.
+
+Its tokens/s are a guess for comparing layouts: the model knows nothing of bf16, of links only
+orders of magnitude, and is wrong several times over on CPU ranks. What a layout reaches is measured
+when it is built (train/node_step.py, train/probe.py) and said beside the guess.
 """
 
 import itertools
@@ -14,6 +18,7 @@ from dataclasses import dataclass, replace
 from peer.parallel.layout import Layout, LayoutWish, Schedule, require_possible, why_impossible
 from peer.parallel.memory import MemoryTable, Setting, estimate
 from protos.contract.errors import MachineError, UsageError
+from protos.contract.text import counted
 
 GIB = 2**30
 _MARGIN_RATIO = 0.05
@@ -80,7 +85,8 @@ class Plan:
 class _Candidate:
     layout: Layout
     table: MemoryTable
-    seconds_per_token: float
+    guessed_seconds_per_token: float
+    """Right within a factor of several; what a trainer then measures is the figure to quote."""
     missing_bytes: int
 
 
@@ -107,14 +113,16 @@ def plan_layout(
     if not fitting:
         raise _nothing_fits(candidates, setting, node)
     short = [
-        c for c in fitting if _turn_seconds(c.layout, setting, c.seconds_per_token) <= _TURN_SECONDS
+        c
+        for c in fitting
+        if _turn_seconds(c.layout, setting, c.guessed_seconds_per_token) <= _TURN_SECONDS
     ]
     best = min(short or fitting, key=_preference)
     return Plan(
         layout=best.layout,
         table=best.table,
         devices=node.devices[: best.layout.num_ranks],
-        turn_seconds=_turn_seconds(best.layout, setting, best.seconds_per_token),
+        turn_seconds=_turn_seconds(best.layout, setting, best.guessed_seconds_per_token),
         reason=_reason(best, candidates, short or fitting, node),
     )
 
@@ -172,10 +180,11 @@ def _with_micro_batches(
 ) -> list[Layout]:
     count = _MICRO_BATCHES_PER_STAGE * base.pp if base.pp > 1 else 1
     least = base.num_stages if base.pp > 1 else 1
-    bound = max_turn_sequences or node.max_micro_batch_sequences * count * base.dp
-    sizes = [wish.micro_batch_sequences] if wish.micro_batch_sequences else []
+    wished = wish.micro_batch_sequences or 0
+    bound = max_turn_sequences or max(node.max_micro_batch_sequences, wished) * count * base.dp
+    sizes = [max(1, min(wished, bound // base.dp))] if wished else []
     size = 1
-    while not wish.micro_batch_sequences and size <= node.max_micro_batch_sequences:
+    while not wished and size <= node.max_micro_batch_sequences:
         sizes.append(size)
         size *= 2
     layouts = []
@@ -242,23 +251,24 @@ def _turn_seconds(layout: Layout, setting: Setting, seconds_per_token: float) ->
 def _preference(candidate: _Candidate) -> tuple[float, int, int]:
     """Quickest first; then the fewer processes, then the fewer windows."""
     layout = candidate.layout
-    return candidate.seconds_per_token, layout.num_ranks, layout.turn_sequences
+    return candidate.guessed_seconds_per_token, layout.num_ranks, layout.turn_sequences
 
 
 def _reason(
     best: _Candidate, candidates: list[_Candidate], fitting: list[_Candidate], node: Node
 ) -> str:
     layout = best.layout
+    devices = counted(len(node.devices), "device")
     windows = f"{layout.num_micro_batches} x {layout.micro_batch_sequences} windows a turn"
+    memory = f"{best.table.device_bytes / GIB:.2f} of {node.devices[0].memory_bytes / GIB:.2f} GiB"
     text = (
-        f"{layout.text} on {layout.num_ranks} of {len(node.devices)} devices, {windows}: "
-        f"{1 / best.seconds_per_token:,.0f} tokens/s expected, "
-        f"{best.table.device_bytes / GIB:.2f} of {node.devices[0].memory_bytes / GIB:.2f} GiB"
+        f"{layout.text} on {layout.num_ranks} of {devices}, {windows}: "
+        f"guessed, not measured, {1 / best.guessed_seconds_per_token:,.0f} tokens/s, {memory}"
     )
     others = [c for c in fitting if _kind(c.layout) != _kind(layout)]
     if others:
         second = min(others, key=_preference)
-        ratio = second.seconds_per_token / best.seconds_per_token
+        ratio = second.guessed_seconds_per_token / best.guessed_seconds_per_token
         text += f"; {second.layout.text} would take {ratio:.2f} times as long"
     alone = [c for c in candidates if c.layout.num_ranks == 1 and not c.layout.has_checkpointing]
     if alone and layout.num_ranks > 1 and min(c.missing_bytes for c in alone) > 0:
@@ -276,8 +286,9 @@ def _nothing_fits(
 ) -> MachineError | UsageError:
     if not candidates:
         return UsageError(
-            f"no layout of {len(node.devices)} devices suits {setting.shape.num_layers} layers and "
-            f"{setting.shape.num_heads} heads",
+            f"no layout of {counted(len(node.devices), 'device')} suits "
+            f"{counted(setting.shape.num_layers, 'layer')} and "
+            f"{counted(setting.shape.num_heads, 'head')}",
             allowed="a layout that divides them",
             remedy="choose another --layout, or leave it at auto",
         )

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from peer.model.decoder import Decoder
+from peer.model.decoder import Decoder, Layer
 from peer.parallel.layout import has_replicated_kv, kv_heads_of_rank
 from protos.contract.model_shape import ModelShape
 
@@ -67,6 +67,7 @@ def add_hooks(part: Decoder, mesh: DeviceMesh) -> None:
         )
         part.tok_embeddings.register_forward_hook(_to_sequence)
     for layer in part.layers.values():
+        assert isinstance(layer, Layer)
         for block in (layer.attention, layer.mlp):
             block.register_forward_pre_hook(_gather)
         attention = layer.attention
@@ -86,6 +87,12 @@ def add_hooks(part: Decoder, mesh: DeviceMesh) -> None:
 def from_neighbour(x_BTD: Tensor, mesh: DeviceMesh) -> Tensor:
     """A stage's input, a shard of the sequence, as DTensor."""
     return DTensor.from_local(x_BTD, mesh, [SEQUENCE], run_check=False)
+
+
+def local_part(x: Tensor) -> Tensor:
+    """This rank's share of a distributed tensor."""
+    assert isinstance(x, DTensor)
+    return x.to_local()
 
 
 def _gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

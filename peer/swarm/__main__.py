@@ -143,9 +143,9 @@ async def _run_while_alive(
     dying = asyncio.ensure_future(death)
     try:
         await asyncio.wait({working, failing, dying}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (working, failing):
-            if task.done():
-                await task
+        for ended in (working, failing):
+            if ended.done():
+                await ended
                 return
         raise MusterError(
             f"p2pd has ended ({dying.result()})",

@@ -172,7 +172,7 @@ class Reduction:
 
     def _has_run(self, peer_id: str) -> bool:
         begin, end = self._run_by_peer[peer_id]
-        return begin < end
+        return bool(begin < end)
 
     # Life -------------------------------------------------------------------------------------
 

@@ -91,4 +91,4 @@ class AveragedStore:
 
 def _mapped(path: Path) -> memoryview:
     """Bytes of a file, read when they are used. Raises ValueError for an empty one."""
-    return memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
+    return np.memmap(path, dtype=np.uint8, mode="r").data

@@ -46,7 +46,7 @@ class ExactUpdate(Protocol):
 def exact_update_for(spec: RunSpec, *, num_threads: int = 1) -> ExactUpdate:
     """The update of the spec's strategy."""
     if spec.strategy.name == "diloco":
-        return OuterUpdate(spec, num_threads=num_threads)
+        return OuterUpdate(spec, num_threads=num_threads)  # type: ignore[return-value]
     return SyncUpdate(spec, num_threads=num_threads)  # type: ignore[return-value]
 
 

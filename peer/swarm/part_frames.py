@@ -118,7 +118,7 @@ def read_part(
     read_mark(stream)
     bounds = [piece_bounds(i, i + 1, values.size) for i in range(len(digests))]
     if codec.name == "fp32":
-        data = memoryview(values).cast("B")
+        data = values.data.cast("B")
     else:
         data = memoryview(bytearray(codec.encoded_bytes(values.size)))
     views = [data[codec.encoded_bytes(low) : codec.encoded_bytes(high)] for low, high in bounds]

@@ -20,7 +20,7 @@ _HEAD_BYTES = _KEY_BYTES + _SIGNATURE_BYTES
 _MAX_VALUE_BYTES = 8192
 
 
-class OwnRecordsOnly(RecordValidatorBase):
+class OwnRecordsOnly(RecordValidatorBase):  # type: ignore[misc]
     """Signs own records, refuses what its owner has not signed; `key` is None for a node that
     publishes nothing.
     """
@@ -32,7 +32,8 @@ class OwnRecordsOnly(RecordValidatorBase):
         """The value with the own key and signature before it."""
         assert self._key is not None, "a node without a key publishes nothing"
         signature = self._key.sign(Tag.PRESENCE, _payload(record))
-        return self._key.public_key + signature + record.value
+        value: bytes = record.value
+        return self._key.public_key + signature + value
 
     def validate(self, record: DHTRecord) -> bool:
         """True if the owner of the subkey signed this record."""
@@ -47,7 +48,8 @@ class OwnRecordsOnly(RecordValidatorBase):
 
     def strip_value(self, record: DHTRecord) -> bytes:
         """The value alone."""
-        return record.value[_HEAD_BYTES:]
+        value: bytes = record.value
+        return value[_HEAD_BYTES:]
 
 
 def _payload(record: DHTRecord) -> bytes:

@@ -43,7 +43,7 @@ class LoraModel:
         config = LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=_TARGETS, task_type="CAUSAL_LM"
         )
-        base = LlamaForCausalLM.from_pretrained(folder).float()
+        base = LlamaForCausalLM.from_pretrained(folder).float()  # type: ignore[no-untyped-call]
         self._model: Any = get_peft_model(base, config)
 
     @property

@@ -18,6 +18,7 @@ from peer.shared_vectors import StatePosition
 from peer.train.step import Precision, StepResult
 from protos.contract.digest import Float32Vector
 from protos.contract.run_spec import ModelSpec
+from protos.contract.text import counted
 
 if TYPE_CHECKING:
     from peer.parallel.ranks import LocalRanks
@@ -76,14 +77,17 @@ class NodeStep:
         is_bf16 = fp32_seconds > _MIN_SPEEDUP_RATIO * bf16_seconds
         self.precision = Precision.BF16 if is_bf16 else Precision.FP32
         reason = (
-            f"a turn of {num_windows} windows takes {1000 * fp32_seconds:.0f} ms in fp32 and "
+            f"a turn of {counted(num_windows, 'window')} takes {1000 * fp32_seconds:.0f} ms in "
+            "fp32 and "
             + (
                 f"{1000 * bf16_seconds:.0f} ms in bf16"
                 if Precision.BF16 in seconds
                 else "bf16 was not tried, because this CPU emulates it"
             )
         )
-        return seconds[self.precision], f"{reason}: {self.precision.value}"
+        chosen_seconds = seconds[self.precision]
+        speed = num_windows * self.spec.seq_len / max(chosen_seconds, 1e-9)
+        return chosen_seconds, f"{reason}: {self.precision.value}, measured {speed:,.0f} tokens/s"
 
     def _is_bf16_emulated(self) -> bool:
         engine = self.ranks.local.engine

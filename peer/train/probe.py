@@ -38,6 +38,7 @@ from peer.parallel.devices import available_memory_bytes, describe_device
 from peer.train.step import Execution, MicroStep, Precision
 from protos.contract.errors import MachineError
 from protos.contract.run_spec import ModelSpec, plain_fields
+from protos.contract.text import counted
 
 AUTO = "auto"
 _MIN_SPEEDUP_RATIO = 1.15
@@ -312,7 +313,7 @@ def _with_size(plan: StepPlan, step: MicroStep) -> StepPlan:
     return replace(
         plan,
         micro_batch_sequences=sequences,
-        size_reason=f"{sequences} sequences (time allows {by_time}, memory {by_memory})",
+        size_reason=f"{counted(sequences, 'sequence')} (time allows {by_time}, memory {by_memory})",
     )
 
 
@@ -417,7 +418,7 @@ class _Measure:
     @property
     def _num_glimpses(self) -> float:
         """In a sequence."""
-        return self._whole.inputs_BT.shape[1] / self._num_glimpsed
+        return float(self._whole.inputs_BT.shape[1] / self._num_glimpsed)
 
     def _first_glimpse_seconds(self) -> float:
         """Finds how many tokens a glimpse has, and whether anything longer can be run."""

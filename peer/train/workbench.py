@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from peer.config import EXECUTIONS_OF_RANKS
 from peer.ipc import Message
 from peer.model.adamw8bit import STATE_BYTES
 from peer.model.decoder import Decoder, FlatParameters
@@ -196,7 +197,8 @@ def _wish(message: Message, *, num_devices: int) -> tuple[LayoutWish, str]:
     note = ""
     needed = (wish.dp or 1) * (wish.tp or 1) * (wish.pp or 1)
     if message.get("lost_devices") and needed > num_devices:
-        note = f"{needed} devices were asked for and {num_devices} are left: "
+        are = "is" if num_devices == 1 else "are"
+        note = f"{needed} devices were asked for and {num_devices} {are} left: "
         wish = replace(wish, dp=None, tp=None, pp=None, is_sharded=None, schedule=None)
     if message.get("saves_memory"):
         note += "memory was not enough, so activations are recomputed: "
@@ -293,7 +295,7 @@ def _check_ranks_can(spec: RunSpec, message: Message, layout: Layout) -> None:
             allowed="one device: muon needs whole matrices",
             remedy="join with one --device, or with one that holds the model",
         )
-    if message["execution"] not in (AUTO, Execution.EAGER):
+    if message["execution"] not in EXECUTIONS_OF_RANKS:
         raise MachineError(
             f"layout {layout.text} and execution {message['execution']}",
             allowed="auto or eager with several devices",

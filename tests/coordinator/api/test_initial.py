@@ -68,6 +68,12 @@ def test_the_file_brings_its_model_and_is_refused_for_other_tokens(tmp_path: Pat
     assert "corpus build --tokenizer" in refused.value.remedy
     path.write_bytes(path.read_bytes()[:40])
     assert not is_initial_file(path)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="transformers' form") as refused:
+        read_initial(exported, manifest)
+    assert f"`muster-peer import {exported} DIR`" in refused.value.remedy
     with pytest.raises(CorruptDataError):
         read_initial(path, manifest)
 

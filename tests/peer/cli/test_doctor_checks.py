@@ -12,6 +12,7 @@ import pytest
 
 from peer.cli.doctor_checks import check_network, check_step_plan, run_probe
 from peer.config import PeerConfig
+from peer.home import Home
 
 
 def _settings(folder: Path, control: str, wmem: str) -> Path:
@@ -69,3 +70,26 @@ def test_the_probe_leaves_a_step_cache_that_nobody_else_may_write(
     finally:
         os.umask(before)
     assert stat.S_IMODE(config.step_cache.stat().st_mode) == 0o700
+
+
+def test_the_step_of_a_peer_that_runs_on_several_ranks(tmp_path: Path) -> None:
+    config = PeerConfig(home=tmp_path)
+    status = {
+        "device": "2 x cpu tp=2 AVX512 bf16 eager",
+        "tokens_per_second": 3103.4,
+        "step_plan": "tp=2 on 2 of 2 devices: bf16, measured 3,857 tokens/s",
+    }
+    home = Home.open(tmp_path)
+    try:
+        home.run.mkdir(exist_ok=True)
+        (home.run / "status.json").write_text(json.dumps(status))
+        config.step_cache.mkdir(mode=0o700)
+        (config.step_cache / "plan-a.json").write_text(json.dumps({"reason": "of earlier"}))
+        found = check_step_plan(config).found
+        assert found.startswith(f"in use by pid {os.getpid()}: 2 x cpu tp=2"), found
+        assert "3,103 tokens/s in training; tp=2 on 2 of 2 devices" in found
+    finally:
+        home.close()
+    assert check_step_plan(config).found == "measured last: of earlier"
+    (config.step_cache / "plan-a.json").unlink()
+    assert check_step_plan(config).found.startswith("used last: 2 x cpu tp=2")

@@ -1,25 +1,36 @@
 """What a peer remembers of its run, and what it refuses to take part in."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from peer.config import PeerConfig
+from peer.coordinator_client import ClockOffset
 from peer.daemon.membership import (
     Membership,
     check_can_honour,
     describe_capabilities,
     is_same_run,
+    join_run,
     load_membership,
     needed_memory_bytes,
     save_membership,
 )
+from peer.identity import load_identity
 from protos.contract.certificate import Tag
 from protos.contract.channel import JoinString
 from protos.contract.codecs_wire import CODEC_NAMES
-from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
+from protos.contract.errors import (
+    CorruptDataError,
+    ErrorCode,
+    MachineError,
+    UnavailableError,
+    UsageError,
+)
 from protos.contract.model_shape import ModelShape
-from protos.contract.run_spec import TINY_MODEL, DataSpec, RunSpec
+from protos.contract.run_spec import TINY_MODEL, DataSpec, OptimizerSpec, RunSpec, StrategySpec
 from protos.contract.signing import SigningKey
 from protos.muster.v1 import common_pb2, membership_pb2
 
@@ -134,7 +145,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("devices", "layout", "words"),
     [
-        ("", "tp=2", "takes 2 devices, 1 are lent"),
+        ("", "tp=2", "takes 2 devices, 1 is lent"),
         ("cpu:2", "tp=2,pp=2", "takes 4 devices, 2 are lent"),
         ("cpu:4", "tp=4", "does not divide 6 query heads"),
         ("cpu:4", "pp=3", "more than 2 layers"),
@@ -152,3 +163,77 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
 def test_layouts_that_the_model_can_have() -> None:
     for layout in ("auto", "tp=2", "pp=2", "dp=4", "fsdp=2", "tp=2,pp=2,checkpointing=on"):
         check_can_honour(SPEC, PeerConfig(devices="cpu:4", layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "config", "words"),
+    [
+        ("muon", PeerConfig(devices="cpu:2", layout="tp=2"), "muon"),
+        ("adamw", PeerConfig(devices="cpu:2", layout="dp=2", execution="native"), "native"),
+        ("adamw", PeerConfig(devices="cpu:2", layout="pp=2", probe_interval_seconds=1), "probe_"),
+    ],
+)
+def test_what_needs_one_device_is_refused_with_several(
+    optimizer: str, config: PeerConfig, words: str
+) -> None:
+    strategy = StrategySpec(name="diloco", inner_steps=2, inner_batch_tokens=SPEC.model.seq_len)
+    spec = replace(SPEC, strategy=strategy, optimizer=OptimizerSpec(name=optimizer))
+    with pytest.raises(UsageError, match=words) as refusal:
+        check_can_honour(spec, config)
+    assert "layout" in refusal.value.found and "--layout" in refusal.value.remedy
+    check_can_honour(spec, replace(config, layout="auto"))
+
+
+class Coordinator:
+    """The calls of a joining peer, written down."""
+
+    certificate_pem = b"pem"
+
+    def __init__(self, peer_id: str) -> None:
+        self.calls: list[str] = []
+        self.response = membership_pb2.JoinResponse(peer_id=peer_id, run_spec=SPEC.to_wire())
+
+    async def challenge(self) -> tuple[bytes, ClockOffset]:
+        self.calls.append("challenge")
+        return b"n" * 32, ClockOffset(offset_seconds=0.0, uncertainty_seconds=0.001)
+
+    async def join(self, **_: object) -> membership_pb2.JoinResponse:
+        self.calls.append("join")
+        return self.response
+
+    async def leave(
+        self, request: membership_pb2.LeaveRequest, *, deadline_seconds: float
+    ) -> membership_pb2.LeaveResponse:
+        self.calls.append(request.reason)
+        raise UnavailableError("away")
+
+
+@pytest.mark.parametrize(
+    ("layout", "calls"),
+    [
+        ("tp=4", ["challenge", "join", "cannot take part: layout tp=4: tp=4 does not divide"]),
+        ("pp=3", ["challenge", "join", "cannot take part: layout pp=3: 3 pipeline stages are"]),
+        ("dp=5", []),
+        ("tp", []),
+        ("tp=2", ["challenge", "join"]),
+    ],
+)
+def test_who_cannot_train_the_run_does_not_stay_in_it(
+    tmp_path: Path, layout: str, calls: list[str]
+) -> None:
+    identity = load_identity(tmp_path)
+    coordinator = Coordinator(identity.peer_id)
+    joining = join_run(
+        coordinator,  # type: ignore[arg-type]
+        join_string=JOIN,
+        identity=identity,
+        config=PeerConfig(home=tmp_path, devices="cpu:4", layout=layout),
+    )
+    if layout == "tp=2":
+        asyncio.run(joining)
+    else:
+        with pytest.raises(UsageError):
+            asyncio.run(joining)
+    assert [
+        call.startswith(begin) for call, begin in zip(coordinator.calls, calls, strict=True)
+    ] == [True] * len(calls), coordinator.calls

@@ -39,7 +39,7 @@ def cpus(count: int, gib: float) -> Node:
 def test_a_small_model_on_one_device_takes_it_as_it_is() -> None:
     plan = plan_layout(TINY, cpus(1, 4))
     assert plan.layout.num_ranks == 1 and not plan.layout.has_checkpointing
-    assert plan.table.device_bytes < 4 * GIB and "tokens/s expected" in plan.reason
+    assert plan.table.device_bytes < 4 * GIB and "guessed" in plan.reason
     assert "GiB" in "\n".join(plan.lines())
 
 
@@ -109,6 +109,13 @@ def test_after_an_out_of_memory_a_turn_is_bounded() -> None:
         layout = plan_layout(TINY, cpus(2, 8), wish, max_turn_sequences=bound).layout
         assert layout.turn_sequences <= bound
     assert plan_layout(TINY, cpus(1, 8), max_turn_sequences=1).layout.turn_sequences == 1
+
+
+def test_a_wished_micro_batch_is_obeyed_until_memory_was_not_enough() -> None:
+    wish = parse_layout("dp=2,micro=16")
+    assert plan_layout(TINY, cpus(2, 8), wish).layout.micro_batch_sequences == 16
+    after = plan_layout(TINY, cpus(2, 8), wish, max_turn_sequences=8).layout
+    assert (after.micro_batch_sequences, after.turn_sequences) == (4, 8)
 
 
 def test_splitting_a_model_divides_what_a_rank_holds() -> None:

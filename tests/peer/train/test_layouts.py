@@ -32,7 +32,7 @@ def test_gradients_of_two_rounds_and_a_stop(tmp_path: Path) -> None:
         daemon.send("configure", **daemon.configuration | fields)
         ready = daemon.expect("ready")
         assert ready["num_ranks"] == 4 and ready["layout"] == "pp=2,tp=2"
-        assert "tokens/s expected" in ready["reason"] and "fp32" in ready["reason"]
+        assert "guessed" in ready["reason"] and "fp32" in ready["reason"]
         daemon.announce(round_windows=7)
         daemon.give(daemon.lease(1, 0, 10), daemon.lease(2, 10, 40))
         for outer_step, windows in enumerate([[(0, 7)], [(7, 10), (10, 14)]]):

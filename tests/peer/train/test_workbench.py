@@ -31,7 +31,7 @@ def test_the_wish_is_planned() -> None:
 def test_a_lost_device_is_not_planned_with_and_the_reason_says_so() -> None:
     plan, positions = plan_for(SPEC, MESSAGE | {"lost_devices": [1]})
     assert plan.layout.num_ranks == 1 and positions == (0,)
-    assert plan.reason.startswith("2 devices were asked for and 1 are left")
+    assert plan.reason.startswith("2 devices were asked for and 1 is left")
     plan, positions = plan_for(SPEC, MESSAGE | {"devices": "cpu:3", "lost_devices": [1]})
     assert plan.layout.tp == 2 and positions == (0, 2)
 
