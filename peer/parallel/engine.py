@@ -8,19 +8,18 @@ that every gradient lies as its parameter does, and `zero` comes before the next
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from peer.model.decoder import Decoder, DecoderPart
 from peer.model.inner_optimizer import InnerOptimizer
-from peer.model.loss import examples_on, summed_loss
+from peer.model.loss import examples_on, head_loss
 from peer.model.objectives import Examples
 from peer.parallel.bridge import CanonicalVector, Piece, collect, scatter
 from peer.parallel.layout import Layout, Schedule, stage_layers, stages_of_rank
@@ -31,6 +30,7 @@ from peer.parallel.tensor import (
     add_hooks,
     distributed_parameter,
     local_extent,
+    vocabulary_loss,
     weight_placement,
 )
 from protos.contract.model_shape import ModelShape
@@ -172,10 +172,7 @@ class RankEngine:
         if examples.inputs_BT.shape[0]:
             self._batch = Batch(*examples_on(examples, self.device))
             kind = self.device.type
-            with (
-                loss_parallel() if self._mesh is not None else nullcontext(),
-                torch.autocast(kind, dtype=torch.bfloat16, enabled=self.is_bf16),
-            ):
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.is_bf16):
                 nats = self._run_batch(self._batch)
             self._batch = None
         is_finite = math.isfinite(nats) and self._are_grads_finite()
@@ -194,7 +191,7 @@ class RankEngine:
         for begin in range(0, num_windows, size):
             rows = torch.arange(begin, min(begin + size, num_windows))
             micro = batch.rows(rows)
-            loss = _loss_of(part(micro.inputs_BT, mask=micro.mask), micro)
+            loss = part(micro.inputs_BT, mask=micro.mask, head=partial(_loss_of, batch=micro))
             nats += float(loss.detach())
             with torch.autocast(self.device.type, enabled=False):
                 loss.backward()  # also if not finite: sharded parameters are let go of by it
@@ -307,8 +304,10 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _loss_of(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    return summed_loss(logits_BTV, batch.labels_BT, batch.weights_B)
+def _loss_of(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> Tensor:
+    is_dealt = isinstance(hidden_BTD, DTensor)
+    loss = vocabulary_loss if is_dealt else head_loss
+    return loss(hidden_BTD, weight_VD, batch.labels_BT, batch.weights_B)
 
 
 def micro_batches(layout: Layout, num_windows: int) -> tuple[int, int]:

@@ -49,8 +49,8 @@ class Batch:
         )
 
 
-LossOf = Callable[[Tensor, Batch], Tensor]
-"""(logits, batch) -> summed loss in nats."""
+LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
+"""(normed stream, weight of the head, batch) -> summed loss in nats."""
 
 
 class StageModule(nn.Module):
@@ -74,7 +74,7 @@ class StageModule(nn.Module):
             x = from_neighbour(x, self._mesh)
         x = decoder.run_layers(x, 0, batch.inputs_BT.shape[1], None, batch.mask)
         if decoder.part.is_last:
-            return self._loss_of(decoder.logits(x), batch)
+            return self._loss_of(decoder.norm(x), decoder.head_weight, batch)
         return x.to_local() if self._mesh is not None else x
 
 

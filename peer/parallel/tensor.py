@@ -1,5 +1,5 @@
 """Tensor parallel: every matrix cut over the ranks of the tp axis, with sequence parallel between
-the layers and the loss computed on shards of the vocabulary (Shoeybi et al. 2019, Korthikanti et
+the layers and the loss computed on shares of the vocabulary (Shoeybi et al. 2019, Korthikanti et
 al. 2022). Parameters are DTensors; hooks on the model's modules move the activations.
 
 - embedding and head: rows (words); the vocabulary need not divide.
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from peer.model.decoder import Decoder
+from peer.model.loss import VocabularyShare, pieced_loss
 from peer.parallel.layout import has_replicated_kv, kv_heads_of_rank
 from protos.contract.model_shape import ModelShape
 
@@ -79,13 +80,22 @@ def add_hooks(part: Decoder, mesh: DeviceMesh) -> None:
         )
         attention.wo.register_forward_hook(_to_sequence)
         layer.mlp.w2.register_forward_hook(_to_sequence)
-    if part.part.is_last:
-        part.head.register_forward_pre_hook(_gather)
 
 
 def from_neighbour(x_BTD: Tensor, mesh: DeviceMesh) -> Tensor:
     """A stage's input, a shard of the sequence, as DTensor."""
     return DTensor.from_local(x_BTD, mesh, [SEQUENCE], run_check=False)
+
+
+def vocabulary_loss(
+    hidden_BTD: DTensor, weight_VD: DTensor, labels_BT: Tensor, weights_B: Tensor | None
+) -> Tensor:
+    """Summed loss of the head's words on all ranks, the same on each; no rank has all logits."""
+    mesh = weight_VD.device_mesh
+    _, (begin, _) = local_extent(tuple(weight_VD.shape), mesh, ROWS)
+    whole_BTD = hidden_BTD.redistribute(placements=[WHOLE]).to_local(grad_placements=[Partial()])
+    share = VocabularyShare(begin, mesh.get_group())
+    return pieced_loss(whole_BTD, weight_VD.to_local(), labels_BT, weights_B, share)
 
 
 def _gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
