@@ -4,11 +4,9 @@ mean divides once.
 Letters: B sequences, T positions, N = B T of them in a row, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,22 +40,19 @@ def head_loss(
     return pieced_loss(hidden_BTD, weight_VD, labels_BT, weights_B)
 
 
-@dataclass(frozen=True, slots=True)
-class VocabularyShare:
-    """A rank's words of a vocabulary that is dealt over a group."""
+class VocabularyShare(Protocol):
+    """A rank's words of a vocabulary that is dealt over several (peer/parallel/tensor.py)."""
 
-    begin: int
-    group: dist.ProcessGroup
+    @property
+    def begin(self) -> int:
+        """The first of them."""
+        ...
 
     def combined(self, total_N: Tensor, picked_N: Tensor) -> tuple[Tensor, Tensor]:
         """(log of the summed exponentials, logit of the label) over all words from those of one's
         own; every rank calls this and gets the same.
         """
-        highest_N = total_N.clone()
-        dist.all_reduce(highest_N, dist.ReduceOp.MAX, group=self.group)
-        sums = torch.stack(((total_N - highest_N).exp(), picked_N))
-        dist.all_reduce(sums, group=self.group)
-        return highest_N + sums[0].log(), sums[1]
+        ...
 
 
 def pieced_loss(

@@ -9,16 +9,18 @@ al. 2022). Parameters are DTensors; hooks on the model's modules move the activa
 - norms: whole, on a shard of the sequence, so their gradients are partial sums too.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from peer.model.decoder import Decoder
-from peer.model.loss import VocabularyShare, pieced_loss
+from peer.model.loss import pieced_loss
 from peer.parallel.layout import has_replicated_kv, kv_heads_of_rank
 from protos.contract.model_shape import ModelShape
 
@@ -87,6 +89,22 @@ def from_neighbour(x_BTD: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(x_BTD, mesh, [SEQUENCE], run_check=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """VocabularyShare of a process group."""
+
+    begin: int
+    group: dist.ProcessGroup
+
+    def combined(self, total_N: Tensor, picked_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Two messages: the highest sums, then what is left of all."""
+        highest_N = total_N.clone()
+        dist.all_reduce(highest_N, dist.ReduceOp.MAX, group=self.group)
+        sums = torch.stack(((total_N - highest_N).exp(), picked_N))
+        dist.all_reduce(sums, group=self.group)
+        return highest_N + sums[0].log(), sums[1]
+
+
 def vocabulary_loss(
     hidden_BTD: DTensor, weight_VD: DTensor, labels_BT: Tensor, weights_B: Tensor | None
 ) -> Tensor:
@@ -94,8 +112,8 @@ def vocabulary_loss(
     mesh = weight_VD.device_mesh
     _, (begin, _) = local_extent(tuple(weight_VD.shape), mesh, ROWS)
     whole_BTD = hidden_BTD.redistribute(placements=[WHOLE]).to_local(grad_placements=[Partial()])
-    share = VocabularyShare(begin, mesh.get_group())
-    return pieced_loss(whole_BTD, weight_VD.to_local(), labels_BT, weights_B, share)
+    words = _Words(begin, mesh.get_group())
+    return pieced_loss(whole_BTD, weight_VD.to_local(), labels_BT, weights_B, words)
 
 
 def _gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
