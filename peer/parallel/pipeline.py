@@ -8,6 +8,7 @@ nothing.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,15 +60,27 @@ class StageModule(nn.Module):
     """
 
     def __init__(
-        self, part: Decoder, batch: Callable[[], Batch], loss_of: LossOf, mesh: DeviceMesh | None
+        self,
+        part: Decoder,
+        batch: Callable[[], Batch],
+        loss_of: LossOf,
+        mesh: DeviceMesh | None,
+        watched: Callable[[Batch], AbstractContextManager[None]],
     ) -> None:
+        """`watched`: context of the forward pass of a micro-batch."""
         super().__init__()
         self.decoder = part
         self._batch, self._loss_of, self._mesh = batch, loss_of, mesh
+        self._watched = watched
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """`x`: tokens_BT or the stream of the stage before; `rows` of the turn's windows."""
-        decoder, batch = self.decoder, self._batch().rows(rows)
+        batch = self._batch().rows(rows)
+        with self._watched(batch):
+            return self._forward(x, batch)
+
+    def _forward(self, x: Tensor, batch: Batch) -> Tensor:
+        decoder = self.decoder
         if decoder.part.is_first:
             x = decoder.tok_embeddings(x)
         elif self._mesh is not None:
