@@ -30,6 +30,8 @@ from protos.contract.run_spec import ModelSpec
 _Filled = TypeVar("_Filled")
 KeyValueCache = list[list[Tensor]]
 """For each layer nothing yet, or its keys_BGSK and values_BGSK."""
+HeadUse = Callable[[Tensor, Tensor], Tensor]
+"""What to make of the normed hidden_BTD and the head's weight_VD instead of logits."""
 
 
 class Norm(Weight):
@@ -139,10 +141,14 @@ class Decoder(nn.Module):
         self._mask_TT = attention_mask(spec.seq_len, device=device)
 
     def forward(
-        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
+        head: HeadUse | None = None,
     ) -> Tensor:
         """Logits_BTV of the next token at each position; with a cache, of the T positions after the
-        cached ones.
+        cached ones; or what `head` makes in their place.
 
         At most seq_len positions in all. `mask`: mask_TS or mask_BTS of peer/model/masks.py instead
         of the causal one, S being all positions so far.
@@ -150,7 +156,7 @@ class Decoder(nn.Module):
         begin = cache[0][0].shape[2] if cache is not None and cache[0] else 0
         end = begin + tokens_BT.shape[1]
         x_BTD = self.run_layers(self.tok_embeddings(tokens_BT), begin, end, cache, mask)
-        return self.logits(x_BTD)
+        return self.logits(x_BTD) if head is None else head(self.norm(x_BTD), self.head_weight)
 
     def run_layers(
         self,

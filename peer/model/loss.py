@@ -4,7 +4,7 @@ mean divides once.
 Letters: B sequences, T positions, N = B T of them in a row, D model width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +21,51 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, weights_B: Tensor | None 
     logits = logits_BTV.float().flatten(0, 1)
     reduction = "sum" if weights_B is None else "none"
     nats = F.cross_entropy(logits, labels_BT.flatten(), reduction=reduction, ignore_index=IGNORED)
-    if hasattr(nats, "to_local"):  # DTensor of a sharded vocabulary: the same on every rank
-        nats = nats.to_local()
     if weights_B is None:
         return nats
     return (nats.view(labels_BT.shape).sum(dim=1) * weights_B).sum()
 
 
 MAX_WHOLE_LOGITS = 2**25
-"""Values; more are never in memory at once where `pieced_loss` is used."""
-_PIECE_LOGITS = 2**24
+"""Values; more are never in memory at once where `head_loss` is used."""
+PIECE_LOGITS = 2**24
+
+
+def head_loss(
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, weights_B: Tensor | None = None
+) -> Tensor:
+    """`summed_loss` of the logits hidden_BTD weight_VD^T, in pieces if they are many."""
+    if labels_BT.numel() * weight_VD.shape[0] <= MAX_WHOLE_LOGITS:
+        return summed_loss(F.linear(hidden_BTD, weight_VD), labels_BT, weights_B)
+    return pieced_loss(hidden_BTD, weight_VD, labels_BT, weights_B)
+
+
+class VocabularyShare(Protocol):
+    """A rank's words of a vocabulary that is dealt over several (peer/parallel/tensor.py)."""
+
+    @property
+    def begin(self) -> int:
+        """The first of them."""
+        ...
+
+    def combined(self, total_N: Tensor, picked_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(log of the summed exponentials, logit of the label) over all words from those of one's
+        own; every rank calls this and gets the same.
+        """
+        ...
 
 
 def pieced_loss(
-    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, weights_B: Tensor | None = None
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    weights_B: Tensor | None = None,
+    share: VocabularyShare | None = None,
 ) -> Tensor:
     """`summed_loss` of the logits hidden_BTD weight_VD^T, piece by piece: each piece's gradients
     are made at once, so neither logits nor their gradients are kept. Under autocast products are
-    in its precision, sums over pieces in fp32.
+    in its precision, sums over pieces in fp32. With a `share`, `weight_VD` has its words only:
+    the loss is that of all words, the gradient of `hidden_BTD` a partial sum.
     """
     weights_N = torch.ones_like(labels_BT, dtype=torch.float32)
     if weights_B is not None:
@@ -46,7 +73,7 @@ def pieced_loss(
     labels_N = labels_BT.flatten()
     weights_N = torch.where(labels_N == IGNORED, 0.0, weights_N.flatten())
     nats: Tensor = _PiecedHead.apply(  # type: ignore[no-untyped-call]
-        hidden_BTD.flatten(0, 1), weight_VD, labels_N.clamp_min(0), weights_N
+        hidden_BTD.flatten(0, 1), weight_VD, labels_N.clamp_min(0), weights_N, share
     )
     return nats
 
@@ -56,7 +83,12 @@ class _PiecedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        share: VocabularyShare | None,
     ) -> Tensor:
         """Nats, summed; gradients of both inputs are kept."""
         kind = hidden_ND.device.type
@@ -67,27 +99,36 @@ class _PiecedHead(torch.autograd.Function):
             grad_ND = torch.empty_like(hidden_ND)
             grad_VD = torch.zeros_like(weight_VD)
             nats = torch.zeros((), device=hidden_ND.device)
-            size = max(1, _PIECE_LOGITS // weight_VD.shape[0])
+            num_words = weight_VD.shape[0]
+            size = max(1, PIECE_LOGITS // num_words)
+            own_N = labels_N - (share.begin if share else 0)
+            is_own_N = (own_N >= 0) & (own_N < num_words)
+            own_N = own_N.clamp(0, num_words - 1)
             for begin in range(0, hidden_ND.shape[0], size):
                 rows = slice(begin, begin + size)
-                hidden, labels, weights = hidden_ND[rows].to(dtype), labels_N[rows], weights_N[rows]
+                hidden, own, is_own = hidden_ND[rows].to(dtype), own_N[rows], is_own_N[rows]
                 logits = (hidden @ product_VD.t()).float()
                 total = logits.logsumexp(dim=1)
-                picked = logits.gather(1, labels[:, None])[:, 0]
-                nats += ((total - picked) * weights).sum()
+                picked = torch.where(is_own, logits.gather(1, own[:, None])[:, 0], 0.0)
+                if share is not None:
+                    total, picked = share.combined(total, picked)
+                nats += ((total - picked) * weights_N[rows]).sum()
                 grad = logits.sub_(total[:, None]).exp_()
-                grad[torch.arange(labels.numel(), device=grad.device), labels] -= 1.0
-                grad = grad.mul_(weights[:, None]).to(dtype)
+                grad[torch.arange(own.numel(), device=grad.device), own] -= is_own.float()
+                grad = grad.mul_(weights_N[rows][:, None]).to(dtype)
                 grad_ND[rows] = grad @ product_VD
-                grad_VD += grad.t() @ hidden
+                if dtype == grad_VD.dtype:
+                    grad_VD.addmm_(grad.t(), hidden)
+                else:
+                    grad_VD += grad.t() @ hidden
         ctx.save_for_backward(grad_ND, grad_VD)
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """The gradients that were kept, times `grad`, which has one value."""
         grad_ND, grad_VD = ctx.saved_tensors
-        return grad_ND * grad, grad_VD * grad, None, None
+        return grad_ND * grad, grad_VD * grad, None, None, None
 
 
 def examples_on(

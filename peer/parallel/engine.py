@@ -8,20 +8,21 @@ that every gradient lies as its parameter does, and `zero` comes before the next
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from peer.model.decoder import Decoder, DecoderPart
 from peer.model.inner_optimizer import InnerOptimizer
-from peer.model.loss import examples_on, summed_loss
-from peer.model.objectives import Examples
+from peer.model.loss import examples_on, head_loss
+from peer.model.objectives import IGNORED, Examples
+from peer.model.probe import LayerProbe, Sums, gradient_sums
 from peer.parallel.bridge import CanonicalVector, Piece, collect, scatter
 from peer.parallel.layout import Layout, Schedule, stage_layers, stages_of_rank
 from peer.parallel.mesh import Groups, Place
@@ -31,6 +32,7 @@ from peer.parallel.tensor import (
     add_hooks,
     distributed_parameter,
     local_extent,
+    vocabulary_loss,
     weight_placement,
 )
 from protos.contract.model_shape import ModelShape
@@ -81,12 +83,15 @@ class RankEngine:
         self._last = layout.num_stages - 1
         self._batch: Batch | None = None
         self._modules = {
-            stage: StageModule(part, self._current_batch, _loss_of, self._mesh)
+            stage: StageModule(part, self._current_batch, _loss_of, self._mesh, self._watched)
             for stage, part in self.parts.items()
         }
         self._schedule_by_shape: dict[tuple[int, int], object] = {}
         self._optimizer: InnerOptimizer | None = None
         self._is_finished = self._is_tied_summed = False
+        self._probe: LayerProbe | None = None
+        self.layer_sums: tuple[dict[str, Sums], dict[str, Sums]] = {}, {}
+        """(activations, gradients) of this rank's parts in the last turn that was watched."""
 
     # Memory.
 
@@ -163,6 +168,22 @@ class RankEngine:
         assert self._batch is not None
         return self._batch
 
+    def watch(self, examples: Examples) -> tuple[float, bool]:
+        """`run`, for `layer_sums` too; the gradients before must be zero. Every rank does the same.
+        They are made whole one by one for it, beside those that add up, which stay as they are.
+        """
+        with LayerProbe(*self.parts.values(), looks_always=False) as self._probe:
+            result = self.run(examples)
+        grads = ((piece.name, grad) for piece, grad in self._whole_grads() if piece.is_owned)
+        self.layer_sums = self._probe.activations, gradient_sums(grads)
+        self._probe = None
+        return result
+
+    def _watched(self, batch: Batch) -> AbstractContextManager[None]:
+        if self._probe is None:
+            return nullcontext()
+        return self._probe.looking_at((batch.labels_BT != IGNORED).any(dim=1))  # without padding
+
     def run(self, examples: Examples) -> tuple[float, bool]:
         """Forward and backward of this copy's windows; returns (summed loss in nats if this is the
         rank that counts it, else 0; True if loss and gradients here are finite).
@@ -172,10 +193,7 @@ class RankEngine:
         if examples.inputs_BT.shape[0]:
             self._batch = Batch(*examples_on(examples, self.device))
             kind = self.device.type
-            with (
-                loss_parallel() if self._mesh is not None else nullcontext(),
-                torch.autocast(kind, dtype=torch.bfloat16, enabled=self.is_bf16),
-            ):
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.is_bf16):
                 nats = self._run_batch(self._batch)
             self._batch = None
         is_finite = math.isfinite(nats) and self._are_grads_finite()
@@ -194,7 +212,8 @@ class RankEngine:
         for begin in range(0, num_windows, size):
             rows = torch.arange(begin, min(begin + size, num_windows))
             micro = batch.rows(rows)
-            loss = _loss_of(part(micro.inputs_BT, mask=micro.mask), micro)
+            with self._watched(micro):
+                loss = part(micro.inputs_BT, mask=micro.mask, head=partial(_loss_of, batch=micro))
             nats += float(loss.detach())
             with torch.autocast(self.device.type, enabled=False):
                 loss.backward()  # also if not finite: sharded parameters are let go of by it
@@ -247,15 +266,31 @@ class RankEngine:
 
     def _make_whole(self) -> None:
         for held in self._held:
-            grad = held.parameter.grad
-            if grad is None:
-                grad = torch.zeros_like(held.parameter)
-            if isinstance(grad, DTensor) and isinstance(held.parameter, DTensor):
-                grad = grad.redistribute(placements=held.parameter.placements)
-            held.parameter.grad = grad
+            held.parameter.grad = _placed_grad(held.parameter)
         if self._groups.dp is not None and not self.layout.is_sharded:
             for held in self._held:
                 dist.all_reduce(held.grad, group=self._groups.dp)
+
+    @torch.no_grad()
+    def _whole_grads(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Copies of the gradients as `finish` would make them, one after the other."""
+
+        def whole(held: _Held) -> Tensor:
+            grad = _local(_placed_grad(held.parameter)).clone()
+            if self._groups.dp is not None and not self.layout.is_sharded:
+                dist.all_reduce(grad, group=self._groups.dp)
+            return grad
+
+        copies = self._tied()
+        for held in self._held:
+            if held.piece.name != _EMBEDDING or not copies:
+                yield held.piece, whole(held)
+            elif len(copies) == 1:
+                grad = whole(held)
+                dist.all_reduce(grad, group=self._groups.embedding)
+                yield held.piece, grad
+            else:
+                yield held.piece, whole(copies[0]) + whole(copies[1])
 
     def _tied(self) -> list[_Held]:
         """This rank's copies of an embedding that several stages hold."""
@@ -302,13 +337,23 @@ class RankEngine:
         self.zero()
 
 
+def _placed_grad(parameter: nn.Parameter) -> Tensor:
+    """Gradient, zeros if there is none, that lies as its parameter does; partial sums are added."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
+        grad = grad.redistribute(placements=parameter.placements)
+    return grad
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part; of a DTensor the very memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _loss_of(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    return summed_loss(logits_BTV, batch.labels_BT, batch.weights_B)
+def _loss_of(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> Tensor:
+    is_dealt = isinstance(hidden_BTD, DTensor)
+    loss = vocabulary_loss if is_dealt else head_loss
+    return loss(hidden_BTD, weight_VD, batch.labels_BT, batch.weights_B)
 
 
 def micro_batches(layout: Layout, num_windows: int) -> tuple[int, int]:

@@ -199,8 +199,8 @@ def why_impossible(layout: Layout, shape: ModelShape) -> str:
             return f"tp={tp} does not divide the sequence length {shape.seq_len}"
         if shape.d_ff % tp:
             return f"tp={tp} does not divide d_ff {shape.d_ff}"
-        if shape.vocab_size < tp:
-            return f"tp={tp} is more than {shape.vocab_size} words of the vocabulary"
+        if -(-shape.vocab_size // tp) * (tp - 1) >= shape.vocab_size:
+            return f"tp={tp} leaves a rank without any of {shape.vocab_size} words"
     if layout.num_stages > shape.num_layers:
         return (
             f"{layout.num_stages} pipeline stages are more than "

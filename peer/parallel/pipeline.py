@@ -8,6 +8,7 @@ nothing.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,8 @@ class Batch:
         )
 
 
-LossOf = Callable[[Tensor, Batch], Tensor]
-"""(logits, batch) -> summed loss in nats."""
+LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
+"""(normed stream, weight of the head, batch) -> summed loss in nats."""
 
 
 class StageModule(nn.Module):
@@ -59,22 +60,34 @@ class StageModule(nn.Module):
     """
 
     def __init__(
-        self, part: Decoder, batch: Callable[[], Batch], loss_of: LossOf, mesh: DeviceMesh | None
+        self,
+        part: Decoder,
+        batch: Callable[[], Batch],
+        loss_of: LossOf,
+        mesh: DeviceMesh | None,
+        watched: Callable[[Batch], AbstractContextManager[None]],
     ) -> None:
+        """`watched`: context of the forward pass of a micro-batch."""
         super().__init__()
         self.decoder = part
         self._batch, self._loss_of, self._mesh = batch, loss_of, mesh
+        self._watched = watched
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """`x`: tokens_BT or the stream of the stage before; `rows` of the turn's windows."""
-        decoder, batch = self.decoder, self._batch().rows(rows)
+        batch = self._batch().rows(rows)
+        with self._watched(batch):
+            return self._forward(x, batch)
+
+    def _forward(self, x: Tensor, batch: Batch) -> Tensor:
+        decoder = self.decoder
         if decoder.part.is_first:
             x = decoder.tok_embeddings(x)
         elif self._mesh is not None:
             x = from_neighbour(x, self._mesh)
         x = decoder.run_layers(x, 0, batch.inputs_BT.shape[1], None, batch.mask)
         if decoder.part.is_last:
-            return self._loss_of(decoder.logits(x), batch)
+            return self._loss_of(decoder.norm(x), decoder.head_weight, batch)
         return x if self._mesh is None else local_part(x)
 
 

@@ -71,12 +71,14 @@ class LocalRank:
         gc.freeze()
         return {"num_values": self.engine.num_values}
 
-    def run(self, examples: Examples, *, is_bf16: bool) -> dict[str, Any]:
-        """Forward and backward."""
+    def run(self, examples: Examples, *, is_bf16: bool, is_watched: bool) -> dict[str, Any]:
+        """Forward and backward; `layer_sums` of a turn that is watched."""
         assert self.engine is not None
         self.engine.is_bf16 = is_bf16
-        total_nats, is_finite = self.engine.run(examples)
-        return {"total_nats": total_nats, "is_finite": is_finite}
+        run = self.engine.watch if is_watched else self.engine.run
+        total_nats, is_finite = run(examples)
+        answer = {"total_nats": total_nats, "is_finite": is_finite}
+        return answer | ({"layer_sums": self.engine.layer_sums} if is_watched else {})
 
     def do(self, message: Message) -> dict[str, Any]:
         """Whatever needs no data."""
@@ -120,7 +122,9 @@ def serve(channel: Channel, rank: int) -> None:
                 answer = local.configure(message)
             case "run":
                 examples = examples_from(message["examples"])
-                answer = local.run(examples, is_bf16=message["is_bf16"])
+                answer = local.run(
+                    examples, is_bf16=message["is_bf16"], is_watched=message["is_watched"]
+                )
             case _:
                 answer = local.do(message)
         channel.send("done", **answer)

@@ -19,6 +19,7 @@ import numpy as np
 
 from peer.ipc import Channel, ChannelClosed, Message
 from peer.model.objectives import Examples
+from peer.model.probe import Sums, merged
 from peer.parallel.devices import is_device_lost, is_out_of_memory
 from peer.parallel.engine import deal
 from peer.parallel.faults import GROUP_TIMEOUT_SECONDS, LocalRankError
@@ -50,6 +51,10 @@ class LocalRanks:
         self._positions = tuple(positions or range(num_ranks))
         self.is_broken = False
         """True after a LocalRankError: of no use any more."""
+        self.has_grads = False
+        """True from a turn until they are zeroed."""
+        self.layer_sums: tuple[dict[str, Sums], dict[str, Sums]] = {}, {}
+        """(activations, gradients) of the whole model in the last turn that was watched."""
         self._vector_fd = os.memfd_create("muster-node", os.MFD_CLOEXEC)
         os.ftruncate(self._vector_fd, 4 * num_values)
         self.vector: Float32Vector = np.memmap(
@@ -91,7 +96,7 @@ class LocalRanks:
         timeout_seconds: float = GROUP_TIMEOUT_SECONDS,
     ) -> None:
         """Build a layout on the first ranks, anew if there was one. Raises LocalRankError."""
-        self.layout = layout
+        self.layout, self.has_grads = layout, False
         self._wait_for_start()
         self._generation += 1
         self.timeout_seconds = timeout_seconds
@@ -120,21 +125,30 @@ class LocalRanks:
                     raise self._blame(_START, f"rank {rank} did not start")
                 self._is_started[rank] = True
 
-    def run(self, examples: Examples, *, is_bf16: bool = False) -> tuple[float, bool]:
-        """Forward and backward of one turn: (summed loss in nats, True if all is finite)."""
+    def run(
+        self, examples: Examples, *, is_bf16: bool = False, is_watched: bool = False
+    ) -> tuple[float, bool]:
+        """Forward and backward of one turn: (summed loss in nats, True if all is finite). A turn
+        that is watched gives `layer_sums`; gradients before it must be zero.
+        """
+        assert not (is_watched and self.has_grads)
+        how = {"is_bf16": is_bf16, "is_watched": is_watched}
         shares = deal(examples, self.layout)
         fields = []
         for rank in range(self.layout.num_ranks):
             share = shares[Place.of(rank, self.layout).dp_rank]
-            fields.append({"examples": plain_examples(share), "is_bf16": is_bf16})
-        answers = self._everywhere(
-            "run", fields, lambda: self.local.run(shares[0], is_bf16=is_bf16)
-        )
+            fields.append({"examples": plain_examples(share)} | how)
+        answers = self._everywhere("run", fields, lambda: self.local.run(shares[0], **how))
+        self.has_grads = True
+        if is_watched:
+            activations, gradients = zip(*(a["layer_sums"] for a in answers), strict=True)
+            self.layer_sums = merged(activations), merged(gradients)
         return sum(a["total_nats"] for a in answers), all(a["is_finite"] for a in answers)
 
     def call(self, kind: str, **fields: Any) -> list[Message]:
         """Have every rank do one of: load, store, store_grads, norm, zero, inner_step."""
         message = {"kind": kind, **fields}
+        self.has_grads &= kind not in ("zero", "inner_step")
         return self._everywhere(
             kind, [fields] * self.layout.num_ranks, lambda: self.local.do(message)
         )

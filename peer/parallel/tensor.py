@@ -1,5 +1,5 @@
 """Tensor parallel: every matrix cut over the ranks of the tp axis, with sequence parallel between
-the layers and the loss computed on shards of the vocabulary (Shoeybi et al. 2019, Korthikanti et
+the layers and the loss computed on shares of the vocabulary (Shoeybi et al. 2019, Korthikanti et
 al. 2022). Parameters are DTensors; hooks on the model's modules move the activations.
 
 - embedding and head: rows (words); the vocabulary need not divide.
@@ -9,15 +9,18 @@ al. 2022). Parameters are DTensors; hooks on the model's modules move the activa
 - norms: whole, on a shard of the sequence, so their gradients are partial sums too.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from peer.model.decoder import Decoder, Layer
+from peer.model.loss import pieced_loss
 from peer.parallel.layout import has_replicated_kv, kv_heads_of_rank
 from protos.contract.model_shape import ModelShape
 
@@ -80,8 +83,6 @@ def add_hooks(part: Decoder, mesh: DeviceMesh) -> None:
         )
         attention.wo.register_forward_hook(_to_sequence)
         layer.mlp.w2.register_forward_hook(_to_sequence)
-    if part.part.is_last:
-        part.head.register_forward_pre_hook(_gather)
 
 
 def from_neighbour(x_BTD: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -93,6 +94,33 @@ def local_part(x: Tensor) -> Tensor:
     """This rank's share of a distributed tensor."""
     assert isinstance(x, DTensor)
     return x.to_local()
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """VocabularyShare of a process group."""
+
+    begin: int
+    group: dist.ProcessGroup
+
+    def combined(self, total_N: Tensor, picked_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Two messages: the highest sums, then what is left of all."""
+        highest_N = total_N.clone()
+        dist.all_reduce(highest_N, dist.ReduceOp.MAX, group=self.group)
+        sums = torch.stack(((total_N - highest_N).exp(), picked_N))
+        dist.all_reduce(sums, group=self.group)
+        return highest_N + sums[0].log(), sums[1]
+
+
+def vocabulary_loss(
+    hidden_BTD: DTensor, weight_VD: DTensor, labels_BT: Tensor, weights_B: Tensor | None
+) -> Tensor:
+    """Summed loss of the head's words on all ranks, the same on each; no rank has all logits."""
+    mesh = weight_VD.device_mesh
+    _, (begin, _) = local_extent(tuple(weight_VD.shape), mesh, ROWS)
+    whole_BTD = hidden_BTD.redistribute(placements=[WHOLE]).to_local(grad_placements=[Partial()])
+    words = _Words(begin, mesh.get_group())
+    return pieced_loss(whole_BTD, weight_VD.to_local(), labels_BT, weights_B, words)
 
 
 def _gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

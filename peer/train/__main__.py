@@ -37,7 +37,7 @@ from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.loop import TrainLoop
 from peer.train.node_step import NodeStep
-from peer.train.probed_step import ProbedStep
+from peer.train.probed_step import ProbedStep, Timer
 from peer.train.step import MicroStep
 from peer.train.workbench import Workbench, build_workbench, leader_position
 from protos.contract.errors import MusterError, UsageError
@@ -111,7 +111,7 @@ def probed(bench: Workbench, interval_seconds: float, link: DaemonLink) -> Micro
     def report(stats: tuple[LayerStats, ...]) -> None:
         link.send("layer_stats", layers=[asdict(layer) for layer in stats])
 
-    return ProbedStep(bench.step, interval_seconds=interval_seconds, report=report)
+    return ProbedStep(bench.step, timer=Timer(interval_seconds), report=report)
 
 
 def run_trainer(link: DaemonLink, vectors: SharedVectors) -> str:

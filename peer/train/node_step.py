@@ -42,10 +42,10 @@ class NodeStep:
         """Context for evaluations, which are made on this process's CPU."""
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=False)
 
-    def run(self, examples: Examples) -> StepResult:
+    def run(self, examples: Examples, *, is_watched: bool = False) -> StepResult:
         """Forward and backward; gradients are added to those before. Raises LocalRankError."""
         is_bf16 = self.precision is Precision.BF16
-        total_nats, is_finite = self.ranks.run(examples, is_bf16=is_bf16)
+        total_nats, is_finite = self.ranks.run(examples, is_bf16=is_bf16, is_watched=is_watched)
         return StepResult(
             total_nats=total_nats, num_tokens=examples.num_tokens, is_finite=is_finite
         )

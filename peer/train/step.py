@@ -10,6 +10,7 @@ Letters: B sequences, T positions.
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.kernels import BuiltKernels, Kernels
-from peer.model.loss import MAX_WHOLE_LOGITS, examples_on, pieced_loss, summed_loss
+from peer.model.loss import examples_on, head_loss
 from peer.model.native import NativeDecoder
 from peer.model.objectives import Examples
 from protos.contract.run_spec import ModelSpec
@@ -148,12 +149,10 @@ class MicroStep:
     ) -> Tensor:
         self.parameters.grads.zero_()
         with self.autocast():
-            if inputs_BT.numel() * self.spec.vocab_size <= MAX_WHOLE_LOGITS:
-                loss = summed_loss(self.model(inputs_BT, mask=mask), labels_BT, weights_B)
-            else:
-                x_BTD = self.model.tok_embeddings(inputs_BT)
-                x_BTD = self.model.run_layers(x_BTD, 0, inputs_BT.shape[1], mask=mask)
-                hidden_BTD = self.model.norm(x_BTD)
-                loss = pieced_loss(hidden_BTD, self.model.head_weight, labels_BT, weights_B)
+            loss = self.model(
+                inputs_BT,
+                mask=mask,
+                head=partial(head_loss, labels_BT=labels_BT, weights_B=weights_B),
+            )
         loss.backward()
         return loss.detach()

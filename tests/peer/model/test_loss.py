@@ -29,8 +29,8 @@ def test_pieces_give_the_same_step(
     model, flat = build(spec)
     step = MicroStep(model, flat, precision=precision)
     expected, grads = step.run(examples), flat.grads.clone()
-    monkeypatch.setattr("peer.train.step.MAX_WHOLE_LOGITS", 0)
-    monkeypatch.setattr(loss_module, "_PIECE_LOGITS", 7 * spec.vocab_size)  # does not divide
+    monkeypatch.setattr(loss_module, "MAX_WHOLE_LOGITS", 0)
+    monkeypatch.setattr(loss_module, "PIECE_LOGITS", 7 * spec.vocab_size)  # does not divide
     found = step.run(examples)
     tolerance = 2e-6 if precision is Precision.FP32 else 2e-2
     assert found.total_nats == pytest.approx(expected.total_nats, rel=tolerance)

@@ -10,7 +10,7 @@ from peer.model.kernels import find_kernels
 from peer.model.loss import summed_loss
 from peer.model.objectives import Examples
 from peer.model.probe import LayerProbe, LayerStats
-from peer.train.probed_step import ProbedStep
+from peer.train.probed_step import ProbedStep, Timer
 from peer.train.step import MicroStep, Precision
 from tests.peer.model.tiny import BASE, VARIANTS, build, random_windows
 
@@ -52,7 +52,7 @@ def test_a_probed_step_trains_the_same_and_reports_at_its_interval() -> None:
     expected = plain.run(examples)
     grads = flat.grads.clone()
     now, reports = [0.0], list[tuple[LayerStats, ...]]()
-    step = ProbedStep(plain, interval_seconds=10, report=reports.append, clock=lambda: now[0])
+    step = ProbedStep(plain, timer=Timer(10, clock=lambda: now[0]), report=reports.append)
     for now[0] in (0.0, 5.0, 9.9, 10.0, 15.0):
         assert step.run(examples) == expected
         assert torch.equal(flat.grads, grads)
@@ -69,7 +69,7 @@ def test_a_probed_step_goes_on_natively_between_its_looks(tmp_path: Path) -> Non
     native = plain.run(examples).total_nats
     assert native != eager, "rounding tells who ran"
     now, reports = [0.0], list[tuple[LayerStats, ...]]()
-    step = ProbedStep(plain, interval_seconds=10, report=reports.append, clock=lambda: now[0])
+    step = ProbedStep(plain, timer=Timer(10, clock=lambda: now[0]), report=reports.append)
     assert step.how == "bf16 native"
     found = []
     for now[0] in (0.0, 5.0, 10.0):

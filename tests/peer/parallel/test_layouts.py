@@ -7,7 +7,7 @@ import math
 import resource
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,13 @@ import torch
 from peer.model.inner_optimizer import adamw
 from peer.model.loss import examples_on, summed_loss
 from peer.model.objectives import IGNORED, Examples
+from peer.model.probe import LayerStats
 from peer.parallel.faults import LocalRankError
 from peer.parallel.layout import Layout, Schedule
 from peer.parallel.ranks import LocalRanks, end_of_rank, is_loader_out_of_memory
+from peer.train.node_step import NodeStep
+from peer.train.probed_step import ProbedNodeStep, ProbedStep, Timer
+from peer.train.step import MicroStep
 from protos.contract.digest import Float32Vector
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import ModelSpec, OptimizerSpec
@@ -158,6 +162,33 @@ def test_bf16_gradients_differ_by_rounding_only(node: LocalRanks, name: str) -> 
     node.call("store_grads")
     found, wanted = node.vector[:size].astype(float), expected.grads.astype(float)
     assert np.linalg.norm(found - wanted) <= 2e-2 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["dp", "fsdp-untied", "tp-one-kv-head", "pp", "pp-zero-bubble", "tp-pp-odd", "dp-pp"]
+)
+def test_layers_look_as_on_one_device(node: LocalRanks, name: str) -> None:
+    """Also with windows that fill a turn up, and with recomputation, which pass layers twice."""
+    spec, layout = CASES[name]
+    examples = examples_for(spec, is_plain=False)
+    model, flat = build(spec)
+    reports: list[tuple[LayerStats, ...]] = []
+    timer = Timer(0.0)
+    ProbedStep(MicroStep(model, flat), timer=timer, report=reports.append).run(examples)
+    size = configure(node, spec, layout)
+    node.vector[:size] = flat.values.numpy()
+    node.call("load")
+    step = ProbedNodeStep(NodeStep(spec, node), timer=timer, report=reports.append)
+    for _ in range(2):  # the second adds to the gradients of the first, and is not looked at
+        step.run(examples)
+    expected, found = reports
+    assert [layer.layer for layer in found] == [layer.layer for layer in expected]
+    for one, other in zip(expected, found, strict=True):
+        assert astuple(other)[1:] == pytest.approx(astuple(one)[1:], rel=2e-5), one.layer
+    node.vector[:size] = np.nan
+    node.call("store_grads")
+    twice = 2 * reference(spec, examples).grads
+    assert max(relative_by_parameter(spec, node.vector[:size], twice).values()) <= 2e-6
 
 
 @pytest.mark.parametrize("name", ["fsdp", "tp-odd-vocabulary", "pp-zero-bubble", "tp-pp"])
