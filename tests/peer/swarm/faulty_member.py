@@ -7,14 +7,20 @@ FILE is read again whenever it matters, so one process serves many tests:
   processes, this one and its p2pd get the signal; FILE is replaced by {"done_seconds": ...}
   (monotonic clock) just before;
 - {"send": KIND}: what is brought into a round breaks a rule (KINDS);
-- {"cut": [peer_id, ...]}: nothing passes between this member and those, as in a cut network.
+- {"cut": [peer_id, ...]}: nothing passes between this member and those, as in a cut network;
+- {"donor": "lies" or "dies", "after": N}: what it does once it has served N pieces of a state.
+
+A state that this member has downloaded is written to FILE with the suffix .download: what came from
+which donor, what became of those, and the most memory that it took.
 """
 
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+import peer.swarm.catch_up as catch_up_module
 import peer.swarm.node as node_module
 import peer.swarm.round_shell as shell_module
 import peer.swarm.transport as transport_module
@@ -32,6 +39,9 @@ from peer.swarm.codecs import EncodedVector
 from peer.swarm.offers import Offers
 from peer.swarm.replica import Replica
 from peer.swarm.round_shell import RoundShell
+from peer.swarm.state_download import FetchedState, StateDownload
+from peer.swarm.state_image import StateImage
+from peer.swarm.state_server import StateServer
 from peer.swarm.transport import PeerCallError, Stream, Transport
 from protos.contract.telemetry import RoundPhase
 
@@ -72,11 +82,16 @@ def strike(phase: RoundPhase, attempt: int) -> None:
     plan = PLAN.read()
     if plan.get("phase") != phase.value:
         return
+    PLAN.write({"done_seconds": time.monotonic(), "attempt": attempt})
+    for pid in [*plan["with"], *_own_processes()]:
+        os.kill(pid, plan["signal"])
+
+
+def _own_processes() -> list[int]:
+    """Ids of the own p2pd and of this process, which comes last."""
     own = os.getpid()
     children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
-    PLAN.write({"done_seconds": time.monotonic(), "attempt": attempt})
-    for pid in [*plan["with"], *map(int, children), own]:
-        os.kill(pid, plan["signal"])
+    return [*map(int, children), own]
 
 
 class FaultyShell(RoundShell):
@@ -145,6 +160,49 @@ class FaultyReduction(Reduction):
         self._run_by_peer[reducer] = (begin, end)
 
 
+class FaultyServer(StateServer):
+    """Lies or dies in the middle of a state."""
+
+    _num_served = 0
+
+    async def _serve_run(self, image: StateImage, stream: Stream) -> bool:
+        plan, server = PLAN.read(), self
+
+        class Faulty(StateImage):
+            def read_piece(self, piece: int) -> bytes:
+                data = super().read_piece(piece)
+                server._num_served += 1
+                if "donor" not in plan or server._num_served <= plan["after"]:
+                    return data
+                if plan["donor"] == "dies":
+                    for pid in _own_processes():
+                        os.kill(pid, signal.SIGKILL)
+                return bytes([data[0] ^ 1]) + data[1:]
+
+        own = Faulty(snapshot=image.snapshot, layout=image.layout, fd=image.fd)
+        return await super()._serve_run(own, stream)
+
+
+class RecordedDownload(StateDownload):
+    """Writes down what came from whom."""
+
+    async def run(self) -> FetchedState | None:
+        tracemalloc.start()
+        before_bytes, _ = tracemalloc.get_traced_memory()
+        fetched = await super().run()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        donors = self.plan.donors.values()
+        record = {
+            "num_pieces": self.plan.num_pieces,
+            "peak_bytes": peak_bytes - before_bytes,
+            "received": {donor.peer_id: donor.num_received for donor in donors},
+            "reasons": {donor.peer_id: donor.reason for donor in donors},
+        }
+        FaultPlan(PLAN.path.with_suffix(".download")).write(record)
+        return fetched
+
+
 class CutTransport(Transport):
     """Loses everything to and from members that the plan cuts off."""
 
@@ -171,5 +229,7 @@ if __name__ == "__main__":
     node_module.RoundShell = FaultyShell  # type: ignore[misc]
     node_module.Replica = FaultyReplica  # type: ignore[misc]
     node_module.Offers = FaultyOffers  # type: ignore[misc]
+    node_module.StateServer = FaultyServer  # type: ignore[misc]
+    catch_up_module.StateDownload = RecordedDownload  # type: ignore[misc]
     shell_module.Reduction = FaultyReduction  # type: ignore[misc]
     sys.exit(main())
