@@ -351,9 +351,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _loss_of(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> Tensor:
-    is_dealt = isinstance(hidden_BTD, DTensor)
-    loss = vocabulary_loss if is_dealt else head_loss
-    return loss(hidden_BTD, weight_VD, batch.labels_BT, batch.weights_B)
+    if isinstance(hidden_BTD, DTensor):
+        assert isinstance(weight_VD, DTensor), "both are dealt out, or neither"
+        return vocabulary_loss(hidden_BTD, weight_VD, batch.labels_BT, batch.weights_B)
+    return head_loss(hidden_BTD, weight_VD, batch.labels_BT, batch.weights_B)
 
 
 def micro_batches(layout: Layout, num_windows: int) -> tuple[int, int]:

@@ -149,7 +149,7 @@ class MicroStep:
     ) -> Tensor:
         self.parameters.grads.zero_()
         with self.autocast():
-            loss = self.model(
+            loss: Tensor = self.model(
                 inputs_BT,
                 mask=mask,
                 head=partial(head_loss, labels_BT=labels_BT, weights_B=weights_B),
