@@ -1,10 +1,12 @@
 """What a layout needs in memory, row by row. Pure; checked against torch's MemTracker and against
-peaks of real processes in tests/peer/parallel/test_memory.py.
+peaks of real processes, ranks of layouts among them, in tests/peer/parallel/test_memory.py and
+ops/bench/memory.
 
 Counted is what autograd keeps of this very model (peer/model/), in elements per token: of a layer
 the residual stream, normed and scaled copies of it, queries, keys, values, attention ratios
 (explicit attention on CPU only), and four vectors of the MLP; of the head three vectors of the
-vocabulary at the beginning of the backward pass. Recomputation keeps the residual stream of each
+vocabulary at the beginning of the backward pass, or two of a piece (peer/model/loss.py).
+Recomputation keeps the residual stream of each
 layer and one whole layer.
 
 Letters: B sequences, T positions, D model width, H query heads, G key/value heads, K head width, F
@@ -15,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
+from peer.model.loss import MAX_WHOLE_LOGITS, PIECE_LOGITS
 from peer.parallel.layout import Layout, Schedule, has_replicated_kv, stage_layers, stages_of_rank
 from protos.contract.model_shape import FP32_BYTES, ModelShape
 
@@ -38,7 +41,7 @@ class MemoryTable:
     """Inner moments and summed gradients (diloco)."""
     activations_bytes: int
     head_bytes: int
-    """Logits and their gradients."""
+    """Logits, or pieces of them, and their gradients."""
     temporaries_bytes: int
     """Largest gradient before it is added, one layer's backward pass, gathered copies."""
     runtime_bytes: int
@@ -184,9 +187,7 @@ def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTabl
         activations = in_flight * layers_per_stage * kept
         one_layer = backward
     has_last = layout.num_stages - 1 in stages
-    head = 3 * ceil(shape.vocab_size / tp) if has_last else 0
-    if has_last and setting.activation_bytes < FP32_BYTES:
-        head += ceil(shape.vocab_size / tp)
+    head = _head_elements(layout, setting) / tokens if has_last else 0
     stream = 3 * shape.d_model if has_last else 0
     widest = max(shape.vocab_size, shape.d_ff, shape.d_attention)
     largest = ceil(widest / tp) * shape.d_model
@@ -202,19 +203,40 @@ def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTabl
         temporaries += 2 * max(per_layer, 2 * largest)
     if setting.activation_bytes < FP32_BYTES:
         temporaries += num_values / 2
-    # Moments, and the sum of an inner step's gradients.
-    inner_bytes = setting.moments_bytes + FP32_BYTES if setting.has_inner_optimizer else 0
+    # Moments; on one device the sum of an inner step's gradients, which ranks add up in place.
+    inner_bytes = setting.moments_bytes if setting.has_inner_optimizer else 0
+    if setting.has_inner_optimizer and layout.num_ranks == 1:
+        inner_bytes += FP32_BYTES
     host = _host_bytes(layout, setting)
     return MemoryTable(
         parameters_bytes=FP32_BYTES * num_values,
         gradients_bytes=FP32_BYTES * num_values,
         optimizer_bytes=ceil(inner_bytes * num_values),
         activations_bytes=round(FP32_BYTES * activations * tokens),
-        head_bytes=FP32_BYTES * head * tokens,
+        head_bytes=round(FP32_BYTES * head * tokens),
         temporaries_bytes=round(FP32_BYTES * temporaries),
         runtime_bytes=RUNTIME_BYTES if setting.is_cpu else DEVICE_RUNTIME_BYTES,
         host_bytes=host,
     )
+
+
+def _head_elements(layout: Layout, setting: Setting) -> float:
+    """fp32-sized elements of the logits of the last stage, and of what is made of them."""
+    shape = setting.shape
+    tokens = layout.micro_batch_sequences * shape.seq_len
+    words = ceil(shape.vocab_size / layout.tp)
+    is_whole = layout.tp == 1 and tokens * words <= MAX_WHOLE_LOGITS
+    # While GPipe fills the pipeline, each micro-batch keeps its logits, or the head's gradient.
+    is_gpipe = layout.pp > 1 and layout.schedule is Schedule.GPIPE
+    num_waiting = layout.num_micro_batches - 1 if is_gpipe else 0
+    if is_whole:
+        size, copies, kept = tokens * words, 3, tokens * words
+    else:
+        size = min(max(PIECE_LOGITS, words), tokens * words)
+        copies, kept = 2, words * shape.d_model
+    if setting.activation_bytes < FP32_BYTES:
+        copies += 1
+    return copies * size + num_waiting * kept
 
 
 def _host_bytes(layout: Layout, setting: Setting) -> int:

@@ -1,11 +1,13 @@
-"""One swarm of nodes of different layouts: one process, tensor parallel, a pipeline, both at once.
+"""One swarm of nodes of different layouts: one process, tensor parallel, a pipeline, both at once;
+diloco, whose inner steps each node makes on its own shards.
 
 Their anchors are the same bits after every outer step, and a node that loses a local rank plans
-anew for what is left, as the same peer.
+anew for what is left, as the same peer. Layouts under sync: tests/peer/train/test_layouts.py.
 """
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,12 @@ LAYOUTS = {
     "pipeline": ("--devices", "cpu:2", "--layout", "pp=2"),
     "both": ("--devices", "cpu:4", "--layout", "tp=2,pp=2"),
 }
+DILOCO = (
+    "strategy.name=diloco",
+    "strategy.inner_steps=2",
+    "strategy.inner_batch_tokens=256",
+)
+STATE = re.compile(r"incarnation=(\d+) outer_step=(\d+) digest=([0-9a-f]{16})")
 
 
 @pytest.fixture()
@@ -62,6 +70,29 @@ def credited(swarm: Swarm, name: str) -> int:
     return int(swarm.status().get("credited_tokens_by_peer", {}).get(peer_id, 0))
 
 
+def digests_of(swarm: Swarm, name: str) -> dict[int, str]:
+    """Digest of each state that a member has held, by its outer step; anchors and outer moments are
+    in it.
+    """
+    log = swarm.peers[name].log.read_text(errors="replace")
+    found = [(int(step), digest) for _, step, digest in STATE.findall(log)]
+    assert len(set(found)) == len(dict(found)), f"{name} held two states of one step"
+    return dict(found)
+
+
+def check_anchors(swarm: Swarm, *, last_step: int) -> None:
+    """After every outer step all members that held its state held the same bits. Who was late may
+    have skipped a step, so most are asked of everybody, and each of two at least.
+    """
+    digests = {name: digests_of(swarm, name) for name in LAYOUTS}
+    num_held_by_all = 0
+    for step in range(last_step + 1):
+        held = {name: found[step] for name, found in digests.items() if step in found}
+        assert len(held) >= 2 and len(set(held.values())) == 1, f"after outer step {step}: {held}"
+        num_held_by_all += len(held) == len(LAYOUTS)
+    assert num_held_by_all >= 0.75 * last_step >= 10, digests
+
+
 def test_nodes_of_all_layouts_train_as_one_and_outlive_lost_ranks(
     swarm: Swarm, tmp_path: Path
 ) -> None:
@@ -71,7 +102,13 @@ def test_nodes_of_all_layouts_train_as_one_and_outlive_lost_ranks(
         timeout_seconds=120,
     )  # fmt: skip
     swarm.start_coordinator()
-    swarm.create_run(dataset, budget_tokens=120_000, batch_tokens=2048, num_peers=len(LAYOUTS))
+    swarm.create_run(
+        dataset,
+        budget_tokens=120_000,
+        batch_tokens=2048,
+        num_peers=len(LAYOUTS),
+        settings=DILOCO,
+    )
     for name in LAYOUTS:
         start_node(swarm, name)
     swarm.wait(
@@ -95,5 +132,6 @@ def test_nodes_of_all_layouts_train_as_one_and_outlive_lost_ranks(
         assert local_ranks(swarm.peers[name]) == [], "one device is left"
     status = swarm.wait_for_end(200)
     check_books(swarm, status)
+    check_anchors(swarm, last_step=status["outer_step"])
     assert {name: swarm.peer_status(name)["peer_id"] for name in LAYOUTS} == identity
     assert status["num_peers_seen"] == len(LAYOUTS)
