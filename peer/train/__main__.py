@@ -37,7 +37,7 @@ from peer.train.duty import EvaluationDesk
 from peer.train.link import DaemonLink
 from peer.train.loop import TrainLoop
 from peer.train.node_step import NodeStep
-from peer.train.probed_step import ProbedStep, Timer
+from peer.train.probed_step import ProbedNodeStep, ProbedStep, Timer
 from peer.train.step import MicroStep
 from peer.train.workbench import Workbench, build_workbench, leader_position
 from protos.contract.errors import MusterError, UsageError
@@ -96,22 +96,17 @@ def build_loop(message: Message, *, vectors: SharedVectors, link: DaemonLink) ->
 
 
 def probed(bench: Workbench, interval_seconds: float, link: DaemonLink) -> MicroStep | NodeStep:
-    """The step, watched if the owner asks for it. Raises UsageError for a model that lies on
-    several devices.
-    """
+    """The step, watched if the owner asks for it."""
     if interval_seconds <= 0:
         return bench.step
-    if not isinstance(bench.step, MicroStep):
-        raise UsageError(
-            f"probe_interval_seconds = {interval_seconds:g} with the layout {bench.layout.text}",
-            allowed="a model that is whole on one device",
-            remedy="set probe_interval_seconds to 0, or lend one device",
-        )
 
     def report(stats: tuple[LayerStats, ...]) -> None:
         link.send("layer_stats", layers=[asdict(layer) for layer in stats])
 
-    return ProbedStep(bench.step, timer=Timer(interval_seconds), report=report)
+    timer = Timer(interval_seconds)
+    if isinstance(bench.step, MicroStep):
+        return ProbedStep(bench.step, timer=timer, report=report)
+    return ProbedNodeStep(bench.step, timer=timer, report=report)
 
 
 def run_trainer(link: DaemonLink, vectors: SharedVectors) -> str:

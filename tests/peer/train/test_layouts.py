@@ -28,7 +28,7 @@ def local_ranks(pid: int) -> list[int]:
 
 def test_gradients_of_two_rounds_and_a_stop(tmp_path: Path) -> None:
     with trainer_process(tmp_path) as daemon:
-        fields = {"devices": "cpu:4", "layout": "tp=2,pp=2"}
+        fields = {"devices": "cpu:4", "layout": "tp=2,pp=2", "probe_interval_seconds": 0.001}
         daemon.send("configure", **daemon.configuration | fields)
         ready = daemon.expect("ready")
         assert ready["num_ranks"] == 4 and ready["layout"] == "pp=2,tp=2"
@@ -44,6 +44,10 @@ def test_gradients_of_two_rounds_and_a_stop(tmp_path: Path) -> None:
             assert error < 0.05 * np.linalg.norm(expected)  # perhaps bf16
             daemon.commit()
             daemon.end_round("COMMITTED", round_windows=7)
+        looks = [message["layers"] for message in daemon.seen if message["kind"] == "layer_stats"]
+        names = ["embedding", *map(str, range(SPEC.model.num_layers)), "norm"]
+        assert [layer["layer"] for layer in looks[0]] == names and len(looks) >= 2
+        assert all(0 < layer["gradient_rms"] < layer["gradient_max"] for layer in looks[-1])
         assert daemon.process is not None
         ranks = local_ranks(daemon.process.pid)
         assert len(ranks) == 3

@@ -20,7 +20,8 @@ class Ranks:
     def __init__(self) -> None:
         self.asked: list[bool] = []
 
-    def run(self, examples: Any, *, is_bf16: bool) -> tuple[float, bool]:
+    def run(self, examples: Any, *, is_bf16: bool, is_watched: bool = False) -> tuple[float, bool]:
+        assert not is_watched
         self.asked.append(is_bf16)
         return 1.0, True
 
