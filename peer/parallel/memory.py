@@ -201,6 +201,8 @@ def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTabl
     if layout.is_sharded:
         per_layer = shape.num_parameters / (shape.num_layers + 1)
         temporaries += 2 * max(per_layer, 2 * largest)
+        if setting.is_cpu:  # measured: gathered copies are freed, and stay with the process
+            temporaries += 2 * shape.num_parameters
     if setting.activation_bytes < FP32_BYTES:
         temporaries += num_values / 2
     # Moments; on one device the sum of an inner step's gradients, which ranks add up in place.

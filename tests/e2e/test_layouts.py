@@ -70,12 +70,12 @@ def credited(swarm: Swarm, name: str) -> int:
     return int(swarm.status().get("credited_tokens_by_peer", {}).get(peer_id, 0))
 
 
-def digests_of(swarm: Swarm, name: str) -> dict[int, str]:
-    """Digest of each state that a member has held, by its outer step; anchors and outer moments are
-    in it.
+def digests_of(swarm: Swarm, name: str) -> dict[tuple[int, int], str]:
+    """Digest of each state that a member has held, by its incarnation and outer step; anchors and
+    outer moments are in it.
     """
     log = swarm.peers[name].log.read_text(errors="replace")
-    found = [(int(step), digest) for _, step, digest in STATE.findall(log)]
+    found = [((int(life), int(step)), digest) for life, step, digest in STATE.findall(log)]
     assert len(set(found)) == len(dict(found)), f"{name} held two states of one step"
     return dict(found)
 
@@ -85,9 +85,11 @@ def check_anchors(swarm: Swarm, *, last_step: int) -> None:
     have skipped a step, so most are asked of everybody, and each of two at least.
     """
     digests = {name: digests_of(swarm, name) for name in LAYOUTS}
+    incarnation = max(life for found in digests.values() for life, _ in found)
     num_held_by_all = 0
     for step in range(last_step + 1):
-        held = {name: found[step] for name, found in digests.items() if step in found}
+        place = (incarnation, step)
+        held = {name: found[place] for name, found in digests.items() if place in found}
         assert len(held) >= 2 and len(set(held.values())) == 1, f"after outer step {step}: {held}"
         num_held_by_all += len(held) == len(LAYOUTS)
     assert num_held_by_all >= 0.75 * last_step >= 10, digests

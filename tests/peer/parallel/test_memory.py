@@ -46,7 +46,7 @@ CASES = {
 }
 NODES = {
     "tp-pp": (WORDY, Layout(tp=2, pp=2, micro_batch_sequences=4, num_micro_batches=4), False),
-    "fsdp": (WORDY, Layout(dp=2, is_sharded=True, micro_batch_sequences=8), False),
+    "fsdp": (WORDY, Layout(dp=2, is_sharded=True, micro_batch_sequences=4), False),
 }
 LEAST_RATIO = 0.85
 MOST_RATIO = 1.25
