@@ -1,4 +1,4 @@
-"""A newcomer's state from two real members at once, one of which lies in the middle."""
+"""A newcomer's state from two real members at once, one of which lies or dies in the middle."""
 
 import asyncio
 import json
@@ -65,23 +65,32 @@ class Newcomers:
         return recorded
 
 
-def test_half_a_state_from_a_donor_that_lies_then_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("lies", "does not match the proven digest"), ("dies", "")]
+)
+def test_half_a_state_from_a_donor_that_fails_counts(
+    tmp_path: Path, fault: str, reason: str
+) -> None:
     async def story() -> None:
         swarm = Newcomers(tmp_path)
         await swarm.start()
         good, bad = swarm.donors
         assert bad.fault_plan is not None and bad.process is not None
-        bad.fault_plan.write_text(json.dumps({"donor": "lies", "after": SERVED_BEFORE}))
+        bad.fault_plan.write_text(json.dumps({"donor": fault, "after": SERVED_BEFORE}))
         found = await swarm.join()
-        assert found["received"][bad.peer_id] == SERVED_BEFORE
-        assert found["received"][good.peer_id] == found["num_pieces"] - SERVED_BEFORE
-        assert "does not match the proven digest" in found["reasons"][bad.peer_id]
+        from_bad, from_good = (found["received"][donor.peer_id] for donor in (bad, good))
+        assert 1 <= from_bad <= SERVED_BEFORE, "what is under way dies with the donor"
+        assert from_bad + from_good >= found["num_pieces"]
+        assert reason in found["reasons"][bad.peer_id] and found["reasons"][bad.peer_id]
         assert found["num_pieces"] * PIECE_BYTES > 2 * found["peak_bytes"], (
             "it is not held as a whole"
         )
         most_bytes = 2 * 2 * PIECE_BYTES + 2**19
         assert found["peak_bytes"] < most_bytes, "two pieces of each donor"
-        for daemon in (swarm.newcomer, good, bad):
+        alive = [swarm.newcomer, good] if fault == "dies" else [swarm.newcomer, good, bad]
+        if fault == "dies":
+            assert await bad.process.wait() == -9
+        for daemon in alive:
             assert await swarm.hub.stop(daemon) == 0
 
     asyncio.run(story())
