@@ -28,6 +28,8 @@ class Setting:
     """hivemind only."""
     hosts: tuple[str, ...] = ()
     """Address of each peer; loopback if empty."""
+    is_one_connection: bool = False
+    """Muster only: no lanes."""
     prefixes: tuple[tuple[str, ...], ...] = ()
     """Command before each peer's own, such as `ip netns exec NAME`."""
 
@@ -74,6 +76,7 @@ class Peer:
             "num_peers": setting.num_peers,
             "num_values": setting.num_values,
             "codec": setting.codec,
+            "is_one_connection": setting.is_one_connection,
             "timeout_seconds": setting.timeout_seconds,
             "matchmaking_seconds": setting.matchmaking_seconds,
         }
@@ -153,7 +156,8 @@ def run_muster(setting: Setting, num_rounds: int, ends: Sequence[int] | None = N
             answers = _all_hear(peers)
             for answer, commit in zip(answers, committed, strict=True):
                 answer["commit_cpu_seconds"] = commit["commit_cpu_seconds"]
-            say(f"muster round {number}: {[round(a['wall_seconds'], 2) for a in answers]}")
+            walls, lanes = ([a[k] for a in answers] for k in ("wall_seconds", "num_lanes"))
+            say(f"muster round {number}: {[round(wall, 2) for wall in walls]}, lanes {lanes}")
             if number > 0:
                 rounds.answers.append(answers)
                 held = {a["digest"] for a in answers if "digest" in a}

@@ -87,7 +87,9 @@ class MusterPeer:
         from protos.muster.v1 import state_pb2
 
         identity = load_identity(folder)
+        lanes = {"lanes_from_seconds": None} if self.config["is_one_connection"] else {}
         self.transport = await Transport.create(
+            **lanes,
             home=folder,
             identity_path=identity.p2p_key_path,
             prefix="bench",
@@ -163,6 +165,7 @@ class MusterPeer:
         await orders()  # everybody is done: what we served them counts as well
         tell(
             **answer,
+            num_lanes=sum(self.transport.lanes.num_lanes_by_peer().values()),
             python_cpu_seconds=own_cpu_seconds() - python,
             p2pd_cpu_seconds=child_cpu_seconds(self.p2pd_pid) - p2pd,
             extra_bytes=memory_bytes("self", "VmHWM") - self.idle_bytes,

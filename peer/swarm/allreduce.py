@@ -400,6 +400,7 @@ class Reduction:
         """Send the own pieces of a reducer's run and take the reduced ones."""
         try:
             stream = await self._streams.open_stream(reducer, PART_STREAM)
+            await stream.send_message(self._part_header(reducer))
             bulk = await stream.detach()
         except PeerCallError as error:
             reason = f"{reducer} cannot be reached: {error}"
@@ -415,21 +416,21 @@ class Reduction:
         )
         self._in_thread(bulk.linger)
 
-    def _send_part(self, reducer: str, stream: BulkStream) -> None:
+    def _part_header(self, reducer: str) -> state_pb2.PartHeader:
         begin, end = self._run_by_peer[reducer]
-        if not self._has_work(self._own_peer_id):
-            end = begin
         incarnation, outer_step, attempt = self.place
-        header = state_pb2.PartHeader(
+        return state_pb2.PartHeader(
             incarnation=incarnation,
             outer_step=outer_step,
             attempt=attempt,
             begin_piece=begin,
-            end_piece=end,
+            end_piece=end if self._has_work(self._own_peer_id) else begin,
         )
+
+    def _send_part(self, reducer: str, stream: BulkStream) -> None:
+        header = self._part_header(reducer)
         try:
-            stream.send_message(header)
-            for batch in batches_of(begin, end):
+            for batch in batches_of(header.begin_piece, header.end_piece):
                 if self._failure is not None:
                     return
                 assert self._own is not None
@@ -478,4 +479,7 @@ def _unexpected(error: BaseException) -> ReduceError:
 
 async def refuse_stream(stream: Stream, reason: str) -> None:
     """Tell a sender why its stream is of no use."""
-    await stream.send_message(state_pb2.ReducedHeader(refusal_reason=reason))
+    bulk = await stream.detach()
+    header = state_pb2.ReducedHeader(refusal_reason=reason)
+    await asyncio.to_thread(bulk.send_message, header)
+    bulk.close()

@@ -18,10 +18,10 @@ from google.protobuf.message import DecodeError, Message
 MAX_HEADER_BYTES = 16 * 2**20
 _WRITE_BYTES = 2**20
 _READ_BYTES = 2**18
-_LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.2
 """A read returns at least so often what has come, so that progress is seen on a slow link."""
 _SOCKET_BYTES = 2**20
-_LINGER_SECONDS = 5.0
+LINGER_SECONDS = 5.0
 
 _M = TypeVar("_M", bound=Message)
 
@@ -51,7 +51,7 @@ class BulkStream:
         self._socket = socket.socket(fileno=os.dup(fd))
         self._socket.setblocking(True)
         self._slice_bytes = slice_bytes or _WRITE_BYTES
-        look = struct.pack("ll", 0, int(1e6 * _LOOK_SECONDS))
+        look = struct.pack("ll", 0, int(1e6 * LOOK_SECONDS))
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, look)
@@ -72,7 +72,7 @@ class BulkStream:
                 wait_seconds = self._reserve(len(part))
                 if wait_seconds > 0:
                     time.sleep(wait_seconds)
-                self._socket.sendall(part)
+                self._write(part)
                 self._count(len(part), 0)
         except OSError as error:
             raise StreamError(f"stream broke while sending: {error}") from error
@@ -85,7 +85,7 @@ class BulkStream:
             while begin < end:
                 part = target[begin : begin + _READ_BYTES]
                 try:
-                    received = self._socket.recv_into(part, len(part), socket.MSG_WAITALL)
+                    received = self._receive(part)
                 except BlockingIOError:  # nothing has come meanwhile
                     continue
                 if received == 0:
@@ -97,6 +97,13 @@ class BulkStream:
                 asked_seconds = now
         except OSError as error:
             raise StreamError(f"stream broke while receiving: {error}") from error
+
+    def _write(self, part: memoryview) -> None:
+        self._socket.sendall(part)
+
+    def _receive(self, target: memoryview) -> int:
+        """Bytes put into `target`; 0 at the end. BlockingIOError: nothing has come of late."""
+        return self._socket.recv_into(target, len(target), socket.MSG_WAITALL)
 
     def _take_head(self, target: memoryview) -> int:
         taken = min(len(self._head), len(target))
@@ -138,7 +145,7 @@ class BulkStream:
         Over QUIC a last message was seen to be lost when its sender closed at once.
         """
         with contextlib.suppress(OSError):
-            self._socket.settimeout(_LINGER_SECONDS)
+            self._socket.settimeout(LINGER_SECONDS)
             self._socket.recv(1)
         self.close()
 

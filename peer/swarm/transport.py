@@ -9,6 +9,7 @@ private folder that is emptied at start, and it ends within seconds of its paren
 """
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -17,29 +18,35 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import hivemind.p2p.p2p_daemon as p2p_daemon
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.background import start_whole
 from peer.swarm.address_book import AddressBook, AddressSource
-from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
+from peer.swarm.bulk_stream import BulkStream, StreamError
 from peer.swarm.dialling import DialError, Dialler, short_reason
+from peer.swarm.lane_stream import LaneStream
+from peer.swarm.lanes import FAR_SECONDS, NO_BUNDLE, Lanes
 from peer.swarm.link_meter import LinkMeter
+from peer.swarm.member_stream import Stream
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
 from protos.contract.addresses import problem_of_address
 from protos.contract.errors import ErrorCode, MachineError
+from protos.muster.v1 import state_pb2
 
 __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport"]
 
 logger = logging.getLogger(__name__)
 
-_WRITE_BYTES = 2**18
 _LEAST_WAIT_SECONDS = 0.005
 _LEAST_SLICE, _MOST_SLICE = 2**10, 2**16
 _START_SECONDS = 30.0
 _P2PD_IDLE_SECONDS = 20
+_LANE_CALL = "lane"
+_MOST_HOSTS = 4
+"""Of a member, tried for lanes."""
 
 _M = TypeVar("_M", bound=Message)
 
@@ -52,89 +59,6 @@ class PeerCallError(Exception):
         self.is_down = is_down
 
 
-class Stream:
-    """A two-way stream: protobuf headers, raw bytes, and an explicit acknowledgement of the end."""
-
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        *,
-        peer_id: str,
-        transport: "Transport",
-    ) -> None:
-        self._reader, self._writer = reader, writer
-        self._peer_id, self._transport = peer_id, transport
-
-    async def send_message(self, message: Message) -> None:
-        """Send a length-prefixed message."""
-        data = message.SerializeToString()
-        await self.send_bytes(len(data).to_bytes(4, "big") + data)
-
-    async def send_bytes(self, data: bytes | memoryview) -> None:
-        """Send raw bytes at the pace that the owner allows."""
-        view = memoryview(data).cast("B")
-        try:
-            size = min(_WRITE_BYTES, self._transport.slice_bytes or _WRITE_BYTES)
-            for begin in range(0, len(view), size):
-                part = view[begin : begin + size]
-                await asyncio.sleep(self._transport.reserve(len(part)))
-                self._transport.count(self._peer_id, sent_bytes=len(part))
-                self._writer.write(part)
-                await self._writer.drain()
-        except OSError as error:
-            raise StreamError(f"stream broke while sending: {error}") from error
-
-    async def read_message(self, message_type: type[_M]) -> _M:
-        """Read a length-prefixed message."""
-        length = int.from_bytes(await self.read_bytes(4), "big")
-        if length > MAX_HEADER_BYTES:
-            raise StreamError(f"header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
-        try:
-            message: _M = message_type.FromString(await self.read_bytes(length))
-        except DecodeError as error:
-            raise StreamError(f"header is no {message_type.__name__}: {error}") from error
-        return message
-
-    async def read_bytes(self, num_bytes: int) -> bytes:
-        """Read exactly so many bytes."""
-        try:
-            data = await self._reader.readexactly(num_bytes)
-        except (asyncio.IncompleteReadError, OSError) as error:
-            raise StreamError(f"stream ended early: {error}") from error
-        self._transport.count(self._peer_id, received_bytes=num_bytes)
-        return data
-
-    async def acknowledge(self) -> None:
-        """Tell the sender that everything has arrived; an end alone proves nothing."""
-        await self.send_bytes(b"A")
-
-    async def wait_acknowledged(self) -> None:
-        """Wait until the other side says that it has everything."""
-        if await self.read_bytes(1) != b"A":
-            raise StreamError("end of stream was not acknowledged")
-
-    async def detach(self) -> BulkStream:
-        """The same stream for threads; this object is of no use afterwards."""
-        flow: Any = self._writer.transport
-        try:
-            flow.set_write_buffer_limits(0)
-            await self._writer.drain()
-            flow.pause_reading()
-            self._reader.feed_eof()
-            head = await self._reader.read()  # what has been read already; does not wait
-            fd: int = self._writer.get_extra_info("socket").fileno()
-            return self._transport.bulk_stream(self._peer_id, fd, head)
-        except OSError as error:
-            raise StreamError(f"stream broke: {error}") from error
-        finally:
-            self._writer.close()
-
-    def close(self) -> None:
-        """Drop the stream."""
-        self._writer.close()
-
-
 MessageHandler = Callable[[str, Any], Awaitable[Message]]
 StreamHandler = Callable[[str, Stream], Awaitable[None]]
 
@@ -145,10 +69,17 @@ class Transport:
     """
 
     def __init__(
-        self, p2p: P2P, *, prefix: str, upload_limit_mbit: float | None, host: str = "127.0.0.1"
+        self,
+        p2p: P2P,
+        *,
+        prefix: str,
+        upload_limit_mbit: float | None,
+        host: str = "127.0.0.1",
+        listen_port: int = 0,
+        lanes_from_seconds: float | None = FAR_SECONDS,
     ) -> None:
+        """`lanes_from_seconds`: RTT from which on a pair gets lanes; None: no lanes."""
         self.p2p = p2p
-        self._host = host
         self._dialler = Dialler(p2p)
         self._rtt_by_peer: dict[str, float] = {}
         self._moved_by_peer: dict[str, tuple[int, int]] = {}
@@ -161,6 +92,14 @@ class Transport:
         self._p2p_by_peer: dict[str, PeerID] = {}
         self._addresses = AddressBook()
         self._connected: set[str] = set()
+        self.lanes = Lanes(
+            host=host,
+            listen_port=listen_port,
+            far_seconds=lanes_from_seconds,
+            ask=self._ask_lanes,
+            hosts_of=self._hosts_of,
+            rtt_of=self._rtt_by_peer.get,
+        )
 
     @classmethod
     async def create(
@@ -175,6 +114,7 @@ class Transport:
         relays: Iterable[str] = (),
         upload_limit_mbit: float | None = None,
         is_relay: bool = False,
+        lanes_from_seconds: float | None = FAR_SECONDS,
     ) -> Self:
         """Start p2pd. Raises MachineError if it does not come up (port taken, no binary)."""
         p2p_daemon.loglevel = "CRITICAL"
@@ -207,7 +147,16 @@ class Transport:
                 remedy="choose another --listen-port",
                 code=ErrorCode.PORT_IN_USE,
             ) from error
-        return cls(p2p, prefix=prefix, upload_limit_mbit=upload_limit_mbit, host=host)
+        transport = cls(
+            p2p,
+            prefix=prefix,
+            upload_limit_mbit=upload_limit_mbit,
+            host=host,
+            listen_port=listen_port,
+            lanes_from_seconds=lanes_from_seconds,
+        )
+        await transport.serve_messages(_LANE_CALL, transport.lanes.on_ask, state_pb2.LaneAsk)
+        return transport
 
     @property
     def p2p_peer_id(self) -> str:
@@ -227,6 +176,7 @@ class Transport:
 
     async def close(self) -> None:
         """Stop p2pd and remove its sockets, with their folder."""
+        await self.lanes.close()
         folder = Path(self.p2p.daemon_listen_maddr["unix"]).parent
         await self.p2p.shutdown()
         release_socket_folder(folder)
@@ -264,6 +214,7 @@ class Transport:
         self._p2p_by_peer = {
             peer: PeerID.from_base58(p2p) for peer, p2p in p2p_by_peer.items() if p2p
         }
+        self.lanes.keep_members(self._p2p_by_peer)
 
     def is_member(self, peer_id: str) -> bool:
         """True if this peer is answered."""
@@ -426,19 +377,58 @@ class Transport:
             self._connected.discard(peer_id)
             self._dialler.note_failure(identity, str(error))
             raise PeerCallError(short_reason(error), is_down=True) from error
-        return Stream(reader, writer, peer_id=peer_id, transport=self)
+        return Stream(reader, writer, peer_id=peer_id, transport=self, is_opener=True)
 
-    def bulk_stream(self, peer_id: str, fd: int, head: bytes) -> BulkStream:
-        """A stream to a member for threads, over a copy of `fd`."""
-        return BulkStream(
+    async def bulk_stream(self, peer_id: str, stream: Stream) -> BulkStream:
+        """The same stream to a member for threads, over lanes if its opener has a bundle of them:
+        it names that as the last bytes of the p2p stream. Raises StreamError.
+        """
+        if stream.is_opener:
+            bundle = self.lanes.lend(peer_id)
+            await stream.send_bytes(NO_BUNDLE if bundle is None else bundle.bundle_id)
+        else:
+            bundle_id = await stream.read_bytes(len(NO_BUNDLE))
+            bundle = self.lanes.lent_by(peer_id, bundle_id)
+            if bundle is None and bundle_id != NO_BUNDLE:
+                raise StreamError("it is to go on over lanes that are not there any more")
+        fd, head = await stream.release()
+        count = lambda sent, received: self.count(  # noqa: E731
+            peer_id, sent_bytes=sent, received_bytes=received
+        )
+        if bundle is None:
+            return BulkStream(
+                fd, head=head, slice_bytes=self.slice_bytes, reserve=self.reserve, count=count
+            )
+        return LaneStream(
             fd,
-            head=head,
+            bundle=bundle,
+            is_opener=stream.is_opener,
+            on_end=lambda bundle, is_clean: self.lanes.give_back(
+                peer_id, bundle, is_own=stream.is_opener, is_clean=is_clean
+            ),
             slice_bytes=self.slice_bytes,
             reserve=self.reserve,
-            count=lambda sent, received: self.count(
-                peer_id, sent_bytes=sent, received_bytes=received
-            ),
+            count=count,
         )
+
+    async def _ask_lanes(
+        self, peer_id: str, ask: state_pb2.LaneAsk, timeout_seconds: float
+    ) -> state_pb2.LaneAnswer:
+        kind = state_pb2.LaneAnswer
+        try:
+            return await self.call(peer_id, _LANE_CALL, ask, kind, timeout_seconds=timeout_seconds)
+        except PeerCallError as error:
+            raise ConnectionError(str(error)) from error
+
+    def _hosts_of(self, peer_id: str) -> list[str]:
+        """Hosts at which a member is known to be dialled directly."""
+        found = [a.split("/") for a in self._addresses.addresses_of(peer_id)]
+        hosts = [
+            parts[2]
+            for parts in found
+            if parts[1] in ("ip4", "dns", "dns4") and "p2p-circuit" not in parts
+        ]
+        return list(itertools.islice(dict.fromkeys(hosts), _MOST_HOSTS))
 
     @property
     def upload_limit_bytes_per_second(self) -> float | None:

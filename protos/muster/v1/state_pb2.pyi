@@ -107,3 +107,25 @@ class ReducedHeader(_message.Message):
     piece_digests: _containers.RepeatedScalarFieldContainer[bytes]
     refusal_reason: str
     def __init__(self, piece_digests: _Optional[_Iterable[bytes]] = ..., refusal_reason: _Optional[str] = ...) -> None: ...
+
+class LaneAsk(_message.Message):
+    __slots__ = ("bundle_id", "secret", "num_lanes", "port")
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    NUM_LANES_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    bundle_id: bytes
+    secret: bytes
+    num_lanes: int
+    port: int
+    def __init__(self, bundle_id: _Optional[bytes] = ..., secret: _Optional[bytes] = ..., num_lanes: _Optional[int] = ..., port: _Optional[int] = ...) -> None: ...
+
+class LaneAnswer(_message.Message):
+    __slots__ = ("port", "is_connected", "reason")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    IS_CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    is_connected: bool
+    reason: str
+    def __init__(self, port: _Optional[int] = ..., is_connected: bool = ..., reason: _Optional[str] = ...) -> None: ...

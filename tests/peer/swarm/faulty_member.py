@@ -7,6 +7,7 @@ FILE is read again whenever it matters, so one process serves many tests:
   processes, this one and its p2pd get the signal; FILE is replaced by {"done_seconds": ...}
   (monotonic clock) just before;
 - {"send": KIND}: what is brought into a round breaks a rule (KINDS);
+- a file `lanes` beside FILE: every pair gets lanes, however near;
 - {"cut": [peer_id, ...]}: nothing passes between this member and those, as in a cut network;
 - {"donor": "lies" or "dies", "after": N}: what it does once it has served N pieces of a state.
 
@@ -16,15 +17,15 @@ which donor, what became of those, and the most memory that it took.
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -34,7 +35,6 @@ import peer.swarm.round_shell as shell_module
 import peer.swarm.transport as transport_module
 from peer.swarm.__main__ import main
 from peer.swarm.allreduce import AveragedVector, Reduction
-from peer.swarm.bulk_stream import BulkStream
 from peer.swarm.codecs import EncodedVector
 from peer.swarm.offers import Offers
 from peer.swarm.replica import Replica
@@ -147,17 +147,11 @@ class FaultyReduction(Reduction):
             await self._failed.wait()
         await super().serve(sender, header, stream)
 
-    def _send_part(self, reducer: str, stream: BulkStream) -> None:
-        with self._one_piece_less(reducer, is_lying=self._kind == "part shape"):
-            super()._send_part(reducer, stream)
-
-    @contextmanager
-    def _one_piece_less(self, reducer: str, *, is_lying: bool) -> Iterator[None]:
-        begin, end = self._run_by_peer[reducer]
-        if is_lying:
-            self._run_by_peer[reducer] = (begin, end - 1)
-        yield
-        self._run_by_peer[reducer] = (begin, end)
+    def _part_header(self, reducer: str) -> Any:
+        header = super()._part_header(reducer)
+        if self._kind == "part shape":
+            header.end_piece -= 1
+        return header
 
 
 class FaultyServer(StateServer):
@@ -205,6 +199,13 @@ class RecordedDownload(StateDownload):
 
 class CutTransport(Transport):
     """Loses everything to and from members that the plan cuts off."""
+
+    @classmethod
+    async def create(cls, **arguments: Any) -> Self:
+        if PLAN.path.with_name("lanes").exists():
+            arguments["lanes_from_seconds"] = 0.0
+            logging.getLogger("peer.swarm.lanes").setLevel(logging.INFO)
+        return await super().create(**arguments)
 
     async def call(self, peer_id: str, *arguments: Any, **named: Any) -> Any:
         if PLAN.is_cut(peer_id):

@@ -1,0 +1,207 @@
+"""Lanes between two real transports on loopback: the same bytes, the way back to libp2p, strangers,
+and the death of a lane.
+"""
+
+import asyncio
+import os
+import select
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from peer.swarm import lanes as lanes_module
+from peer.swarm.bulk_stream import BulkStream, StreamError
+from peer.swarm.lane_frames import HELLO_BYTES
+from peer.swarm.lane_stream import LaneStream
+from peer.swarm.lanes import num_lanes_for
+from peer.swarm.transport import Stream, Transport
+from tests.peer.swarm.swarm_hub import write_p2p_key
+
+NUM_BYTES = 3_000_001
+
+
+class Pair:
+    """Two members; b sends back what a sends it."""
+
+    def __init__(self, first: Transport, second: Transport) -> None:
+        self.first, self.second = first, second
+        self.kinds: list[type] = []
+        """Of the streams, as b has them."""
+        self.served: list[BulkStream] = []
+
+    async def answer(self, sender: str, stream: Stream) -> None:
+        await stream.read_bytes(3)
+        bulk = await stream.detach()
+        self.kinds.append(type(bulk))
+        self.served.append(bulk)
+
+        def echo() -> None:
+            bulk.send(bulk.read_bytes(NUM_BYTES))
+            bulk.wait_acknowledged()
+
+        await asyncio.to_thread(echo)
+        bulk.close()
+
+    async def open(self) -> BulkStream:
+        stream = await self.first.open_stream("b", "echo")
+        await stream.send_bytes(b"abc")
+        return await stream.detach()
+
+    async def echo(self) -> type:
+        """One stream there and back; what kind it was on both sides."""
+        bulk, data = await self.open(), os.urandom(NUM_BYTES)
+
+        def exchange() -> bytearray:
+            bulk.send(data)
+            found = bulk.read_bytes(NUM_BYTES)
+            bulk.acknowledge()
+            bulk.linger()
+            return found
+
+        assert await asyncio.to_thread(exchange) == data
+        assert self.kinds[-1] is type(bulk)
+        return type(bulk)
+
+    async def made(self) -> None:
+        """Wait until a's lanes to b are made, or given up."""
+        making = self.first.lanes._ways["b"].making
+        assert making is not None
+        await asyncio.wait_for(making, 20.0)
+
+    async def on_lanes(self) -> None:
+        assert await self.echo() is BulkStream, "the first stream goes before there are lanes"
+        await self.made()
+        assert list(self.first.lanes.num_lanes_by_peer()) == ["b"]
+
+
+def _with_pair(folder: Path, body: Callable[[Pair], Awaitable[None]]) -> None:
+    async def start(name: str) -> Transport:
+        home = folder / name
+        home.mkdir()
+        write_p2p_key(home / "p2p.key")
+        return await Transport.create(
+            home=home,
+            identity_path=home / "p2p.key",
+            prefix="test",
+            host="127.0.0.1",
+            listen_port=0,
+            lanes_from_seconds=0.0,
+        )
+
+    async def run() -> None:
+        first, second = await asyncio.gather(start("a"), start("b"))
+        pair = Pair(first, second)
+        try:
+            first.set_members({"b": second.p2p_peer_id})
+            second.set_members({"a": first.p2p_peer_id})
+            first.add_addresses("b", await second.addresses())
+            second.add_addresses("a", await first.addresses())
+            await second.serve_streams("echo", pair.answer)
+            await body(pair)
+        finally:
+            await asyncio.gather(first.close(), second.close())
+
+    asyncio.run(run())
+
+
+def test_one_stream_after_another_over_the_same_lanes(tmp_path: Path) -> None:
+    async def body(pair: Pair) -> None:
+        await pair.on_lanes()
+        bundle = pair.first.lanes._ways["b"].own
+        before = pair.second.moved_by_peer()["a"]
+        for _ in range(3):
+            assert await pair.echo() is LaneStream
+        assert pair.first.lanes._ways["b"].own is bundle
+        sent, received = pair.second.moved_by_peer()["a"]
+        assert received - before[1] >= 3 * NUM_BYTES and sent - before[0] >= 3 * NUM_BYTES
+        pair.first.set_members({})
+        assert bundle is not None and not bundle.is_alive(), "keys end with membership"
+
+    _with_pair(tmp_path, body)
+
+
+def test_a_lane_that_dies_ends_the_stream_at_once_and_libp2p_goes_on(tmp_path: Path) -> None:
+    async def body(pair: Pair) -> None:
+        await pair.on_lanes()
+        bulk = await pair.open()
+        assert isinstance(bulk, LaneStream)
+        await asyncio.to_thread(bulk.send, bytes(NUM_BYTES // 2))
+        begin_seconds = time.monotonic()
+        bulk._bundle._lanes[1].socket.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(StreamError, match="a lane has ended"):
+            await asyncio.to_thread(bulk.read_bytes, 1)
+        bulk.close()
+        assert time.monotonic() - begin_seconds < 5.0, "well before any deadline"
+        assert await pair.echo() is BulkStream
+        await pair.made()
+        assert await pair.echo() is LaneStream
+
+    _with_pair(tmp_path, body)
+
+
+def test_lanes_that_died_idle_are_found_out_before_use(tmp_path: Path) -> None:
+    async def body(pair: Pair) -> None:
+        await pair.on_lanes()
+        bundle = next(iter(pair.second.lanes._ways["a"].others.values()))
+        bundle.close()
+        own = pair.first.lanes._ways["b"].own
+        assert own is not None
+        lane = own._lanes[0].socket
+        assert (await asyncio.to_thread(select.select, [lane], [], [], 5.0))[0], "its end comes"
+        assert await pair.echo() is BulkStream
+        await pair.made()
+        assert await pair.echo() is LaneStream
+
+    _with_pair(tmp_path, body)
+
+
+def test_whoever_can_be_dialled_is(tmp_path: Path) -> None:
+    """b does not listen, so it dials a; then neither listens, and the pair stays on libp2p."""
+
+    async def body(pair: Pair) -> None:
+        pair.second.lanes._listen = lambda: 0  # type: ignore[method-assign]
+        await pair.on_lanes()
+        assert await pair.echo() is LaneStream
+        bundle = pair.first.lanes._ways["b"].own
+        assert bundle is not None
+        bundle.close()
+        pair.first.lanes._listen = lambda: 0  # type: ignore[method-assign]
+        assert await pair.echo() is BulkStream
+        await pair.made()
+        assert await pair.echo() is BulkStream
+        await pair.made()
+        assert pair.first.lanes._ways["b"].not_before_seconds > time.monotonic()
+        assert await pair.echo() is BulkStream
+
+    _with_pair(tmp_path, body)
+
+
+def test_a_stranger_at_the_port_hears_nothing_and_blocks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes_module, "HANDSHAKE_SECONDS", 1.0)
+
+    async def body(pair: Pair) -> None:
+        port = pair.second.lanes._listen()
+        loop = asyncio.get_running_loop()
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        for stranger in strangers:
+            stranger.setblocking(False)
+        strangers[-1].send(os.urandom(HELLO_BYTES))
+        await pair.on_lanes()  # they are there all the while
+        assert len(pair.second.lanes._half_open) <= lanes_module._MOST_HALF_OPEN_OF_HOST
+        heard = [loop.sock_recv(stranger, 1) for stranger in strangers]
+        found = await asyncio.wait_for(asyncio.gather(*heard, return_exceptions=True), 5.0)
+        assert all(data == b"" or isinstance(data, ConnectionError) for data in found), found
+        assert await pair.echo() is LaneStream
+        for stranger in strangers:
+            stranger.close()
+
+    _with_pair(tmp_path, body)
+
+
+def test_farther_members_get_more_lanes() -> None:
+    assert [num_lanes_for(rtt) for rtt in (0.02, 0.1, 0.16, 0.5)] == [2, 2, 3, 4]
