@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from peer.swarm import lane_frames as frames
 from peer.swarm.lane_stream import Bundle
@@ -364,14 +365,14 @@ class Lanes:
                 self._turn_away(next(iter(self._half_open)))
             task = asyncio.ensure_future(self._welcome(connection))
             self._half_open[task] = (connection, host)
-            task.add_done_callback(lambda done, c=connection: self._welcomed(done, c))
+            task.add_done_callback(partial(self._welcomed, connection))
             await asyncio.sleep(0)  # a full backlog is accepted without a pause otherwise
 
     def _turn_away(self, task: "asyncio.Task[None]") -> None:
         del self._half_open[task]
         task.cancel()
 
-    def _welcomed(self, task: "asyncio.Task[None]", connection: socket.socket) -> None:
+    def _welcomed(self, connection: socket.socket, task: "asyncio.Task[None]") -> None:
         self._half_open.pop(task, None)
         if task.cancelled() or task.exception() is not None:
             connection.close()
