@@ -42,7 +42,7 @@ def test_a_failed_turn_is_told_and_the_next_one_is_taken(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         chore = asyncio.run(body())
     assert chore.num_failed_turns == 3
-    found = [(record.levelname, record.getMessage().partition(";")[0]) for record in caplog.records]
-    assert found[1:] == [("WARNING", "chore: disk full"), ("ERROR", "chore failed")]
-    assert found[0][0] == "WARNING" and "no answer" in found[0][1]
+    found = [(record.levelno, record.getMessage().partition(";")[0]) for record in caplog.records]
+    assert found[1:] == [(logging.WARNING, "chore: disk full"), (logging.ERROR, "chore failed")]
+    assert found[0][0] == logging.WARNING and "no answer" in found[0][1]
     assert "never thought of" in caplog.text
