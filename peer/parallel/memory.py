@@ -217,7 +217,7 @@ def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTabl
         activations_bytes=round(FP32_BYTES * activations * tokens),
         head_bytes=round(FP32_BYTES * head * tokens),
         temporaries_bytes=round(FP32_BYTES * temporaries),
-        runtime_bytes=RUNTIME_BYTES if setting.is_cpu else DEVICE_RUNTIME_BYTES,
+        runtime_bytes=_runtime_bytes(setting, head_bytes=FP32_BYTES * head * tokens),
         host_bytes=host,
     )
 
@@ -239,6 +239,16 @@ def _head_elements(layout: Layout, setting: Setting) -> float:
     if setting.activation_bytes < FP32_BYTES:
         copies += 1
     return copies * size + num_waiting * kept
+
+
+def _runtime_bytes(setting: Setting, *, head_bytes: float) -> int:
+    """Of the process itself. On a CPU with what its allocator cannot use again: forward and
+    backward passes run in two threads with an arena each, and up to two blocks as large as the
+    logits, freed by one, were measured to stay beside what the other asks for.
+    """
+    if not setting.is_cpu:
+        return DEVICE_RUNTIME_BYTES
+    return RUNTIME_BYTES + round(head_bytes / 2)
 
 
 def _host_bytes(layout: Layout, setting: Setting) -> int:
