@@ -39,7 +39,11 @@ async def hand_over(
         async with asyncio.timeout(ASK_SECONDS):
             duty = await calls.parting_duty(membership)
     except (MusterError, TimeoutError) as error:
-        _LOGGER.info("left without asking what is owed: %s", error)
+        _LOGGER.warning(
+            "left without asking what is owed (%s): if nobody else holds the newest state, it lies"
+            " in this home only",
+            error or f"no answer within {ASK_SECONDS:g} s",
+        )
         return 0.0
     if duty is None:
         return 0.0

@@ -36,10 +36,13 @@ _AWAIT_SECONDS = 10.0
 """For the dialling side of a bundle."""
 _MOST_OTHERS_BUNDLES = 2
 """Of one member: its last one may be in use still."""
+_LOOKS, _LOOK_AGAIN_SECONDS = 10, 0.05
+"""For a bundle whose last stream is just ending."""
 _MOST_HALF_OPEN, _MOST_HALF_OPEN_OF_HOST = 64, 8
 _NEAR_SECONDS = 600.0
 """Until it is looked again whether a near member has become a far one."""
 _PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 10.0, 600.0
+_MOST_PORT = 65_535
 _PORT_DISTANCE = 1000
 """Of the lanes' port from --listen-port; a neighbouring port may be another peer's."""
 
@@ -70,6 +73,10 @@ class _Way:
     """Asked for by us, and in use."""
     others: dict[bytes, Bundle] = field(default_factory=dict)
     """Asked for by the member."""
+    in_use: set[bytes] = field(default_factory=set)
+    """Names of those of `others` that carry a stream."""
+    num_asked: int = 0
+    """Bundles that the member has asked for and that are not there yet."""
     making: "asyncio.Task[None] | None" = None
     num_failures: int = 0
     not_before_seconds: float = 0.0
@@ -129,10 +136,21 @@ class Lanes:
                 way.making = asyncio.ensure_future(self._make(peer_id, way))
         return None
 
-    def lent_by(self, peer_id: str, bundle_id: bytes) -> Bundle | None:
-        """A member's bundle, by its name."""
-        bundle = self._ways[peer_id].others.get(bundle_id)
-        return bundle if bundle is not None and bundle.is_alive() else None
+    async def lent_by(self, peer_id: str, bundle_id: bytes) -> Bundle | None:
+        """A member's bundle, by its name, for one stream at a time; None if it is not there, or
+        does not come back from the last stream soon.
+        """
+        way = self._ways[peer_id]
+        for _ in range(_LOOKS):
+            with self._lock:
+                bundle = way.others.get(bundle_id)
+                if bundle is None or not bundle.is_alive():
+                    return None
+                if bundle_id not in way.in_use:
+                    way.in_use.add(bundle_id)
+                    return bundle
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        return None
 
     def give_back(self, peer_id: str, bundle: Bundle, *, is_own: bool, is_clean: bool) -> None:
         """The stream is over."""
@@ -142,6 +160,7 @@ class Lanes:
                 bundle.close()
                 return
             if not is_own:
+                way.in_use.discard(bundle.bundle_id)
                 return
             way.lent = None
             if is_clean:
@@ -198,16 +217,16 @@ class Lanes:
                 way.not_before_seconds = time.monotonic() + _NEAR_SECONDS
                 return
             try:
-                if not answer.port:
+                if not 0 < answer.port <= _MOST_PORT:
                     raise ConnectionError(answer.reason or "it does not listen")
                 connections = await self._dial(peer_id, answer.port, ask)
             except OSError as error:
                 logger.debug("lanes to %s: cannot dial: %s; it shall dial us", peer_id, error)
                 connections = await self._be_dialled(peer_id, ask, str(error))
+            bundle = Bundle(connections, bundle_id=ask.bundle_id, secret=secret, is_owner=True)
         except OSError as error:
             self._note_failure(peer_id, way, str(error) or type(error).__name__)
             return
-        bundle = Bundle(connections, bundle_id=ask.bundle_id, secret=secret, is_owner=True)
         is_near = 0.0 < bundle.rtt_seconds < (self._far_seconds or 0.0)
         if is_near:  # the calls took long because somebody was busy
             way.not_before_seconds = time.monotonic() + _NEAR_SECONDS
@@ -230,19 +249,28 @@ class Lanes:
         answer = await self._ask(peer_id, ask, _AWAIT_SECONDS)
         if not answer.is_connected:
             raise ConnectionError(f"{reason}; the other way: {answer.reason}")
+        if awaited.whole.cancelled():
+            raise ConnectionError(f"{reason}; the other way: too late")
         return await awaited.whole
 
     async def on_ask(self, peer_id: str, ask: state_pb2.LaneAsk) -> state_pb2.LaneAnswer:
         """A member wants a bundle: await its connections, or make them."""
         sizes = (len(ask.bundle_id), len(ask.secret))
         is_sane = sizes == (frames.ID_BYTES, frames.SECRET_BYTES) and ask.bundle_id != NO_BUNDLE
+        is_sane = is_sane and ask.port <= _MOST_PORT
         if self._far_seconds is None or not is_sane or not 1 <= ask.num_lanes <= _MOST_LANES:
             return state_pb2.LaneAnswer(reason="no lanes here" if is_sane else "a bad request")
+        way = self._ways[peer_id]
+        if way.num_asked >= _MOST_OTHERS_BUNDLES:
+            return state_pb2.LaneAnswer(reason="too many bundles asked for at once")
         if ask.port:
+            way.num_asked += 1
             try:
                 connections = await self._dial(peer_id, ask.port, ask)
             except OSError as error:
                 return state_pb2.LaneAnswer(reason=str(error) or type(error).__name__)
+            finally:
+                way.num_asked -= 1
             self._take_in(peer_id, ask, connections)
             return state_pb2.LaneAnswer(is_connected=True)
         port = self._listen()
@@ -250,16 +278,22 @@ class Lanes:
             return state_pb2.LaneAnswer(reason="no port here")
 
         def arrived(whole: "asyncio.Future[list[socket.socket]]") -> None:
+            way.num_asked -= 1
             if not whole.cancelled():
                 self._take_in(peer_id, ask, whole.result())
 
+        way.num_asked += 1
         self._await(ask).whole.add_done_callback(arrived)
         return state_pb2.LaneAnswer(port=port)
 
     def _take_in(
         self, peer_id: str, ask: state_pb2.LaneAsk, connections: list[socket.socket]
     ) -> None:
-        bundle = Bundle(connections, bundle_id=ask.bundle_id, secret=ask.secret, is_owner=False)
+        try:
+            bundle = Bundle(connections, bundle_id=ask.bundle_id, secret=ask.secret, is_owner=False)
+        except OSError as error:  # one of them is closed already
+            logger.info("lanes of %s: %s", peer_id, error)
+            return
         if peer_id not in self._members:  # it has left meanwhile
             bundle.close()
             return
@@ -309,6 +343,9 @@ class Lanes:
 
         try:
             await asyncio.wait_for(greet(), HANDSHAKE_SECONDS)
+        except UnicodeError as error:
+            connection.close()
+            raise ConnectionError(f"{host[:80]!r} is no host name") from error
         except BaseException:
             connection.close()
             raise
@@ -320,7 +357,7 @@ class Lanes:
         """The port at which lanes are awaited, opened when one is first needed; 0 if it cannot."""
         if self._listener is None:
             wanted = self._listen_port + _PORT_DISTANCE if self._listen_port else 0
-            for port in dict.fromkeys((wanted if wanted < 65536 else 0, 0)):
+            for port in dict.fromkeys((wanted if wanted <= _MOST_PORT else 0, 0)):
                 try:
                     self._listener = socket.create_server((self._host, port), backlog=128)
                     break

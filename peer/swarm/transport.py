@@ -383,15 +383,23 @@ class Transport:
         """The same stream to a member for threads, over lanes if its opener has a bundle of them:
         it names that as the last bytes of the p2p stream. Raises StreamError.
         """
-        if stream.is_opener:
-            bundle = self.lanes.lend(peer_id)
-            await stream.send_bytes(NO_BUNDLE if bundle is None else bundle.bundle_id)
-        else:
-            bundle_id = await stream.read_bytes(len(NO_BUNDLE))
-            bundle = self.lanes.lent_by(peer_id, bundle_id)
-            if bundle is None and bundle_id != NO_BUNDLE:
-                raise StreamError("it is to go on over lanes that are not there any more")
-        fd, head = await stream.release()
+        bundle = None
+        try:
+            if stream.is_opener:
+                bundle = self.lanes.lend(peer_id)
+                await stream.send_bytes(NO_BUNDLE if bundle is None else bundle.bundle_id)
+            else:
+                bundle_id = await stream.read_bytes(len(NO_BUNDLE))
+                bundle = await self.lanes.lent_by(peer_id, bundle_id)
+                if bundle is None and bundle_id != NO_BUNDLE:
+                    raise StreamError("it is to go on over lanes that are not there, or in use")
+            fd, head = await stream.release()
+        except BaseException:
+            if bundle is not None:
+                bundle.close()
+                is_own = stream.is_opener
+                self.lanes.give_back(peer_id, bundle, is_own=is_own, is_clean=False)
+            raise
         count = lambda sent, received: self.count(  # noqa: E731
             peer_id, sent_bytes=sent, received_bytes=received
         )

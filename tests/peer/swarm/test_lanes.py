@@ -18,6 +18,7 @@ from peer.swarm.lane_frames import HELLO_BYTES
 from peer.swarm.lane_stream import LaneStream
 from peer.swarm.lanes import num_lanes_for
 from peer.swarm.transport import Stream, Transport
+from protos.muster.v1 import state_pb2
 from tests.peer.swarm.swarm_hub import write_p2p_key
 
 NUM_BYTES = 3_000_001
@@ -199,6 +200,44 @@ def test_a_stranger_at_the_port_hears_nothing_and_blocks_nobody(
         assert await pair.echo() is LaneStream
         for stranger in strangers:
             stranger.close()
+
+    _with_pair(tmp_path, body)
+
+
+def test_a_member_has_one_stream_over_a_bundle_and_few_bundles_to_come(tmp_path: Path) -> None:
+    async def body(pair: Pair) -> None:
+        await pair.on_lanes()
+        lanes = pair.second.lanes
+        ((bundle_id, bundle),) = lanes._ways["a"].others.items()
+        assert await lanes.lent_by("a", bundle_id) is bundle
+        assert await lanes.lent_by("a", bundle_id) is None, "it is in use"
+        lanes.give_back("a", bundle, is_own=False, is_clean=True)
+        assert await lanes.lent_by("a", bundle_id) is bundle
+        asks = [
+            state_pb2.LaneAsk(bundle_id=os.urandom(16), secret=os.urandom(32), num_lanes=4)
+            for _ in range(20)
+        ]
+        answers = [await lanes.on_ask("a", ask) for ask in asks]
+        assert [bool(answer.port) for answer in answers] == [True] * 2 + [False] * 18
+        assert "at once" in answers[-1].reason
+        asks[0].port = 70_000
+        assert "bad request" in (await lanes.on_ask("a", asks[0])).reason
+
+    _with_pair(tmp_path, body)
+
+
+def test_lanes_of_a_stream_that_cannot_be_agreed_on_come_back(tmp_path: Path) -> None:
+    async def body(pair: Pair) -> None:
+        await pair.on_lanes()
+        stream = await pair.first.open_stream("b", "echo")
+        stream.close()
+        with pytest.raises(StreamError):
+            await stream.detach()
+        way = pair.first.lanes._ways["b"]
+        assert way.lent is None and way.own is None
+        assert await pair.echo() is BulkStream
+        await pair.made()
+        assert await pair.echo() is LaneStream
 
     _with_pair(tmp_path, body)
 
