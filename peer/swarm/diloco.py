@@ -16,8 +16,9 @@ swarm has made of the contribution takes its place in the local parameters. The 
 made by the swarm process on every member (outer_update.py).
 
 A micro-batch that is not finite costs the work since the last contribution and nothing older: what
-local parameters were then is kept in the vector that the contribution travels in, which has room for
-all of them. The fragment's own part is the anchors less the contribution, the others' lie behind it.
+local parameters were then is kept in the vector that the contribution travels in, which has room
+for all of them. The fragment's own are the anchors less the contribution, the others' lie behind
+it.
 
 Private, never in a digest: local parameters, inner moments, work under way. Local parameters become
 the anchors at every restart; inner moments stay over a resync of a living trainer, as they do over
@@ -235,7 +236,6 @@ class DilocoStrategy:
             "is_travelling": self._is_travelling,
             "loss_nats": self._total_nats / self.num_tokens if self.num_tokens else 0.0,
         }
-
 
     def _fill_contributed(self, local: Float32Vector) -> None:
         """Local parameters at the last contribution and what the swarm has made of it since; after
