@@ -324,10 +324,14 @@ class Hub:
             outer_step=self.outer_step,
             checkpoint_interval_seconds=3600.0,
         )
-        ready = await self.wait(
-            lambda: daemon.newest("ready"), f"{daemon.name} ready", _LAUNCH_SECONDS
+        told = await self.wait(
+            lambda: daemon.newest("ready") or daemon.newest("failed") or daemon.reader.done(),
+            f"{daemon.name} ready",
+            _LAUNCH_SECONDS,
         )
-        daemon.addresses = ready["addresses"]
+        assert told is not True, f"{daemon.name} has ended before it was ready"
+        assert told["kind"] == "ready", f"{daemon.name} failed: {told}"
+        daemon.addresses = told["addresses"]
 
     async def _spawn(
         self, daemon: Daemon, fds: tuple[int, int]
