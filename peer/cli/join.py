@@ -16,9 +16,9 @@ from peer.cli.options import (
     print_json,
     print_line,
     read_join_text,
-    say,
     set_up_logging,
 )
+from protos.contract.command_line import ReaderGoneError, say
 
 if TYPE_CHECKING:
     from peer.config import PeerConfig
@@ -154,10 +154,19 @@ def choose_join_string(text: str, home: Path) -> "JoinString":
 
 
 def make_reporter(*, is_json: bool) -> "Reporter":
-    """How reports are printed: JSON lines, or plain lines with the time."""
+    """How reports are printed: JSON lines, or plain lines with the time. When nobody reads them any
+    more the peer is asked to leave, in good order.
+    """
+    import signal
     import time
 
     def report(entry: "Report") -> None:
+        try:
+            show(entry)
+        except ReaderGoneError:  # once: what is printed after it goes nowhere
+            signal.raise_signal(signal.SIGTERM)
+
+    def show(entry: "Report") -> None:
         if is_json:
             print_json(
                 {"event": entry.kind, "text": entry.text, "unix_seconds": time.time()}

@@ -117,7 +117,7 @@ def test_a_run_by_hand_without_a_server(tmp_path: Path) -> None:
         (("serve", "--config", "nowhere.toml"), 4, "cannot read"),
         (("corpus", "build", "nowhere.txt", "--out", "out"), 2, "nowhere.txt"),
         (("up", "--peers", "0"), 2, "--peers 0"),
-        (("fly",), 2, "No such command"),
+        (("fly",), 2, "no such command"),
     ],
 )
 def test_mistakes_are_explained(
