@@ -7,14 +7,13 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from peer.ipc import AsyncChannel, ChannelClosed, Message
 from peer.shared_vectors import SharedVectors
@@ -25,12 +24,13 @@ from protos.contract.certificate import (
     half_votes_by_voter,
     is_quorum,
 )
-from protos.contract.ids import COORDINATOR_VOTER, p2p_peer_id_from_public_key
+from protos.contract.ids import COORDINATOR_VOTER
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import DataSpec, ModelSpec, RunSpec, StrategySpec
 from protos.contract.signing import SigningKey
 from protos.muster.v1 import common_pb2, rounds_pb2
 from tests.peer.swarm.forked_members import ForkedProcess, Forker
+from tests.peer.swarm.p2p_keys import write_p2p_key
 
 RUN_ID = "swarm-test"
 SEQ_LEN = 16
@@ -52,29 +52,11 @@ SPEC = RunSpec(
 )
 _LAUNCH_SECONDS = 90.0
 """Imports of torch and hivemind take seconds, on a busy machine a minute."""
+_NUM_LAUNCHES = 2
+"""A daemon starts a swarm process again that fails or is not ready in time (child_watch.py)."""
 NUM_VALUES = ModelShape.from_spec(SPEC.model).num_parameters
 WINDOWS = 20
 """Windows that a member is asked to train per round."""
-
-
-def write_p2p_key(path: Path) -> str:
-    """Make a libp2p identity as hivemind reads it; returns its peer id."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    private = key.private_bytes(
-        serialization.Encoding.DER,
-        serialization.PrivateFormat.TraditionalOpenSSL,
-        serialization.NoEncryption(),
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    path.write_bytes(_wrapped(private))
-    return p2p_peer_id_from_public_key(_wrapped(public))
-
-
-def _wrapped(data: bytes) -> bytes:
-    length = len(data)
-    return b"\x08\x00\x12" + bytes([length & 0x7F | 0x80, length >> 7]) + data
 
 
 @dataclass
@@ -297,6 +279,19 @@ class Hub:
 
     async def launch(self, daemon: Daemon) -> None:
         """Start (again) the swarm process of a daemon and wait until it answers members."""
+        for left in reversed(range(_NUM_LAUNCHES)):
+            told = await self._start(daemon)
+            if told["kind"] == "ready":
+                daemon.addresses = told["addresses"]
+                return
+            assert left, f"{daemon.name}: {told}"
+            warnings.warn(f"{daemon.name} is started again: {told}", stacklevel=2)
+            assert daemon.process is not None
+            daemon.process.kill()
+            await daemon.process.wait()
+
+    async def _start(self, daemon: Daemon) -> Message:
+        """Start the process; returns what it says: `ready`, or why not."""
         ours, theirs = socket.socketpair()
         daemon.process = await self._spawn(daemon, (theirs.fileno(), daemon.vectors.fd))
         theirs.close()
@@ -324,10 +319,17 @@ class Hub:
             outer_step=self.outer_step,
             checkpoint_interval_seconds=3600.0,
         )
-        ready = await self.wait(
-            lambda: daemon.newest("ready"), f"{daemon.name} ready", _LAUNCH_SECONDS
-        )
-        daemon.addresses = ready["addresses"]
+        reader, answers = daemon.reader, ("ready", "failed")
+        try:
+            await self.wait(
+                lambda: reader.done() or any(map(daemon.newest, answers)),
+                f"{daemon.name} ready",
+                _LAUNCH_SECONDS,
+            )
+        except AssertionError as error:
+            return {"kind": "silent", "reason": str(error)}
+        told = next(filter(None, map(daemon.newest, answers)), None)
+        return told or {"kind": "ended", "reason": "without a word"}
 
     async def _spawn(
         self, daemon: Daemon, fds: tuple[int, int]

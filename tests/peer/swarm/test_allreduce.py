@@ -30,7 +30,7 @@ from protos.contract.digest import (
     vector_piece_digests,
 )
 from protos.muster.v1 import rounds_pb2
-from tests.peer.swarm.swarm_hub import write_p2p_key
+from tests.peer.swarm.p2p_keys import write_p2p_key
 
 NUM_VALUES = 3 * PIECE_VALUES + 1234
 PEERS = ("a", "b", "c")

@@ -19,7 +19,7 @@ from peer.swarm.lane_stream import LaneStream
 from peer.swarm.lanes import num_lanes_for
 from peer.swarm.transport import Stream, Transport
 from protos.muster.v1 import state_pb2
-from tests.peer.swarm.swarm_hub import write_p2p_key
+from tests.peer.swarm.p2p_keys import write_p2p_key
 
 NUM_BYTES = 3_000_001
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from peer.swarm.transport import Transport
-from tests.peer.swarm.swarm_hub import Hub, write_p2p_key
+from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.swarm_hub import Hub
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from peer.swarm.transport import Transport
 from protos.contract.addresses import problem_of_address
 from protos.muster.v1 import rounds_pb2
 from tests.contract.test_addresses import GOOD
-from tests.peer.swarm.swarm_hub import write_p2p_key
+from tests.peer.swarm.p2p_keys import write_p2p_key
 
 
 class _Dht:

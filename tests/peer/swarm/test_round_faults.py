@@ -15,7 +15,8 @@ from peer.swarm.transport import PeerCallError, StreamError, Transport
 from protos.contract.telemetry import ATTEMPT_PHASES, RoundPhase
 from protos.muster.v1 import rounds_pb2, state_pb2
 from tests.peer.swarm.faulted_swarm import FaultedSwarm, Recovery
-from tests.peer.swarm.swarm_hub import Daemon, write_p2p_key
+from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.swarm_hub import Daemon
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -17,7 +17,7 @@ from peer.swarm.records import PresenceRecord, presence_key
 from peer.swarm.signed_records import OwnRecordsOnly
 from peer.swarm.transport import Transport
 from protos.contract.signing import SigningKey
-from tests.peer.swarm.swarm_hub import write_p2p_key
+from tests.peer.swarm.p2p_keys import write_p2p_key
 
 OWNER, STRANGER = SigningKey(b"\x01" * 32), SigningKey(b"\x02" * 32)
 TRUE = ("/ip4/192.0.2.7/tcp/4001",)

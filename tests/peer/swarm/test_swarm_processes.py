@@ -11,6 +11,7 @@ import pytest
 from peer.swarm.state_transfer import SNAPSHOT_STREAM, STATE_INFO_CALL
 from peer.swarm.transport import PeerCallError, StreamError, Transport
 from protos.muster.v1 import rounds_pb2, state_pb2
+from tests.peer.swarm.p2p_keys import write_p2p_key
 from tests.peer.swarm.single_process import Expected
 from tests.peer.swarm.swarm_hub import (
     NUM_VALUES,
@@ -18,7 +19,6 @@ from tests.peer.swarm.swarm_hub import (
     WINDOWS,
     Daemon,
     Hub,
-    write_p2p_key,
 )
 
 
