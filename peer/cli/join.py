@@ -110,8 +110,10 @@ def join(
 def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
     import asyncio
 
+    from peer.cli.devices import require_devices
     from peer.cli.ports import require_free_port
     from peer.daemon.daemon import Daemon
+    from peer.daemon.membership import check_machine
     from peer.home import Home
     from peer.identity import load_identity
 
@@ -121,6 +123,8 @@ def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
         for done in home.clean_leftovers():
             say(f"leftover of a dead peer: {done}")
         chosen = choose_join_string(text, config.home)
+        check_machine(config)
+        require_devices(config)
         require_free_port(config.listen_host, config.listen_port)
         identity = load_identity(config.home)
 

@@ -131,6 +131,17 @@ def test_mistakes_are_explained(
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--fresh",), ("--budget-tokens", "1")])
+def test_up_refuses_at_once(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Before a corpus is built, and before --fresh deletes anything."""
+    (tmp_path / "file").touch()
+    done = run_here("up", "--data-dir", str(tmp_path / "file" / "data"), *more)
+    assert done.returncode == (2 if "1" in more else 4) and "corpus:" not in done.stderr
+    assert ("budget_tokens = 1" if "1" in more else "--data-dir") in done.stderr
+    assert "  remedy:" in done.stderr and "--out" not in done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 @pytest.mark.parametrize("arguments", [("plan", "--flop", "1e20", "--json"), ("study", "laws")])
 def test_an_output_that_takes_nothing_is_said(arguments: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "coordinator.cli.main", *arguments]
