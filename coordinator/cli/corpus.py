@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.cli.options import AsJson, print_json, say
+from coordinator.cli.options import AsJson, print_json
+from protos.contract.command_line import say
 
 if TYPE_CHECKING:
     from coordinator.corpus.build import BuildProgress

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peer.checkpoint.target import check_target
-from peer.cli.options import AsJson, Checkpoint, DatasetDir, SpecPath, Threads, print_json, say
+from peer.cli.options import AsJson, Checkpoint, DatasetDir, SpecPath, Threads, print_json
+from protos.contract.command_line import say
 from protos.contract.errors import RunFailedError, UsageError
 
 if TYPE_CHECKING:

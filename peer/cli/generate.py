@@ -17,8 +17,8 @@ from peer.cli.options import (
     print_line,
     print_part,
     require_effect,
-    say,
 )
+from protos.contract.command_line import say
 
 if TYPE_CHECKING:
     from peer.cli.checkpoints import OpenedCheckpoint

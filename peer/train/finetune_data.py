@@ -18,6 +18,7 @@ from peer.model.objectives import IGNORED
 from protos.contract.answer_records import ANSWER_KEYS, LABEL_KEYS, parse_rows
 from protos.contract.chunk_format import Int64Array
 from protos.contract.errors import UsageError
+from protos.contract.text import counted
 
 Encode = Callable[[str], list[int]]
 """Text -> token ids, without special tokens."""
@@ -70,6 +71,12 @@ def load_tuning_set(
             allowed="a UTF-8 text file, or JSON lines in a .jsonl file",
             remedy="check the path",
         ) from error
+    if not text.strip():
+        raise UsageError(
+            f"{path} holds no text",
+            allowed="text of more than one window, or two lines of JSON in a .jsonl file",
+            remedy="write what to train on into it",
+        )
     if path.suffix == ".jsonl":
         rows = parse_rows(text, keys=LABEL_KEYS if is_labelled else ANSWER_KEYS, where=path)
     elif is_labelled:
@@ -143,8 +150,9 @@ def _split(
 ) -> TuningSet:
     num_heldout = max(1, len(examples) // _HELDOUT_SHARE)
     if len(examples) < 2:
+        too_long = f"; {num_too_long} of its lines too long for the window" if num_too_long else ""
         raise UsageError(
-            f"{path} gives {len(examples)} examples; {num_too_long} are too long for the window",
+            f"{path} gives {counted(len(examples), 'example')}{too_long}",
             allowed="at least two: one to train on, one held out",
             remedy="add text, or shorten prompts and answers",
         )

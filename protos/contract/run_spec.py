@@ -45,6 +45,13 @@ MUON_MOMENTUM = 0.95
 _DIGEST_TAG = b"muster run spec 1\n"
 MIN_SPAN_SEQ_LEN = 16
 
+_ALLOWED_BY_TYPE = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+}
+
 _Spec = TypeVar("_Spec")
 
 
@@ -456,9 +463,8 @@ def _parse_value(kind: Any, value: Any, *, where: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UsageError(
-            f"{where} = {value!r}", allowed=f"a value of type {kind.__name__}", remedy="correct it"
-        )
+        allowed = _ALLOWED_BY_TYPE[kind]
+        raise UsageError(f"{where} = {value!r}", allowed=allowed, remedy=f"give {allowed}")
     return value
 
 
