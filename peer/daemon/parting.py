@@ -13,10 +13,9 @@ from peer.daemon.coordinator_tasks import CoordinatorTasks
 from peer.daemon.duties import Duties
 from peer.daemon.membership import Membership
 from protos.contract.errors import MusterError
+from protos.contract.leaving import HAND_OVER_SECONDS
 
 _LOGGER = logging.getLogger(__name__)
-HAND_OVER_SECONDS = 60.0
-"""The most that leaving waits for it."""
 ASK_SECONDS = 1.0
 _TELL_SECONDS = 5.0
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from peer.daemon.parting import hand_over
+from peer import supervisor
+from peer.daemon import running
+from peer.daemon.parting import ASK_SECONDS, hand_over
 from protos.contract.errors import UnavailableError
+from protos.contract.leaving import DRAIN_SECONDS, HAND_OVER_SECONDS, LEAVE_SECONDS
 from protos.muster.v1 import duties_pb2
 
 DUTY = duties_pb2.Duty(duty_id="run/checkpoint/1-9-parting", fence=1)
@@ -85,3 +88,12 @@ def test_a_slow_coordinator_is_not_waited_for_for_ever() -> None:
     uploads = Uploads(asyncio.Event())
     notes = leave(Calls(DUTY), uploads, most_seconds=0.1)
     assert uploads.has_ended == "cancelled" and "not taken in time" in notes[-1]
+
+
+def test_whoever_started_a_peer_waits_as_long_as_it_may_take() -> None:
+    """All that `RunningSession.drain` waits for, each child pressed by SIGTERM once."""
+    trainer_seconds = running._TRAINER_STOP_SECONDS + supervisor._TERM_GRACE_SECONDS
+    calls_seconds = running._LEAVE_SECONDS + ASK_SECONDS + running._LEAVE_SECONDS
+    swarm_seconds = running._DRAIN_SECONDS + supervisor._TERM_GRACE_SECONDS
+    assert trainer_seconds + calls_seconds + swarm_seconds <= DRAIN_SECONDS
+    assert HAND_OVER_SECONDS + DRAIN_SECONDS <= LEAVE_SECONDS
