@@ -34,6 +34,7 @@ from peer.swarm.member_stream import Stream
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
 from protos.contract.addresses import problem_of_address
 from protos.contract.errors import ErrorCode, MachineError
+from protos.contract.ids import PROTOCOL_VERSION
 from protos.muster.v1 import state_pb2
 
 __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport"]
@@ -285,7 +286,7 @@ class Transport:
             self.count(peer_id, received_bytes=message.ByteSize())
             return await handler(peer_id, message)
 
-        await self.p2p.add_protobuf_handler(f"{self._prefix}.{name}", guarded, message_type)
+        await self.p2p.add_protobuf_handler(self.protocol(name), guarded, message_type)
 
     async def call(
         self,
@@ -301,9 +302,7 @@ class Transport:
         begin_seconds = time.monotonic()
         try:
             answer: _M = await asyncio.wait_for(
-                self.p2p.call_protobuf_handler(
-                    identity, f"{self._prefix}.{name}", message, answer_type
-                ),
+                self.p2p.call_protobuf_handler(identity, self.protocol(name), message, answer_type),
                 timeout_seconds,
             )
         except P2PHandlerError as error:
@@ -341,8 +340,10 @@ class Transport:
         await self.p2p.add_binary_stream_handler(self.protocol(name), guarded)
 
     def protocol(self, name: str) -> str:
-        """A name as it is on the wire: the prefix is the run's secret."""
-        return f"{self._prefix}.{name}"
+        """A name as it is on the wire: the prefix is the run's secret. Who speaks another version
+        does not know it.
+        """
+        return f"{self._prefix}.{PROTOCOL_VERSION}.{name}"
 
     async def handle_stream(
         self,
@@ -366,7 +367,7 @@ class Transport:
         identity = await self._ensure_connected(peer_id)
         try:
             _, reader, writer = await asyncio.wait_for(
-                self.p2p.call_binary_stream_handler(identity, f"{self._prefix}.{name}"),
+                self.p2p.call_binary_stream_handler(identity, self.protocol(name)),
                 timeout_seconds,
             )
         except TimeoutError as error:
