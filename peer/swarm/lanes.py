@@ -5,7 +5,8 @@ and libp2p keeps one per pair. A pair whose quickest call took FAR_SECONDS or mo
 lanes for each side that opens bulk streams. A bundle's name and secret travel over libp2p; the
 asker dials, and if it cannot, the asked one. Until there is a bundle, and after any failure for a
 while, the pair uses its p2p stream. Who connects to the port and cannot prove to be awaited hears
-nothing, and is dropped after HANDSHAKE_SECONDS or when too many are in that state.
+nothing, and is dropped after HANDSHAKE_SECONDS or when too many are in that state. How a pair
+travels now, and why, is for `status` and metrics (`way_of`); the log tells single events, at INFO.
 """
 
 import asyncio
@@ -79,6 +80,8 @@ class _Way:
     """Bundles that the member has asked for and that are not there yet."""
     making: "asyncio.Task[None] | None" = None
     num_failures: int = 0
+    reason: str = ""
+    """Of the last failure; "" since it has worked."""
     not_before_seconds: float = 0.0
 
 
@@ -164,7 +167,7 @@ class Lanes:
                 return
             way.lent = None
             if is_clean:
-                way.own, way.num_failures = bundle, 0
+                way.own, way.num_failures, way.reason = bundle, 0, ""
                 return
         self._note_failure(peer_id, way, "the last stream over them broke off")
 
@@ -180,11 +183,16 @@ class Lanes:
                 if bundle is not None:
                     bundle.close()
 
-    def num_lanes_by_peer(self) -> dict[str, int]:
-        """Connections to each member for streams that we open, if there are any."""
+    def way_of(self, peer_id: str) -> tuple[int, str]:
+        """Connections to a member for streams that we open, and why there are none if there should
+        be.
+        """
+        way = self._ways.get(peer_id)
+        if way is None:
+            return 0, ""
         with self._lock:
-            ways = [(peer_id, way.own or way.lent) for peer_id, way in self._ways.items()]
-        return {peer_id: bundle.num_lanes for peer_id, bundle in ways if bundle is not None}
+            bundle = way.own or way.lent
+        return (0, way.reason) if bundle is None else (bundle.num_lanes, "")
 
     async def close(self) -> None:
         """Drop everything."""
@@ -198,7 +206,7 @@ class Lanes:
 
     def _note_failure(self, peer_id: str, way: _Way, reason: str) -> None:
         pause_seconds = min(_PAUSE_SECONDS * (2**way.num_failures - 1), _MOST_PAUSE_SECONDS)
-        way.num_failures += 1
+        way.num_failures, way.reason = way.num_failures + 1, reason
         way.not_before_seconds = time.monotonic() + pause_seconds
         text = "no lanes to %s for the next %.0f s, the p2p connection is used: %s"
         logger.info(text, peer_id, pause_seconds, reason)

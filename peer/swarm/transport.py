@@ -32,6 +32,7 @@ from peer.swarm.lanes import FAR_SECONDS, NO_BUNDLE, Lanes
 from peer.swarm.link_meter import LinkMeter
 from peer.swarm.member_stream import Stream
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
+from peer.swarm.timeline import PairWay
 from protos.contract.addresses import problem_of_address
 from protos.contract.errors import ErrorCode, MachineError
 from protos.contract.ids import PROTOCOL_VERSION
@@ -206,6 +207,18 @@ class Transport:
     def received_bytes(self) -> int:
         """Bytes received from members since the start."""
         return sum(received for _, received in self._moved_by_peer.values())
+
+    def ways(self) -> dict[str, PairWay]:
+        """peer_id -> how bulk bytes to that member travel now."""
+        found = {peer_id: self.lanes.way_of(peer_id) for peer_id in self._p2p_by_peer}
+        return {
+            peer_id: PairWay(
+                num_lanes=num_lanes,
+                rtt_seconds=self._rtt_by_peer.get(peer_id, 0.0),
+                reason=reason,
+            )
+            for peer_id, (num_lanes, reason) in found.items()
+        }
 
     # Members ----------------------------------------------------------------------------------
 
