@@ -47,6 +47,7 @@ _LEAST_SLICE, _MOST_SLICE = 2**10, 2**16
 _START_SECONDS = 30.0
 _P2PD_IDLE_SECONDS = 20
 _LANE_CALL = "lane"
+_RELAYED = "p2p-circuit"
 _MOST_HOSTS = 4
 """Of a member, tried for lanes."""
 
@@ -442,14 +443,15 @@ class Transport:
         except PeerCallError as error:
             raise ConnectionError(str(error)) from error
 
-    def _hosts_of(self, peer_id: str) -> list[str]:
-        """Hosts at which a member is known to be dialled directly."""
-        found = [a.split("/") for a in self._addresses.addresses_of(peer_id)]
-        hosts = [
-            parts[2]
-            for parts in found
-            if parts[1] in ("ip4", "dns", "dns4") and "p2p-circuit" not in parts
-        ]
+    async def _hosts_of(self, peer_id: str) -> list[str]:
+        """IPv4 hosts at the other end of the direct connections to a member. Raises OSError."""
+        try:
+            peers = await self.p2p.list_peers()
+        except (P2PDaemonError, EOFError) as error:
+            raise ConnectionError(short_reason(error)) from error
+        identity = self._p2p_by_peer.get(peer_id)
+        addresses = [str(a) for peer in peers if peer.peer_id == identity for a in peer.addrs]
+        hosts = [a.split("/")[2] for a in addresses if a.startswith("/ip4/") and _RELAYED not in a]
         return list(itertools.islice(dict.fromkeys(hosts), _MOST_HOSTS))
 
     @property
