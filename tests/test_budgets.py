@@ -24,8 +24,7 @@ LOOP_FILE = "peer/train/loop.py"
 
 # The borders that may catch everything; each re-raises or records. (file, how many handlers)
 BROAD_HANDLERS = {
-    "coordinator/cli/main.py": 1,
-    "peer/cli/main.py": 1,
+    "protos/contract/command_line.py": 1,  # of both programs
     "coordinator/api/interceptor.py": 2,  # unary calls, streams
     "coordinator/repeating.py": 1,  # a turn's border: the next one is tried
     "peer/swarm/__main__.py": 1,  # the process's border

@@ -14,9 +14,9 @@ from coordinator.cli.options import (
     RunId,
     parse_duration_seconds,
     print_json,
-    say,
 )
 from coordinator.cli.tables import Columns, Where, selection_of
+from protos.contract.command_line import say
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 
 if TYPE_CHECKING:

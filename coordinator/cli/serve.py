@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coordinator.cli import end_at_once
-from coordinator.cli.options import AsJson, print_json, say
+from coordinator.cli.options import AsJson, print_json
+from protos.contract.command_line import say
 
 if TYPE_CHECKING:
     from coordinator.config import CoordinatorConfig

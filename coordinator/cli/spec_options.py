@@ -1,5 +1,6 @@
 """From flags to a RunSpec: TOML file or defaults, then --model, then --set, then plain flags."""
 
+import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,11 +72,13 @@ def build_spec(
     plain = _read_toml(spec_path) if spec_path is not None else {}
     if initial is not None:
         _use_imported(plain, initial, model)
+    _check_tables(plain)
     is_vocab_ours = bool(model) or "model" not in plain
     if is_vocab_ours:
         plain["model"] = plain_fields(parse_model(model, vocab_size=manifest.vocab_size))
     for setting in settings:
         _set_value(plain, setting)
+    _check_tables(plain)
     if is_vocab_ours and plain["model"]["vocab_size"] == manifest.vocab_size:
         plain["model"]["vocab_size"] += _num_extra_tokens(plain)
     if seed is not None or "seed" not in plain:
@@ -112,6 +115,18 @@ def _use_imported(plain: dict[str, Any], initial: ImportedModel, model: Sequence
         )
     plain["model"] = plain_fields(initial.header.model)
     plain["initial_digest"] = initial.digest
+
+
+def _check_tables(plain: dict[str, Any]) -> None:
+    """Raise UsageError for a value where the spec has a table."""
+    for spec_field in dataclasses.fields(RunSpec):
+        value = plain.get(spec_field.name, {})
+        if dataclasses.is_dataclass(spec_field.type) and not isinstance(value, dict):
+            raise UsageError(
+                f"run spec: {spec_field.name} = {value!r}",
+                allowed=f"a table of keys, such as --set {spec_field.name}.KEY=VALUE",
+                remedy=f"name a key of {spec_field.name}",
+            )
 
 
 def _num_extra_tokens(plain: dict[str, Any]) -> int:

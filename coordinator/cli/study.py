@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coordinator.cli import study_swarm
-from coordinator.cli.options import (
-    DEFAULT_DATA_DIR,
-    AsJson,
-    DataDir,
-    print_json,
-    print_table,
-    say,
-)
+from coordinator.cli.options import DEFAULT_DATA_DIR, AsJson, DataDir, print_json, print_table
 from coordinator.cli.tables import Columns, Where, read_observations, read_table, selection_of
+from protos.contract.command_line import say
 
 if TYPE_CHECKING:
     from coordinator.scaling.columns import Selection

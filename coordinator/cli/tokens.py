@@ -13,9 +13,9 @@ from coordinator.cli.options import (
     parse_duration_seconds,
     print_json,
     print_table,
-    say,
     time_text,
 )
+from protos.contract.command_line import say
 
 app = typer.Typer(no_args_is_help=True, help="Join tokens.")
 

@@ -30,6 +30,7 @@ from coordinator.cli.up_children import (
 from coordinator.cli.up_run import (
     SUMMARY_FILE,
     RunChoice,
+    check_wishes,
     choose_run,
     clear_data_dir,
     prepare_run,
@@ -54,6 +55,7 @@ from coordinator.operations.requests_ledger import VerifyLedgerRequest
 from coordinator.operations.status import peers as read_peers
 from coordinator.operations.status import status as read_status
 from coordinator.operations.tokens import create_token
+from coordinator.store.data_dir_lock import make_data_dir
 from protos.contract.channel import JoinString
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, RunFailedError, UsageError
 from protos.contract.telemetry import RunState
@@ -123,6 +125,13 @@ class _Up:
         """Everything, from the data directory to the exit code."""
         options = self._options
         self._install_signals()
+        check_wishes(
+            model=options.model,
+            settings=options.settings,
+            budget_tokens=options.budget_tokens,
+            seed=options.seed,
+        )
+        make_data_dir(options.data_dir)
         if options.is_fresh:
             clear_data_dir(options.data_dir)
         choice = choose_run(options.data_dir, _given_flags(options))

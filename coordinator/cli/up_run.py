@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator.cli.spec_options import build_spec, parse_model
+from coordinator.cli.spec_options import build_spec
 from coordinator.corpus.build import (
     BuildProgress,
     BuildStage,
@@ -21,7 +21,7 @@ from coordinator.corpus.tokenizer import DEFAULT_VOCAB_SIZE
 from coordinator.operations.admin import create_run
 from coordinator.operations.requests_admin import CreateRunRequest
 from coordinator.store.sqlite import SqliteStore, has_store
-from protos.contract.chunk_format import MANIFEST_FILE, Manifest
+from protos.contract.chunk_format import MANIFEST_FILE, Manifest, token_dtype_for
 from protos.contract.digest import canonical_json
 from protos.contract.errors import UsageError
 from protos.contract.run_spec import RunSpec, ScheduleSpec, StrategySpec, floor_to_windows
@@ -189,8 +189,6 @@ def prepare_run(
             num_peers=num_peers,
             say=say,
         )
-    if model is not None:  # a slip of the pen is told before the corpus is built, not after
-        parse_model((model,), vocab_size=DEFAULT_VOCAB_SIZE)
     relative_dir = Path("datasets") / "up"
     dataset_dir = (data_dir / relative_dir).absolute()
     manifest = build_corpus(
@@ -212,6 +210,31 @@ def prepare_run(
     )
 
 
+def check_wishes(
+    *, model: str | None, settings: Sequence[str], budget_tokens: int | None, seed: int | None
+) -> None:
+    """Raise UsageError for what no corpus could make right: told before one is built, not after."""
+    corpus = Manifest(
+        vocab_size=DEFAULT_VOCAB_SIZE,
+        eos_token_id=0,
+        token_dtype=token_dtype_for(DEFAULT_VOCAB_SIZE),
+        tokenizer_digest="0" * 64,
+        chunk_bytes=1,
+        seed=0,
+        sources=(),
+        training_chunks=(),
+        heldout_chunks=(),
+    )
+    of_corpus = ("data.dataset_id=", "model.vocab_size=")
+    up_spec(
+        corpus,
+        model=model,
+        settings=[setting for setting in settings if not setting.startswith(of_corpus)],
+        budget_tokens=budget_tokens,
+        seed=seed,
+    )
+
+
 def up_spec(
     manifest: Manifest,
     *,
@@ -226,7 +249,8 @@ def up_spec(
     budget = DEFAULT_BUDGET_TOKENS if budget_tokens is None else budget_tokens
     models = () if model is None else (model,)
     scaled = [f"data.eval_tokens={EVAL_TOKENS}"]
-    seq_len = build_spec(manifest, model=models, settings=settings).model.seq_len
+    wished = build_spec(manifest, model=models, settings=settings, budget_tokens=budget, seed=seed)
+    seq_len = wished.model.seq_len
     batch_tokens = floor_to_windows(budget // MIN_OUTER_STEPS, seq_len)
     if batch_tokens < StrategySpec().global_batch_tokens:
         scaled.append(f"strategy.global_batch_tokens={max(seq_len, batch_tokens)}")

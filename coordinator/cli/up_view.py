@@ -16,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from protos.contract.command_line import ReaderGoneError
+
 PLAIN_INTERVAL_SECONDS = 5.0
 
 
@@ -77,11 +79,18 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody watches any more: the run is stopped in good order, as for any other tool."""
+        self.quiet = True
+        raise ReaderGoneError
+
+
 class UpView:
     """Shows phases and looks; use as a context manager."""
 
     def __init__(self, *, is_terminal: bool | None = None) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = _Console(stderr=True, highlight=False)
         self._is_live = sys.stderr.isatty() if is_terminal is None else is_terminal
         self._live: Live | None = None
         self._next_plain_monotonic_seconds = 0.0

@@ -51,6 +51,16 @@ def make_private(directory: Path) -> None:
         directory.chmod(0o700)
 
 
+def make_data_dir(data_dir: Path) -> None:
+    """`make_private` for a data directory. Raises MachineError."""
+    try:
+        make_private(data_dir)
+    except OSError as error:
+        raise machine_error_from_os_error(
+            error, doing=f"opening data directory {data_dir}"
+        ) from error
+
+
 class DataDirLock:
     """Held from construction to `release`."""
 
@@ -58,8 +68,8 @@ class DataDirLock:
         """Create the directory if needed and lock it. Raises MachineError (DATA_DIR_LOCKED names
         the holder).
         """
+        make_data_dir(data_dir)
         try:
-            make_private(data_dir)
             self._file = os.open(
                 data_dir / LOCK_FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )

@@ -7,18 +7,20 @@ from pathlib import Path
 
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 
-_PATTERNS = ("*.safetensors", "*.json", "README.md", "adapter")
+_NUM_NAMED = 5
 
 
 def check_target(folder: Path) -> None:
-    """Raises UsageError if `folder` holds a model or files that would be replaced, MachineError if
-    it cannot be written. Nothing is made, so that a command that is refused leaves nothing.
+    """Raises UsageError if `folder` holds anything, MachineError if it cannot be written. Nothing
+    is made, so that a command that is refused leaves nothing.
     """
     existing = folder.absolute()
     try:
         while not existing.exists():
             existing = existing.parent
-        taken = sorted({path.name for pattern in _PATTERNS for path in folder.glob(pattern)})
+        taken = (
+            sorted(path.name for path in folder.iterdir()) if existing == folder.absolute() else ()
+        )
         if not taken:
             with tempfile.TemporaryFile(dir=existing):
                 return
@@ -29,8 +31,10 @@ def check_target(folder: Path) -> None:
             remedy="choose another folder or free space",
             code=ErrorCode.PERMISSION_DENIED,
         ) from error
+    more = len(taken) - _NUM_NAMED
     raise UsageError(
-        f"{folder} holds {', '.join(taken)}",
-        allowed="an empty or a new folder: two models in one would shadow each other",
+        f"{folder} holds {', '.join(taken[:_NUM_NAMED])}{f' and {more} more' if more > 0 else ''}",
+        allowed="an empty or a new folder: files of yours could be replaced, or two models shadow "
+        "each other",
         remedy="name another folder, or move that one away",
     )

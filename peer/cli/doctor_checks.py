@@ -22,10 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from peer.cli.devices import asked_devices, require_devices
 from peer.cli.ports import require_free_port
 from peer.config import PeerConfig, child_environment, format_bytes, problem_of_cache
 from peer.coordinator_client import CLOCK_REFUSE_SECONDS, CLOCK_WARN_SECONDS, CoordinatorClient
-from peer.daemon.membership import load_membership, package_version
+from peer.daemon.membership import check_machine, load_membership, package_version
 from peer.home import (
     find_leftover_files,
     holder_of_lock,
@@ -300,7 +301,7 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
         )
     key = {
         "threads": config.threads,
-        "asked_device": config.device,
+        "asked_device": asked_devices(config)[0],
         "asked_execution": config.execution,
         "torch": metadata.version("torch"),
     }
@@ -311,13 +312,7 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
         try:
             probe = run_probe(config)
         except MachineError as error:
-            return Check(
-                name="device",
-                is_ok=False,
-                found=error.found,
-                allowed=error.allowed,
-                remedy=error.remedy,
-            )
+            return _refused_device(error)
         if config.home.is_dir():
             write_atomically(cache, json.dumps(key | {"probe": probe}).encode())
     speed = float(str(probe["flop_per_second"]))
@@ -336,6 +331,26 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
         allowed="a device that torch can use",
         details=probe,
     )
+
+
+def _refused_device(error: MusterError) -> Check:
+    return Check(
+        name="device",
+        is_ok=False,
+        found=error.found,
+        allowed=error.allowed,
+        remedy=error.remedy,
+    )
+
+
+def check_asked_devices(config: PeerConfig) -> Check | None:
+    """What is wrong with the named devices or the layout; None if nothing is."""
+    try:
+        check_machine(config)
+        require_devices(config)
+    except MusterError as error:
+        return _refused_device(error)
+    return None
 
 
 def check_step_plan(config: PeerConfig) -> Check:
@@ -400,7 +415,7 @@ def _load_probe(path: Path, key: dict[str, object]) -> dict[str, object] | None:
 def run_probe(config: PeerConfig) -> dict[str, object]:
     """Measure in a process of its own. Raises MachineError."""
     command = [sys.executable, "-m", "peer.cli.probe", "--threads", str(config.threads)]
-    command += ["--device", config.device, "--execution", config.execution]
+    command += ["--device", asked_devices(config)[0], "--execution", config.execution]
     if config.home.is_dir():
         with contextlib.suppress(OSError):  # the probe will say so
             config.step_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -433,6 +448,8 @@ def all_checks(
     ]
     checks = [check_versions(), *(check(config) for check in local), check_network()]
     checks += check_coordinator(config, join_string)
-    if has_probe:
+    if (refused := check_asked_devices(config)) is not None:
+        checks.append(refused)
+    elif has_probe:
         checks.append(check_training_speed(config, is_fresh=is_fresh))
     return checks

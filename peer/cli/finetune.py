@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peer.checkpoint.target import check_target
-from peer.cli.options import AsJson, Checkpoint, DatasetDir, SpecPath, Threads, print_json, say
+from peer.cli.options import AsJson, Checkpoint, DatasetDir, SpecPath, Threads, print_json
+from protos.contract.command_line import say
 from protos.contract.errors import RunFailedError, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def finetune(
         )
     check_target(out)
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
-    opened.require_objective("causal", purpose="fine-tuning predicts the next token")
+    opened.require_next_token(purpose="fine-tuning predicts the next token")
     tokenizer = opened.load_tokenizer()
     found = load_tuning_set(
         data,

@@ -16,9 +16,9 @@ from peer.cli.options import (
     print_json,
     print_line,
     read_join_text,
-    say,
     set_up_logging,
 )
+from protos.contract.command_line import ReaderGoneError, say
 
 if TYPE_CHECKING:
     from peer.config import PeerConfig
@@ -110,8 +110,10 @@ def join(
 def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
     import asyncio
 
+    from peer.cli.devices import require_devices
     from peer.cli.ports import require_free_port
     from peer.daemon.daemon import Daemon
+    from peer.daemon.membership import check_machine
     from peer.home import Home
     from peer.identity import load_identity
 
@@ -121,6 +123,8 @@ def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
         for done in home.clean_leftovers():
             say(f"leftover of a dead peer: {done}")
         chosen = choose_join_string(text, config.home)
+        check_machine(config)
+        require_devices(config)
         require_free_port(config.listen_host, config.listen_port)
         identity = load_identity(config.home)
 
@@ -154,10 +158,19 @@ def choose_join_string(text: str, home: Path) -> "JoinString":
 
 
 def make_reporter(*, is_json: bool) -> "Reporter":
-    """How reports are printed: JSON lines, or plain lines with the time."""
+    """How reports are printed: JSON lines, or plain lines with the time. When nobody reads them any
+    more the peer is asked to leave, in good order.
+    """
+    import signal
     import time
 
     def report(entry: "Report") -> None:
+        try:
+            show(entry)
+        except ReaderGoneError:  # once: what is printed after it goes nowhere
+            signal.raise_signal(signal.SIGTERM)
+
+    def show(entry: "Report") -> None:
         if is_json:
             print_json(
                 {"event": entry.kind, "text": entry.text, "unix_seconds": time.time()}

@@ -1,18 +1,15 @@
 """Options and output that commands share."""
 
-import contextlib
-import errno
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from protos.contract.errors import ErrorCode, MachineError, MusterError, UsageError
+from protos.contract.errors import ErrorCode, MachineError, UsageError
 
 
 def require_effect(is_given_by_option: dict[str, bool], *, without: str, remedy: str) -> None:
@@ -123,52 +120,18 @@ def print_line(text: str) -> None:
 
 
 def print_part(text: str) -> None:
-    """A piece of a line, at once. Raises MachineError if it cannot be written, BrokenPipeError if
-    the reader is gone.
+    """A piece of a line, at once. Raises MachineError if it cannot be written, ReaderGoneError if
+    nobody reads any more.
     """
-    try:
-        if sys.stdout is None:  # closed when the program began
-            raise OSError(errno.EBADF, "it is closed")
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise unwritable_stdout(error) from error
-
-
-def unwritable_stdout(error: OSError) -> MachineError:
-    """The error to raise, with standard output forgotten."""
-    forget_stdout()
-    is_full = error.errno == errno.ENOSPC
-    return MachineError(
-        f"cannot write to standard output: {error.strerror or error}",
-        allowed="a terminal, a pipe, or a file with room",
-        remedy="free space, or send the output elsewhere",
-        code=ErrorCode.DISK_FULL if is_full else ErrorCode.PERMISSION_DENIED,
-    )
-
-
-def forget_stdout() -> None:
-    """What is left to write goes nowhere, so that Python's last flush does not fail as well."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(text: str) -> None:
-    """A line on standard error, for people; dropped if nobody can read it."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text + "\n")
-
-
-def report_error(error: MusterError) -> None:
-    """Found, allowed, remedy: one line each."""
-    say(f"error: {error.found}")
-    if error.allowed:
-        say(f"  allowed: {error.allowed}")
-    if error.remedy:
-        say(f"  remedy:  {error.remedy}")
+    if sys.stdout is None:
+        raise MachineError(
+            "cannot write to standard output: it is closed",
+            allowed="a terminal, a pipe, or a file with room",
+            remedy="send the output elsewhere",
+            code=ErrorCode.PERMISSION_DENIED,
+        )
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def set_up_logging(level: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from peer.cli.options import print_json, say
+from peer.cli.options import print_json
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.objectives import Examples
 from peer.parallel.devices import (
@@ -27,6 +27,7 @@ from peer.parallel.devices import (
 )
 from peer.train.probe import AUTO, measure_product_flop_per_second, set_up_step
 from peer.train.step import MicroStep
+from protos.contract.command_line import say
 from protos.contract.errors import MusterError
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import TINY_MODEL

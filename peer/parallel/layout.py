@@ -115,8 +115,8 @@ class LayoutWish:
             raise UsageError(
                 f"layout {layout.text} takes {layout.num_ranks} devices, "
                 f"{num_devices} {'is' if num_devices == 1 else 'are'} lent",
-                allowed="dp x tp x pp of at most the number of --devices",
-                remedy=f"lend more with --devices (cpu:{layout.num_ranks}), or ask for less",
+                allowed=f"dp x tp x pp of at most {num_devices}, the number of --devices",
+                remedy="leave --layout at auto, which uses what is lent as far as the model allows",
             )
 
 

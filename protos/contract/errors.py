@@ -10,7 +10,7 @@ MusterError
 
 A message has three parts: what was found, what is allowed, what to do. `ErrorCode` is the number
 both sides share; `grpc_status_name` says which gRPC status carries it. Exit code 130 is an
-interrupt that was asked for twice.
+interrupt that was asked for twice; 141 says that nobody reads the output any more.
 """
 
 from enum import IntEnum
@@ -126,6 +126,8 @@ class RunFailedError(MusterError):
 
 INTERRUPTED_EXIT_CODE = 130
 """Exit code of a command that was interrupted before its end."""
+READER_GONE_EXIT_CODE = 141
+"""What a shell shows for a program that SIGPIPE ended, as in `yes | head -1`."""
 
 ERROR_CLASS_BY_STATUS: dict[str, type[MusterError]] = {
     "INVALID_ARGUMENT": UsageError,

@@ -128,5 +128,5 @@ def check_setting(is_allowed: bool, name: str, value: object, allowed: str) -> N
         raise UsageError(
             f"{name} = {value!r}",
             allowed=f"{name} must be {allowed}",
-            remedy="correct the run spec",
+            remedy=f"correct {name}: in the spec's file, or in the flag that gives it",
         )

@@ -135,8 +135,8 @@ def test_missing_keys_take_defaults_and_required_ones_are_named() -> None:
         ("[optimizer]", "[optimiser]", "unknown key 'optimiser'.*did you mean 'optimizer'"),
         ("seed = 7", "seed = 7\nzzz = 1", "unknown key 'zzz'.*remove it"),
         ("[security]", "[security]\nmode = 1", "security: unknown key 'mode'"),
-        ("seed = 7", "seed = 7.5", "seed = 7.5; a value of type int"),
-        ("seed = 7", "seed = true", "seed = True; a value of type int"),
+        ("seed = 7", "seed = 7.5", "seed = 7.5; a whole number; give"),
+        ("seed = 7", "seed = true", "seed = True; a whole number"),
         ("seed = 7", "seed = -1", "seed = -1"),
         ("peak_lr = 0.001", "peak_lr = nan", "peak_lr = nan"),
         ("peak_lr = 0.001", "peak_lr = 0", "peak_lr = 0"),
@@ -204,6 +204,20 @@ def test_diloco_settings(settings: dict[str, object], message: str) -> None:
         spec = parse_fields(RunSpec, plain, where="run spec")
         assert RunSpec.from_toml(spec.to_toml()) == spec
         assert spec.run_digest != GOLDEN_SPEC.run_digest
+
+
+def test_every_float_is_a_finite_number() -> None:
+    plain = json.loads(GOLDEN_SPEC.to_wire())
+    tables = {"": plain} | {k: v for k, v in plain_fields(GOLDEN_SPEC).items() if type(v) is dict}
+    floats = [(t, k) for t, table in tables.items() for k, v in table.items() if type(v) is float]
+    assert len(floats) >= 12
+    for table, key in floats:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            changed = plain | {table: plain.get(table, {}) | {key: value}}
+            with pytest.raises(UsageError) as refusal:
+                parse_fields(RunSpec, changed, where="run spec")
+            assert f"{key} = {value}" in refusal.value.found
+            assert refusal.value.allowed == "a finite number" and refusal.value.remedy
 
 
 def test_round_tokens_of_both_strategies() -> None:

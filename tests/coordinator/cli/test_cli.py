@@ -117,7 +117,7 @@ def test_a_run_by_hand_without_a_server(tmp_path: Path) -> None:
         (("serve", "--config", "nowhere.toml"), 4, "cannot read"),
         (("corpus", "build", "nowhere.txt", "--out", "out"), 2, "nowhere.txt"),
         (("up", "--peers", "0"), 2, "--peers 0"),
-        (("fly",), 2, "No such command"),
+        (("fly",), 2, "no such command"),
     ],
 )
 def test_mistakes_are_explained(
@@ -129,6 +129,17 @@ def test_mistakes_are_explained(
     assert (done.returncode, "Traceback" in done.stderr) == (exit_code, False), done.stderr
     assert words in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--fresh",), ("--budget-tokens", "1")])
+def test_up_refuses_at_once(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Before a corpus is built, and before --fresh deletes anything."""
+    (tmp_path / "file").touch()
+    done = run_here("up", "--data-dir", str(tmp_path / "file" / "data"), *more)
+    assert done.returncode == (2 if "1" in more else 4) and "corpus:" not in done.stderr
+    assert ("budget_tokens = 1" if "1" in more else "--data-dir") in done.stderr
+    assert "  remedy:" in done.stderr and "--out" not in done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 @pytest.mark.parametrize("arguments", [("plan", "--flop", "1e20", "--json"), ("study", "laws")])

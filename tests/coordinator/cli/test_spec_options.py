@@ -1,12 +1,13 @@
 """From flags to a RunSpec."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coordinator.cli.options import parse_duration_seconds
 from coordinator.cli.spec_options import build_spec, parse_model, parse_value
-from coordinator.cli.up_run import up_spec
+from coordinator.cli.up_run import check_wishes, up_spec
 from protos.contract.errors import MachineError, UsageError
 from protos.contract.run_spec import TINY_MODEL
 from tests.coordinator.loopback import NUM_TRAINING_CHUNKS, tiny_spec, write_dataset
@@ -53,11 +54,47 @@ def test_up_takes_settings_and_they_win(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["peak_lr", "optimiser.peak_lr=1", "optimizer.peak=1", "a.b.c=1", "optimizer.peak_lr=fast"],
+    [
+        *(
+            "peak_lr",
+            "optimiser.peak_lr=1",
+            "optimizer.peak=1",
+            "a.b.c=1",
+            "optimizer.peak_lr=fast",
+        ),
+        *("model=3", "data=3", "strategy=sync", "objective=prefix", "strategy.mix_ratio=nan"),
+    ],
 )
 def test_bad_settings_are_refused(tmp_path: Path, setting: str) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as refusal:
         build_spec(write_dataset(tmp_path / "dataset"), settings=[setting])
+    assert refusal.value.allowed and refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("wishes", "found"),
+    [
+        ({"budget_tokens": 1}, "budget_tokens = 1"),
+        ({"settings": ["strategy.mix_ratio=nan"]}, "strategy: mix_ratio = nan"),
+        ({"settings": ["strategy.outer_lr=inf"]}, "strategy: outer_lr = inf"),
+        ({"settings": ["model=3"]}, "model = 3"),
+        ({"model": "d_modle=3"}, "unknown key 'd_modle'"),
+        ({"seed": -1}, "seed = -1"),
+        ({"budget_tokens": 512, "model": "seq_len=1024"}, "budget_tokens = 512"),
+    ],
+)
+def test_up_refuses_before_it_builds_a_corpus(wishes: dict[str, Any], found: str) -> None:
+    none: dict[str, Any] = {"model": None, "settings": (), "budget_tokens": None, "seed": None}
+    with pytest.raises(UsageError) as refusal:
+        check_wishes(**none | wishes)
+    assert found in refusal.value.found
+    assert refusal.value.allowed and refusal.value.remedy
+
+
+def test_up_builds_a_corpus_for_what_may_fit_one() -> None:
+    of_corpus = ["data.dataset_id=" + "ab" * 32, "model.vocab_size=300"]
+    for settings in ([], ["objective.name=span"], of_corpus, ["strategy.name=diloco"]):
+        check_wishes(model="seq_len=64", settings=settings, budget_tokens=None, seed=None)
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:

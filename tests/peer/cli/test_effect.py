@@ -61,6 +61,24 @@ def test_a_refused_command_leaves_no_folder(tmp_path: Path) -> None:
         check_target(Path(model))
 
 
+@pytest.mark.parametrize("name", ["notes.txt", ".git", "vocab.txt", "sub/deep.bin"])
+def test_a_folder_with_anything_in_it_is_not_written_to(tmp_path: Path, name: str) -> None:
+    model, out = str(write_model(tmp_path / "in")), tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    (tmp_path / "data.txt").write_text("some text")
+    for arguments in (
+        ("import", model, str(out)),
+        ("finetune", model, str(out), "--data", str(tmp_path / "data.txt")),
+    ):
+        refusal = CliRunner().invoke(app, arguments).exception
+        assert isinstance(refusal, UsageError) and name.split("/")[0] in refusal.found
+    assert [p.read_text() for p in out.rglob("*") if p.is_file()] == ["mine"]
+    check_target(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty")
+
+
 def test_a_config_with_a_number_that_no_model_has_is_to_be_corrected_there(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "in")
     path = folder / "config.json"
@@ -81,4 +99,4 @@ def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path, redirection: s
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60
     )
     assert "Traceback" not in done.stdout + done.stderr
-    assert done.returncode in ((4,) if redirection.startswith(">&-") else (6, 0, 1))
+    assert done.returncode in ((4,) if redirection.startswith(">&-") else (6, 141))

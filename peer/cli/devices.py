@@ -1,0 +1,71 @@
+"""CUDA devices that the owner named, tried before a peer joins with them.
+
+torch answers, in a process of its own (`python -m peer.cli.devices NAME...`), for the daemon has
+none. Devices that need no driver are not tried, so that joining with a CPU costs nothing more.
+"""
+
+import json
+import subprocess
+import sys
+
+from peer.cli.options import print_json
+from peer.config import PeerConfig, child_environment
+from peer.parallel.layout import device_names
+from protos.contract.errors import ErrorCode, MachineError
+
+_CHECK_SECONDS = 120.0
+"""Imports of torch and the driver's start on a busy machine."""
+ALLOWED = "a device that torch can use"
+
+
+def asked_devices(config: PeerConfig) -> list[str]:
+    """torch's names of the devices that are lent; "auto" and "cuda" as they are."""
+    return device_names(config.devices or config.device)
+
+
+def require_devices(config: PeerConfig) -> None:
+    """Raise MachineError for a named device that torch cannot use here."""
+    names = asked_devices(config)
+    if not names[0].startswith("cuda"):
+        return
+    command = [sys.executable, "-m", "peer.cli.devices", *names]
+    found = answer = ""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_SECONDS,
+            env=child_environment(config),
+            check=False,
+        )
+        answer = done.stdout
+        refusal = json.loads(answer)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        found = f"torch did not answer whether it can use {names[0]}: {error}"
+    except ValueError:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        found = f"torch cannot be asked for {names[0]}: {last[0]}"
+    if found:
+        raise MachineError(found, allowed=ALLOWED, remedy="try --device cpu")
+    if refusal:
+        raise MachineError(**refusal, code=ErrorCode.CAPABILITY_MISSING)
+
+
+def main(names: list[str]) -> int:
+    """Print the first device's refusal in its three parts, {} if all can be used."""
+    from peer.parallel.devices import choose_device
+
+    try:
+        for name in names:
+            choose_device(name)
+    except MachineError as error:
+        refusal = {"found": error.found, "allowed": error.allowed, "remedy": error.remedy}
+        print_json(refusal)
+        return error.exit_code
+    print_json({})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
