@@ -3,13 +3,15 @@ process and trainer.
 
 The memory is a memfd: it has no name, is inherited as a file descriptor and disappears with its
 last holder, however that dies. Layout: a header of sixteen little-endian uint64, then the fp32
-vectors of the strategy's state (digest.py: STATE_LAYOUTS, `params` first) and `contribution`, each
-`num_values` long. The size says which layout it is.
+vectors of the strategy's state (digest.py: STATE_LAYOUTS, `params` first), `contribution` and
+`residual`, each `num_values` long. The size says which layout it is. What nobody touches takes no
+memory.
 
 Only the swarm process writes the state. Readers are kept from a half-written one by a sequence
 lock: the header's counter is odd while the state is being written, and `read_state` repeats its
 copy until the counter was even and unchanged. The trainer writes `contribution`, the swarm process
-reads it only between `contribution_ready` and the outcome.
+reads it only between `contribution_ready` and the outcome; with `residual` it is the other way
+round.
 """
 
 import dataclasses
@@ -27,6 +29,8 @@ from protos.contract.digest import STATE_LAYOUTS, Float32Vector
 
 _HEADER_FIELDS = 16
 _DIGEST_FIELDS = 4
+_OWN_VECTORS = ("contribution", "residual")
+"""Of this peer alone, behind the state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +81,16 @@ class SharedVectors:
         self.fd = fd
         self.num_values = num_values
         total_bytes = os.fstat(fd).st_size
-        num_state_vectors = (total_bytes - _HEADER_FIELDS * 8) // (num_values * 4) - 1
+        num_state_vectors = (total_bytes - _HEADER_FIELDS * 8) // (num_values * 4) - len(
+            _OWN_VECTORS
+        )
         names = {len(layout): layout for layout in STATE_LAYOUTS.values()}[num_state_vectors]
         assert total_bytes == _total_bytes(names, num_values)
         self._map = mmap.mmap(fd, total_bytes)
         self._header = np.frombuffer(self._map, dtype="<u8", count=_HEADER_FIELDS)
         begin = _HEADER_FIELDS * 8
         self._vectors: dict[str, Float32Vector] = {}
-        for name in (*names, "contribution"):
+        for name in (*names, *_OWN_VECTORS):
             self._vectors[name] = np.frombuffer(
                 self._map, dtype="<f4", count=num_values, offset=begin
             )
@@ -109,9 +115,16 @@ class SharedVectors:
         """
         return self._vectors["contribution"]
 
+    @property
+    def residual(self) -> Float32Vector:
+        """What a lossy codec has left out of this peer's contributions so far (error_feedback.py);
+        with fp32 nobody touches it.
+        """
+        return self._vectors["residual"]
+
     def state_vectors(self) -> tuple[Float32Vector, ...]:
         """The vectors that state_digest covers, in its order."""
-        return tuple(v for name, v in self._vectors.items() if name != "contribution")
+        return tuple(v for name, v in self._vectors.items() if name not in _OWN_VECTORS)
 
     def position(self) -> StatePosition:
         """Which state the vectors hold, as last published."""
@@ -164,4 +177,4 @@ class SharedVectors:
 
 
 def _total_bytes(layout: tuple[str, ...], num_values: int) -> int:
-    return _HEADER_FIELDS * 8 + (len(layout) + 1) * num_values * 4
+    return _HEADER_FIELDS * 8 + (len(layout) + len(_OWN_VECTORS)) * num_values * 4

@@ -15,14 +15,18 @@ up to tau inner steps, which count towards the next round. When the round is com
 swarm has made of the contribution takes its place in the local parameters. The outer step itself is
 made by the swarm process on every member (outer_update.py).
 
+With a lossy codec local parameters begin at the anchors less what this peer still owes the others
+(error_feedback.py): what the codec left out stays where it was trained, so that gradients are those
+of a model that has learned it (ops/decisions/0014-residuals-stay-in-local-parameters.md). Below,
+`origin` is where they begin; with fp32 it is the anchors.
+
 A micro-batch that is not finite costs the work since the last contribution and nothing older: what
 local parameters were then is kept in the vector that the contribution travels in, which has room
-for all of them. The fragment's own are the anchors less the contribution, the others' lie behind
-it.
+for all of them. The fragment's own are the origin less the contribution, the others' lie behind it.
 
 Private, never in a digest: local parameters, inner moments, work under way. Local parameters become
-the anchors at every restart; inner moments stay over a resync of a living trainer, as they do over
-a committed round. A joiner's are zero, and its first inner steps are warmed up.
+the origin at every restart; inner moments stay over a resync of a living trainer, as they do over a
+committed round. A joiner's are zero, and its first inner steps are warmed up.
 """
 
 from collections.abc import Iterator
@@ -60,11 +64,11 @@ class DilocoStrategy:
         vectors: SharedVectors,
     ) -> None:
         """`parameters` become the local ones, `inner` makes steps on them; `vectors` hold the
-        anchors.
+        anchors and the residual.
         """
         self._spec, self._parameters, self._vectors = spec, parameters, vectors
         self._plan = FragmentPlan(spec)
-        self._anchors: Float32Vector = np.zeros(vectors.num_values, dtype=np.float32)
+        self._origin: Float32Vector = np.zeros(vectors.num_values, dtype=np.float32)
         self._inner = inner
         self._base: StatePosition | None = None
         self._warmup_steps_left = 0
@@ -79,9 +83,9 @@ class DilocoStrategy:
     # Life of a round ---------------------------------------------------------------------------
 
     def restart(self, *, round_tokens: int) -> StatePosition:
-        """Local parameters become the anchors; the first time of all moments are zero."""
+        """Local parameters become the origin; the first time of all moments are zero."""
         is_first = self._base is None
-        self._base = self._vectors.read_params(self._anchors)
+        self._base = self._read_origin()
         if is_first and self._base.outer_step > 0:
             self._warmup_steps_left = JOINER_WARMUP_STEPS
         self._round_tokens = round_tokens
@@ -93,9 +97,9 @@ class DilocoStrategy:
     def settle(self, *, round_tokens: int) -> StatePosition:
         """Put what the swarm has made of the contribution in the place of what was contributed:
 
-            local += (1 - mix_ratio) (anchors after - anchors before + contribution)
+            local += (1 - mix_ratio) (origin after - origin before + contribution)
 
-        With mix_ratio 0 local is then the new anchors and what was trained while the contribution
+        With mix_ratio 0 local is then the new origin and what was trained while the contribution
         travelled, so no credited work is lost (Streaming DiLoCo replaces local parameters, and
         with them that work). With more a share of the difference from the other peers stays.
         """
@@ -104,23 +108,23 @@ class DilocoStrategy:
         if not self._is_travelling:
             return self.restart(round_tokens=round_tokens)
         fragment = self._plan.of_outer_step(before.outer_step + 1)
-        local, anchors = self._parameters.host_values(), self._anchors
+        local, origin = self._parameters.host_values(), self._origin
         contribution = self._vectors.contribution
         share = np.float32(1.0) - np.float32(self._spec.strategy.mix_ratio)
         is_all_sent = share == 1.0 and self._steps_while_travelling == 0
         for place, packed in _blocks(fragment):
-            contribution[packed] -= anchors[place]
+            contribution[packed] -= origin[place]
             if not is_all_sent:
                 local[place] += share * contribution[packed]
-        after = self._vectors.read_params(anchors)
+        after = self._read_origin()
         if not after.follows(before):
             return self.restart(round_tokens=round_tokens)
         for place, packed in _blocks(fragment):
             if is_all_sent:
-                local[place] = anchors[place]  # the same, not rounded
+                local[place] = origin[place]  # the same, not rounded
             else:
-                local[place] += share * anchors[place]
-            contribution[packed] += anchors[place]
+                local[place] += share * origin[place]
+            contribution[packed] += origin[place]
             contribution[packed] *= np.float32(1.0) - share
         self._put_local(local)
         self._base = after
@@ -166,7 +170,7 @@ class DilocoStrategy:
         fragment = self._plan.of_outer_step(self._base.outer_step + 1)
         local, contribution = self._parameters.host_values(), self._vectors.contribution
         for place, packed in _blocks(fragment):
-            np.subtract(self._anchors[place], local[place], out=contribution[packed])
+            np.subtract(self._origin[place], local[place], out=contribution[packed])
         outer_step = self._base.outer_step + 1
         for place, kept in _blocks(self._plan.others_at(outer_step), begin=fragment.num_values):
             contribution[kept] = local[place]
@@ -223,6 +227,15 @@ class DilocoStrategy:
 
     # Local parameters --------------------------------------------------------------------------
 
+    def _read_origin(self) -> StatePosition:
+        """Anchors less the residual, and which state they are. The residual changes at the end of
+        a round only; any other origin would be right too, as contributions are counted from it.
+        """
+        position = self._vectors.read_params(self._origin)
+        if self._spec.strategy.codec != "fp32":
+            self._origin -= self._vectors.residual
+        return position
+
     def _put_local(self, local: Float32Vector) -> None:
         self._parameters.load(partial(_copy, local))
 
@@ -239,9 +252,9 @@ class DilocoStrategy:
 
     def _fill_contributed(self, local: Float32Vector) -> None:
         """Local parameters at the last contribution and what the swarm has made of it since; after
-        a restart the anchors.
+        a restart the origin.
         """
-        np.copyto(local, self._anchors)
+        np.copyto(local, self._origin)
         if (outer_step := self._contributed_step) == 0:
             return
         fragment, kept_values = self._plan.of_outer_step(outer_step), self._vectors.contribution

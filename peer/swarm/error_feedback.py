@@ -2,10 +2,12 @@
 same fragment (Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2).
 
 The residual is private to this member: never in a digest, a snapshot or a checkpoint that leaves
-the machine. It changes only when a round is committed with the own contribution in it; an attempt
-that is discarded leaves it as it was, because the contribution stays frozen, and a resync makes it
-zero. A file beside the local checkpoint carries it over a restart; it is used only with the very
-state that it was saved for, so a joiner and a member that caught up begin with zeros.
+the machine. It lies in shared memory, because a trainer with parameters of its own begins its next
+steps from the anchors less what it owes (diloco.py). It changes only when a round is committed with
+the own contribution in it; an attempt that is discarded leaves it as it was, because the
+contribution stays frozen, and a resync makes it zero. A file beside the local checkpoint carries it
+over a restart; it is used only with the very state that it was saved for, so a joiner and a member
+that caught up begin with zeros.
 """
 
 import logging
@@ -28,14 +30,13 @@ Place = tuple[int, int]
 class ErrorFeedback:
     """Encodes contributions and keeps what the codec leaves out; of fp32 nothing is left out."""
 
-    def __init__(self, codec: Codec, *, num_values: int) -> None:
-        """`num_values` of the canonical vector."""
+    def __init__(self, codec: Codec, residual: Float32Vector) -> None:
+        """`residual`: memory of the canonical vector's length, not touched with fp32."""
         self._codec = codec
-        self._residual: Float32Vector | None = None
-        if codec.name != "fp32":
-            self._residual = np.zeros(num_values, dtype=np.float32)
+        self._residual = residual if codec.name != "fp32" else None
         self._place: Place = (-1, -1)
         self._pending: tuple[Fragment, Float32Vector] | None = None
+        self.reset()
 
     def encode(
         self, fragment: Fragment, contribution: Float32Vector, *, place: Place

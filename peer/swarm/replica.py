@@ -91,7 +91,7 @@ class Replica:
         self._key = key
         self._update = exact_update_for(spec)
         self._plan = FragmentPlan(spec)
-        self.feedback = ErrorFeedback(self.codec, num_values=vectors.num_values)
+        self.feedback = ErrorFeedback(self.codec, vectors.residual)
         self.meta: StateMeta | None = None
         self.state_digest = b""
         self.directive: common_pb2.Signed | None = None

@@ -56,7 +56,7 @@ class Replica:
         self.round_tokens = round_tokens
         self.offered: OfferedContribution | None = None
         self._update = exact_update_for(spec, num_threads=torch.get_num_threads())
-        self.feedback = ErrorFeedback(codec_named(spec.strategy.codec), num_values=initial.size)
+        self.feedback = ErrorFeedback(codec_named(spec.strategy.codec), self.vectors.residual)
         self._seq_len = spec.model.seq_len
         self._max_sequences = max_sequences
         self._num_windows = 0

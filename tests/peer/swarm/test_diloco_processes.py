@@ -65,7 +65,9 @@ class Trainer:
         self._windows = 0
         self.offered_tokens = 0
         codec = codec_named(hub.spec.strategy.codec)
-        self._feedback = ErrorFeedback(codec, num_values=NUM_VALUES)  # mirrors the swarm process
+        self._feedback = ErrorFeedback(
+            codec, np.zeros(NUM_VALUES, dtype=np.float32)
+        )  # mirrors the swarm process
         self.encoded = EncodedVector.encode(codec, np.zeros(0, dtype=np.float32))
         base = self.strategy.restart(round_tokens=self._round_tokens)
         self._outer_step = base.outer_step

@@ -19,7 +19,7 @@ class Member:
     """A member whose rounds are all its own."""
 
     def __init__(self, codec: str) -> None:
-        self.feedback = ErrorFeedback(codec_named(codec), num_values=NUM_VALUES)
+        self.feedback = ErrorFeedback(codec_named(codec), np.zeros(NUM_VALUES, dtype=np.float32))
         self.step = 0
 
     def encode(self, fragment: Fragment, values: np.ndarray) -> EncodedVector:

@@ -5,6 +5,7 @@ down a second time with plain torch.
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,16 @@ from peer.model.objectives import ExampleBuilder, Examples
 from peer.model.schedule import lr_ratio
 from peer.parallel.inner_steps import FlatInnerSteps
 from peer.shared_vectors import SharedVectors, StatePosition
+from peer.swarm.codecs import EncodedVector
 from peer.swarm.diloco import DilocoStrategy
-from peer.swarm.fragments import FragmentPlan
+from peer.swarm.error_feedback import ErrorFeedback
+from peer.swarm.fragments import Fragment, FragmentPlan
 from peer.swarm.strategy import OfferedContribution
 from peer.train.reference import ReferenceRun, iterate_windows
 from peer.train.replicas import ReplicaRun
 from peer.train.step import Precision
 from protos.contract.chunk_format import Manifest
+from protos.contract.codecs_wire import codec_named
 from protos.contract.digest import vector_piece_digests
 from protos.contract.run_spec import RunSpec, StrategySpec
 from tests.peer.train.toy_dataset import build_toy_dataset
@@ -194,6 +198,39 @@ def test_a_whole_diloco_run_learns_and_spends_its_budget(dataset: tuple[RunSpec,
         losses.append(run.advance())
     assert run.position.schedule_tokens == spec.budget_tokens
     assert losses[-1] < losses[0] - 0.5
+
+
+class Watched(ErrorFeedback):
+    """Keeps what it was given and what it made of that."""
+
+    trained: np.ndarray
+    sent: np.ndarray
+
+    def encode(self, fragment: Fragment, contribution: np.ndarray, **place: Any) -> EncodedVector:
+        encoded = super().encode(fragment, contribution, **place)
+        self.trained, self.sent = contribution.copy(), encoded.decoded()
+        return encoded
+
+
+@pytest.mark.parametrize("codec", ["sparse", "int4"])
+def test_what_a_codec_leaves_out_stays_in_local_parameters(
+    dataset: tuple[RunSpec, Path], codec: str
+) -> None:
+    """A round begins at the anchors less what is owed: what was trained so far and not sent."""
+    spec = diloco(dataset[0], codec=codec)
+    run = ReplicaRun(spec, dataset[1], round_tokens=[48, 96])
+    replica = run.replicas[1]
+    watched = Watched(codec_named(codec), replica.vectors.residual)
+    replica.feedback = watched
+    owed = np.zeros_like(replica.vectors.params)
+    for _ in range(3):
+        run.advance()
+        assert np.abs(watched.trained).max() > 0
+        owed += watched.trained - watched.sent
+        np.testing.assert_allclose(replica.vectors.residual, owed, rtol=0, atol=1e-6)
+        local = replica.step.parameters.values.numpy()
+        assert np.array_equal(local, replica.vectors.params - replica.vectors.residual)
+    assert np.linalg.norm(owed) > 0
 
 
 class Port:
