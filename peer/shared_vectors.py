@@ -89,7 +89,9 @@ class SharedVectors:
 
     @property
     def contribution(self) -> Float32Vector:
-        """What this peer brings into the round; a fragment's values lie at its beginning."""
+        """What this peer brings into the round; a fragment's values lie at its beginning, and what
+        is behind them is the trainer's own.
+        """
         return self._vectors["contribution"]
 
     def state_vectors(self) -> tuple[Float32Vector, ...]:

@@ -40,6 +40,15 @@ def build(
     eos_token_id: Annotated[
         int | None, typer.Option("--eos-token-id", help="Its token that ends a document.", min=0)
     ] = None,
+    answer_seq_len: Annotated[
+        int,
+        typer.Option(
+            "--answers",
+            help="Sources are .jsonl of prompt and answer, for the objective answers of a model "
+            "with this seq_len.",
+            min=0,
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Decides which text is held out.")] = 0,
     heldout_ratio: Annotated[
         float, typer.Option("--heldout-ratio", help="Share that is held out.")
@@ -57,6 +66,7 @@ def build(
         out_dir,
         vocab_size=DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
         given_tokenizer=given,
+        answer_seq_len=answer_seq_len,
         heldout_ratio=heldout_ratio,
         seed=seed,
         on_progress=_Progress(),

@@ -12,13 +12,16 @@ about 7 s on two cores.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
+from coordinator.corpus.answers import check_answers, encode_answers
 from coordinator.corpus.chunks import ChunkWriter, load_chunks, load_dataset_file
 from coordinator.corpus.files import (
     building_in,
@@ -40,7 +43,7 @@ from coordinator.corpus.tokenizer import (
     train_tokenizer,
 )
 from protos.contract import chunk_format
-from protos.contract.chunk_format import ChunkEntry, Manifest
+from protos.contract.chunk_format import ChunkEntry, Manifest, TokenArray
 from protos.contract.digest import canonical_json
 from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
 
@@ -108,6 +111,7 @@ def build_corpus(
     *,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     given_tokenizer: GivenTokenizer | None = None,
+    answer_seq_len: int = 0,
     chunk_bytes: int | None = None,
     heldout_ratio: float = 0.05,
     seed: int = 0,
@@ -116,10 +120,10 @@ def build_corpus(
 ) -> Manifest:
     """Build the dataset of the SOURCE strings in `out_dir`, or reuse an equal finished build.
 
-    `chunk_bytes` None chooses by the size of the corpus; `given_tokenizer` replaces training one.
-    Raises UsageError for input that a person
-    can correct, MachineError when the disk is full or the folder cannot be written,
-    CorruptDataError when a file changed meanwhile.
+    `chunk_bytes` None chooses by the size of the corpus; `given_tokenizer` replaces training one;
+    `answer_seq_len`: the sources are records, to be packed into windows of that length. Raises
+    UsageError for input that a person can correct, MachineError when the disk is full or the folder
+    cannot be written, CorruptDataError when a file changed meanwhile.
     """
     report = on_progress or _ignore
     check_vocab_size(vocab_size)
@@ -136,6 +140,7 @@ def build_corpus(
         chunk_bytes=chunk_bytes,
         vocab_size=vocab_size,
         given_tokenizer=given_tokenizer,
+        answer_seq_len=answer_seq_len,
         heldout_ratio=heldout_ratio,
         min_training_tokens=min_training_tokens,
         report=report,
@@ -145,6 +150,10 @@ def build_corpus(
         manifest = _finished_build(out_dir, build_key)
         detail = "reused"
         if manifest is None:
+            if answer_seq_len:
+                check_answers(
+                    scanned, given_tokenizer, seq_len=answer_seq_len, chunk_bytes=chunk_bytes
+                )
             clear_build(out_dir)
             require_free_bytes(out_dir, needed_bytes=num_text_bytes)
             manifest = builder.build(scanned, build_key=build_key)
@@ -270,6 +279,7 @@ class _Builder:
     chunk_bytes: int
     vocab_size: int
     given_tokenizer: GivenTokenizer | None
+    answer_seq_len: int
     heldout_ratio: float
     min_training_tokens: int
     report: OnProgress
@@ -297,6 +307,8 @@ class _Builder:
         if given is not None:
             plain["tokenizer"] = hashlib.sha256(given.tokenizer_json).hexdigest()
             plain["eos_token_id"] = given.eos_token_id
+        if self.answer_seq_len:
+            plain["answer_seq_len"] = self.answer_seq_len
         return hashlib.sha256(canonical_json(plain)).hexdigest()
 
     @property
@@ -331,6 +343,7 @@ class _Builder:
             ),
             training_chunks=tuple(training),
             heldout_chunks=tuple(heldout),
+            answer_seq_len=self.answer_seq_len,
         )
         report = BuildReport(
             build_key=build_key,
@@ -361,23 +374,37 @@ class _Builder:
             is_heldout=is_heldout,
             chunk_bytes=self.chunk_bytes,
             byte_lengths=chunk_format.token_byte_lengths(tokenizer_json),
+            answer_seq_len=self.answer_seq_len,
+            eos_token_id=self.eos_token_id,
         )
-        tokenizer = load_tokenizer(tokenizer_json)
         stage = BuildStage.HELDOUT_CHUNKS if is_heldout else BuildStage.TRAINING_CHUNKS
         parts_by_source = [split.heldout if is_heldout else split.training for split in splits]
         total_bytes = sum(p.document.num_text_bytes for parts in parts_by_source for p in parts)
         done_bytes = 0
         for source_index, parts in enumerate(parts_by_source):
             texts = (part.load_text() for part in parts)
-            documents = encode_documents(
-                tokenizer, texts, dtype=writer.dtype, eos_token_id=self.eos_token_id
-            )
+            documents = self._encode(tokenizer_json, texts, dtype=writer.dtype)
             for part, tokens in zip(parts, documents, strict=True):
                 writer.add(tokens, source_index=source_index)
                 done_bytes += part.document.num_text_bytes
                 self.report(BuildProgress(stage=stage, done_ratio=done_bytes / total_bytes))
             writer.end_source(source_index=source_index)
         return writer.entries
+
+    def _encode(
+        self, tokenizer_json: bytes, texts: Iterator[str], *, dtype: npt.DTypeLike
+    ) -> Iterator[TokenArray]:
+        if self.answer_seq_len:
+            return encode_answers(
+                tokenizer_json,
+                texts,
+                dtype=dtype,
+                eos_token_id=self.eos_token_id,
+                seq_len=self.answer_seq_len,
+            )
+        return encode_documents(
+            load_tokenizer(tokenizer_json), texts, dtype=dtype, eos_token_id=self.eos_token_id
+        )
 
 
 def _finished_build(out_dir: Path, build_key: str) -> Manifest | None:

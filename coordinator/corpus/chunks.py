@@ -21,13 +21,20 @@ class ChunkWriter:
         is_heldout: bool,
         chunk_bytes: int,
         byte_lengths: chunk_format.Int64Array,
+        answer_seq_len: int = 0,
+        eos_token_id: int = 0,
     ) -> None:
-        """`byte_lengths` has an element for each entry of the vocabulary."""
+        """`byte_lengths` has an element for each entry of the vocabulary. With `answer_seq_len`
+        chunks are cut between windows of that length, and end with an EOS.
+        """
         self.entries: list[ChunkEntry] = []
         self.dtype = np.dtype(chunk_format.token_dtype_for(byte_lengths.size))
         self._dataset_dir = dataset_dir
         self._is_heldout = is_heldout
         self._chunk_tokens = chunk_bytes // self.dtype.itemsize
+        self._end = np.full(min(answer_seq_len, 1), eos_token_id, self.dtype)
+        if answer_seq_len:
+            self._chunk_tokens = (self._chunk_tokens - 1) // answer_seq_len * answer_seq_len
         self._byte_lengths = byte_lengths
         self._pending: list[TokenArray] = []
         self._num_pending_tokens = 0
@@ -52,6 +59,7 @@ class ChunkWriter:
         self._pending, self._num_pending_tokens = [], 0
 
     def _write(self, tokens: TokenArray, *, source_index: int) -> None:
+        tokens = np.concatenate([tokens, self._end])
         data = chunk_format.chunk_from_tokens(
             tokens.astype(np.int64), vocab_size=self._byte_lengths.size
         )

@@ -24,6 +24,7 @@ from coordinator.operations.runs import find_run, summarise_run
 from coordinator.operations.study_stages import end_studies
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
+from protos.contract.answer_records import check_objective
 from protos.contract.chunk_format import Manifest
 from protos.contract.digest import canonical_json
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
@@ -104,6 +105,7 @@ def _planned_spec(request: CreateRunRequest) -> tuple[RunSpec, ScheduleOrder, st
             remedy="correct data.dataset_id or --corpus",
             code=ErrorCode.DIGEST_MISMATCH,
         )
+    check_objective(manifest, objective=spec.objective.name, seq_len=spec.model.seq_len)
     if spec.objective.has_document_mask and manifest.eos_token_id != 0:
         raise UsageError(
             f"objective.has_document_mask over a dataset that ends documents with token "

@@ -75,6 +75,12 @@ def create_study(
             code=ErrorCode.RUN_NOT_ACTIVE,
         )
     manifest = load_run_data(tx, context, run.run_id).manifest
+    if manifest.answer_seq_len:
+        raise UsageError(
+            f"run {run.run_id!r} has a dataset of prompts and answers",
+            allowed="datasets of running text: the laws that trials serve are of the next token",
+            remedy="attach the study to a run over text",
+        )
     held_tokens = sum(chunk.num_tokens for chunk in manifest.heldout_chunks)
     heldout_tokens = request.heldout_tokens or min(_HELDOUT_TOKENS, held_tokens)
     design = StudyDesign(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from peer.cli.options import require_effect
 from protos.contract.errors import CorruptDataError, MachineError, MusterError, UsageError
 from protos.contract.initial_file import INITIAL_FILE, is_initial_file
-from protos.contract.run_spec import ModelSpec, RunSpec
+from protos.contract.run_spec import NEXT_TOKEN_OBJECTIVES, ModelSpec, RunSpec
 
 if TYPE_CHECKING:
     from peer.model.decoder import Decoder, FlatParameters
@@ -44,6 +44,17 @@ class OpenedCheckpoint:
     def objective_name(self) -> str:
         """What the model was trained to predict; exported folders are causal."""
         return self.run_spec.objective.name if self.run_spec is not None else "causal"
+
+    @property
+    def predicts_next_token(self) -> bool:
+        """True if the model attends causally and says what comes next."""
+        return self.objective_name in NEXT_TOKEN_OBJECTIVES
+
+    def require_next_token(self, *others: str, purpose: str) -> None:
+        """Raises UsageError unless the model predicts the next token, or has one of the other
+        objectives.
+        """
+        self.require_objective(*NEXT_TOKEN_OBJECTIVES, *others, purpose=purpose)
 
     def require_objective(self, *names: str, purpose: str) -> None:
         """Raises UsageError if the model was trained on another objective than these."""

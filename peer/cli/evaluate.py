@@ -1,7 +1,7 @@
 """`muster-peer eval`: how well a checkpoint predicts text, uses its context, what it memorised."""
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,11 +153,21 @@ def _losses(
     from peer.eval.evaluate import token_byte_lengths
     from peer.eval.text import evaluate_tokens
     from peer.model.objectives import ExampleBuilder
+    from protos.contract.run_spec import Objective, ObjectiveSpec
 
     byte_lengths = token_byte_lengths(opened.tokenizer_path)
-    run_spec = opened.run_spec
-    builder = ExampleBuilder.for_run(run_spec, byte_lengths) if run_spec else None
-    if text is not None and opened.objective_name == "causal":
+    name = _objective_evaluated(opened, text, dataset)
+    builder = None
+    if opened.run_spec is not None:
+        objective = replace(opened.run_spec.objective, name=name)
+        builder = ExampleBuilder.for_run(
+            replace(opened.run_spec, objective=objective), byte_lengths
+        )
+    elif name != Objective.CAUSAL:
+        builder = ExampleBuilder(
+            ObjectiveSpec(name=name), seed=0, num_text_tokens=byte_lengths.size, eos_token_id=-1
+        )
+    if text is not None and opened.predicts_next_token:
         result = evaluate_tokens(
             opened.build_model(), _text_tokens(opened, text), byte_lengths=byte_lengths
         )
@@ -172,13 +182,33 @@ def _losses(
             builder=builder,
         )
     return {
-        "objective": opened.objective_name,
+        "objective": name,
         "loss_nats": result.loss_nats,
         "bits_per_byte": result.bits_per_byte,
         "perplexity": result.perplexity,
         "num_tokens": result.num_tokens,
         "num_bytes": result.num_bytes,
     }
+
+
+def _objective_evaluated(
+    opened: "OpenedCheckpoint", text: Path | None, dataset: Path | None
+) -> str:
+    """The model's own; of one that predicts the next token, what the data are: text or answers.
+
+    Raises UsageError for answers in windows of another length.
+    """
+    from protos.contract.answer_records import check_objective
+    from protos.contract.run_spec import Objective
+
+    if text is not None:
+        return Objective.CAUSAL if opened.predicts_next_token else opened.objective_name
+    _, manifest = _dataset_of(opened, dataset)
+    name = opened.objective_name
+    if opened.predicts_next_token:
+        name = Objective.ANSWERS if manifest.answer_seq_len else Objective.CAUSAL
+    check_objective(manifest, objective=name, seq_len=opened.model_spec.seq_len)
+    return name
 
 
 def _windows_of_text(
@@ -228,7 +258,7 @@ def _in_context(opened: "OpenedCheckpoint") -> dict[str, Any]:
     from peer.eval.evaluate import token_byte_lengths
     from peer.eval.in_context import in_context_task
 
-    opened.require_objective("causal", purpose="the in-context task predicts the next token")
+    opened.require_next_token(purpose="the in-context task predicts the next token")
     result = in_context_task(
         opened.build_model(),
         byte_lengths=token_byte_lengths(opened.tokenizer_path),
@@ -286,7 +316,7 @@ def _harness(
     from peer.checkpoint.export import export_model
     from peer.eval.harness import harness_tasks
 
-    opened.require_objective("causal", purpose="lm-evaluation-harness scores the next token")
+    opened.require_next_token(purpose="lm-evaluation-harness scores the next token")
     with tempfile.TemporaryDirectory(prefix="muster-eval-") as folder:
         export_model(
             opened.model_spec,

@@ -72,7 +72,7 @@ def finetune(
         )
     check_target(out)
     opened = open_checkpoint(checkpoint, spec_path=spec, dataset=dataset)
-    opened.require_objective("causal", purpose="fine-tuning predicts the next token")
+    opened.require_next_token(purpose="fine-tuning predicts the next token")
     tokenizer = opened.load_tokenizer()
     found = load_tuning_set(
         data,

@@ -131,8 +131,8 @@ class _Generation:
         has_cache: bool,
         max_tokens: int,
     ) -> None:
-        opened.require_objective(
-            "causal", "prefix", purpose="generating goes on from a prompt, token by token"
+        opened.require_next_token(
+            "prefix", purpose="generating goes on from a prompt, token by token"
         )
         self._opened, self._prompts, self._sampling = opened, prompts, sampling
         self._has_cache, self._max_tokens = has_cache, max_tokens

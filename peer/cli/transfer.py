@@ -52,7 +52,7 @@ def export(
             allowed="a state file (*.safetensors), or what `muster-peer import` wrote",
             remedy="copy the folder instead",
         )
-    opened.require_objective("causal", purpose="LlamaForCausalLM attends causally")
+    opened.require_next_token(purpose="LlamaForCausalLM attends causally")
     card = model_card(
         opened.model_spec,
         run_spec=opened.run_spec,

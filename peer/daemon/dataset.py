@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.data.fetch import ChunkCache, WantedFile
+from protos.contract.answer_records import check_objective
 from protos.contract.chunk_format import ChunkEntry, Manifest
 from protos.contract.errors import CorruptDataError
 from protos.contract.model_shape import ModelShape
@@ -54,8 +55,8 @@ class Dataset:
         return self._cache.stats.fetched_bytes
 
     async def prepare(self) -> None:
-        """Fetch everything but training chunks. Raises CorruptDataError, MachineError,
-        UnavailableError.
+        """Fetch everything but training chunks. Raises CorruptDataError, UsageError for a dataset
+        of another objective, MachineError, UnavailableError.
         """
         dataset_id = bytes.fromhex(self._spec.data.dataset_id)
         manifest_file = WantedFile(
@@ -63,6 +64,11 @@ class Dataset:
         )
         path = await self._fetch(manifest_file, corpus_pb2.DATASET_FILE_MANIFEST)
         manifest = Manifest.from_bytes(path.read_bytes())
+        check_objective(
+            manifest,
+            objective=self._spec.objective.name,
+            seq_len=self._spec.model.seq_len,
+        )
         extra_tokens = self._spec.objective.num_extra_tokens(self._spec.model.seq_len)
         if manifest.vocab_size + extra_tokens > self._spec.model.vocab_size:
             raise CorruptDataError(

@@ -113,8 +113,8 @@ class Duties:
             if asked is child and not waiting.done():
                 _end_waiting(child, waiting)
 
-    async def perform(self, duty: duties_pb2.Duty, *, heldout_paths: tuple[Path, ...]) -> None:
-        """Do a duty and report it."""
+    async def perform(self, duty: duties_pb2.Duty, *, heldout_paths: tuple[Path, ...]) -> bool:
+        """Do a duty and report it; returns whether it was done."""
         kind = DUTY_KINDS[duty.kind]
         reason, outcome = "", "done"
         try:
@@ -131,6 +131,7 @@ class Duties:
             _LOGGER.warning("%s=%s (%s) failed: %s", LogField.DUTY, duty.duty_id, kind, reason)
             await self._report_failure(duty, reason)
         self._feed(ev.DutyEnded(duty_id=duty.duty_id, fence=duty.fence))
+        return not reason
 
     async def _evaluate(self, duty: duties_pb2.Duty, heldout_paths: tuple[Path, ...]) -> None:
         answer = await self._ask(

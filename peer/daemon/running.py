@@ -180,7 +180,7 @@ class RunningSession:
 
     async def drain(self, reason: str) -> None:
         """End in good order: micro-batch, certificates, membership, children. About a second, five
-        at most, unless nobody else holds the newest state.
+        at most, unless nobody else holds the newest state or the coordinator cannot be asked.
         """
         began_seconds = time.monotonic()
         for watch in self._watches.values():
@@ -192,12 +192,14 @@ class RunningSession:
                     pass
         except TimeoutError:
             _LOGGER.info("left with unreported certificates; they lie in the local checkpoint")
-        handed_over_seconds = await hand_over(
-            calls=self._calls,
-            duties=self._duties,
-            membership=self._membership,
-            note=self._core.note,
-        )
+        handed_over_seconds = 0.0
+        if self._core.numbers.outer_step > 0:  # everybody can build the state before the first
+            handed_over_seconds = await hand_over(
+                calls=self._calls,
+                duties=self._duties,
+                membership=self._membership,
+                note=self._core.note,
+            )
         attestations = self._outbox.attestations()
         request = membership_pb2.LeaveRequest(reason=reason[:500], attestations=attestations)
         try:

@@ -1,4 +1,5 @@
-"""From windows of text to what is trained: causal, prefix, span corruption, masked, on one decoder.
+"""From windows of text to what is trained: causal, prefix, span corruption, masked, answers, on
+one decoder.
 
 Everything random is Philox keyed by (seed, data pass, chunk, window), so any peer and any verifier
 builds the same examples from the same lease. Attention is causal with a prefix that sees itself in
@@ -11,6 +12,9 @@ both directions: a prefix of 0 positions is causal, of all positions is full.
   3.1.4), laid out for a decoder: `a S0 b S1` seen in both directions, then `S0 x S1 y S2`.
 - masked: `corruption_ratio` of the positions are predicted in place, of which 80 % show the mask
   token, 10 % a random token and 10 % themselves (Devlin et al. 2019, section 3.1).
+- answers: of records of a prompt and its answer, each of which sees only itself, the answer and its
+  end are predicted: supervised fine-tuning, as on one machine (peer/train/finetune.py). Nothing
+  is random.
 
 A window weighs its T tokens whatever it predicts: its mean loss over predicted positions counts T
 times, so that leases, credits and learning rates mean the same under every objective.
@@ -26,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protos.contract.answer_records import unpack_windows
 from protos.contract.chunk_format import Int64Array
 from protos.contract.run_spec import Objective, ObjectiveSpec, RunSpec
 
@@ -136,6 +141,8 @@ class ExampleBuilder:
                 return self._span(inputs_BT, keys, documents_BT)
             case Objective.MASKED:
                 return self._masked(inputs_BT, keys, documents_BT)
+            case Objective.ANSWERS:
+                return _answers(inputs_BT, labels_BT)
 
     def _prefix(
         self,
@@ -211,6 +218,17 @@ class ExampleBuilder:
         return np.argsort(self._words(key, count), kind="stable").astype(np.int64)
 
 
+def _answers(inputs_BT: Int64Array, labels_BT: Int64Array) -> Examples:
+    """No record is cut by a window's border: the builder of the dataset packs whole ones."""
+    found = unpack_windows(np.concatenate([inputs_BT, labels_BT[:, -1:]], axis=1))
+    return _weighted(
+        found.tokens_BL[:, :-1],
+        np.where(found.is_answer_BL, found.tokens_BL, IGNORED)[:, 1:],
+        None,
+        found.records_BL[:, :-1],
+    )
+
+
 def span_sizes(spec: ObjectiveSpec, seq_len: int) -> tuple[int, int, int]:
     """(raw tokens, corrupted ones, spans) of a window: raw + 2 spans = seq_len positions."""
     num_spans = spec.num_spans(seq_len)
@@ -270,10 +288,10 @@ def _sentinel_documents(source_L: Int64Array, documents_T: Int64Array) -> Int64A
 def _weighted(
     inputs_BT: Int64Array,
     labels_BT: Int64Array,
-    prefix_B: Int64Array,
+    prefix_B: Int64Array | None,
     documents_BT: Int64Array | None,
 ) -> Examples:
-    num_predicted_B = (labels_BT != IGNORED).sum(axis=1)
+    num_predicted_B = np.maximum((labels_BT != IGNORED).sum(axis=1), 1)
     return Examples(
         inputs_BT=inputs_BT,
         labels_BT=labels_BT,

@@ -15,6 +15,11 @@ up to tau inner steps, which count towards the next round. When the round is com
 swarm has made of the contribution takes its place in the local parameters. The outer step itself is
 made by the swarm process on every member (outer_update.py).
 
+A micro-batch that is not finite costs the work since the last contribution and nothing older: what
+local parameters were then is kept in the vector that the contribution travels in, which has room
+for all of them. The fragment's own are the anchors less the contribution, the others' lie behind
+it.
+
 Private, never in a digest: local parameters, inner moments, work under way. Local parameters become
 the anchors at every restart; inner moments stay over a resync of a living trainer, as they do over
 a committed round. A joiner's are zero, and its first inner steps are warmed up.
@@ -64,6 +69,7 @@ class DilocoStrategy:
         self._base: StatePosition | None = None
         self._warmup_steps_left = 0
         self._round_tokens = 0
+        self._contributed_step = 0
         self._is_travelling = False
         self._steps_while_travelling = 0
         self._batch_tokens = 0
@@ -79,6 +85,7 @@ class DilocoStrategy:
         if is_first and self._base.outer_step > 0:
             self._warmup_steps_left = JOINER_WARMUP_STEPS
         self._round_tokens = round_tokens
+        self._contributed_step = 0
         self._is_travelling = False
         self.drop()
         return self._base
@@ -101,17 +108,20 @@ class DilocoStrategy:
         contribution = self._vectors.contribution
         share = np.float32(1.0) - np.float32(self._spec.strategy.mix_ratio)
         is_all_sent = share == 1.0 and self._steps_while_travelling == 0
-        if not is_all_sent:
-            for place, packed in _blocks(fragment):
-                local[place] += share * (contribution[packed] - anchors[place])
+        for place, packed in _blocks(fragment):
+            contribution[packed] -= anchors[place]
+            if not is_all_sent:
+                local[place] += share * contribution[packed]
         after = self._vectors.read_params(anchors)
         if not after.follows(before):
             return self.restart(round_tokens=round_tokens)
-        for place, _ in _blocks(fragment):
+        for place, packed in _blocks(fragment):
             if is_all_sent:
                 local[place] = anchors[place]  # the same, not rounded
             else:
                 local[place] += share * anchors[place]
+            contribution[packed] += anchors[place]
+            contribution[packed] *= np.float32(1.0) - share
         self._put_local(local)
         self._base = after
         self._round_tokens = round_tokens
@@ -119,14 +129,9 @@ class DilocoStrategy:
         return after
 
     def drop(self) -> None:
-        """Back to the anchors, and to what was contributed if that is on its way."""
-        self._put_local(self._anchors)
-        if self._is_travelling:
-            assert self._base is not None
-            local = self._parameters.host_values()
-            for place, packed in _blocks(self._plan.of_outer_step(self._base.outer_step + 1)):
-                local[place] -= self._vectors.contribution[packed]
-            self._put_local(local)
+        """Back to what local parameters were without the work since the last contribution."""
+        self._parameters.load(self._fill_contributed)
+        self._steps_while_travelling = 0
         self._parameters.forget_grads()
         self._batch_tokens = 0
         self.num_tokens = 0
@@ -162,6 +167,10 @@ class DilocoStrategy:
         local, contribution = self._parameters.host_values(), self._vectors.contribution
         for place, packed in _blocks(fragment):
             np.subtract(self._anchors[place], local[place], out=contribution[packed])
+        outer_step = self._base.outer_step + 1
+        for place, kept in _blocks(self._plan.others_at(outer_step), begin=fragment.num_values):
+            contribution[kept] = local[place]
+        self._contributed_step = outer_step
         offered = OfferedContribution(
             base=self._base,
             ranges=ranges,
@@ -228,19 +237,32 @@ class DilocoStrategy:
             "loss_nats": self._total_nats / self.num_tokens if self.num_tokens else 0.0,
         }
 
+    def _fill_contributed(self, local: Float32Vector) -> None:
+        """Local parameters at the last contribution and what the swarm has made of it since; after
+        a restart the anchors.
+        """
+        np.copyto(local, self._anchors)
+        if (outer_step := self._contributed_step) == 0:
+            return
+        fragment, kept_values = self._plan.of_outer_step(outer_step), self._vectors.contribution
+        for place, packed in _blocks(fragment):
+            local[place] -= kept_values[packed]
+        for place, kept in _blocks(self._plan.others_at(outer_step), begin=fragment.num_values):
+            local[place] = kept_values[kept]
+
 
 def _copy(source: Float32Vector, target: Float32Vector) -> None:
     if source.ctypes.data != target.ctypes.data:
         np.copyto(target, source)
 
 
-def _blocks(fragment: Fragment) -> Iterator[tuple[slice, slice]]:
-    """Places of blocks of a fragment in the canonical and in the packed vector: fresh memory of the
-    size of a model costs more than the arithmetic.
+def _blocks(fragment: Fragment, *, begin: int = 0) -> Iterator[tuple[slice, slice]]:
+    """Places of blocks of a fragment in the canonical vector and in a packed one that begins at
+    `begin`: fresh memory of the size of a model costs more than the arithmetic.
     """
-    packed_begin = 0
-    for begin, end in fragment.runs:
-        for low in range(begin, end, _BLOCK_VALUES):
+    packed_begin = begin
+    for first, end in fragment.runs:
+        for low in range(first, end, _BLOCK_VALUES):
             size = min(_BLOCK_VALUES, end - low)
             yield slice(low, low + size), slice(packed_begin, packed_begin + size)
             packed_begin += size

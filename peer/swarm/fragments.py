@@ -67,6 +67,12 @@ class FragmentPlan:
         assert outer_step >= 1
         return self.fragments[(outer_step - 1) % len(self.fragments)]
 
+    def others_at(self, outer_step: int) -> Fragment:
+        """All values that outer step `outer_step` does not sync, in canonical order."""
+        own = self.of_outer_step(outer_step)
+        others = [f.runs for f in self.fragments if f is not own]
+        return Fragment(_joined(sorted(run for runs in others for run in runs)))
+
 
 def _units(shape: ModelShape) -> list[tuple[int, int]]:
     """(begin, end) of each unit of the canonical vector, in order."""

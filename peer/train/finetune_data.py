@@ -8,15 +8,14 @@ Letters: B sequences, T positions.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from peer.model.objectives import IGNORED
+from protos.contract.answer_records import ANSWER_KEYS, LABEL_KEYS, parse_rows
 from protos.contract.chunk_format import Int64Array
 from protos.contract.errors import UsageError
 from protos.contract.text import counted
@@ -65,7 +64,7 @@ def load_tuning_set(
     """
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8-sig" if path.suffix == ".jsonl" else "utf-8")
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"cannot read {path}: {error}",
@@ -79,8 +78,7 @@ def load_tuning_set(
             remedy="write what to train on into it",
         )
     if path.suffix == ".jsonl":
-        keys = ("text", "label") if is_labelled else ("prompt", "answer")
-        rows = list(_rows(path, text, keys))
+        rows = parse_rows(text, keys=LABEL_KEYS if is_labelled else ANSWER_KEYS, where=path)
     elif is_labelled:
         raise UsageError(
             f"{path} is not a .jsonl file",
@@ -90,9 +88,9 @@ def load_tuning_set(
     else:
         found_set = _from_text(path, [eos_token_id, *encode(text), eos_token_id], seq_len)
         return replace(found_set, data_digest=hashlib.sha256(data).hexdigest())
-    names = tuple(sorted({row[1] for row in rows})) if is_labelled else ()
+    names = tuple(sorted({row.second for row in rows})) if is_labelled else ()
     found = []
-    for first, second in rows:
+    for _, first, second in rows:
         given = [eos_token_id, *encode(first)]
         if is_labelled:
             found.append(Example(tokens=tuple(given), label=names.index(second)))
@@ -136,27 +134,6 @@ def labelled_batch_of(
     for row, example in enumerate(examples):
         inputs_BT[row, : sizes_B[row]] = example.tokens
     return inputs_BT, sizes_B - 1, np.array([example.label for example in examples])
-
-
-def _rows(path: Path, text: str, keys: tuple[str, str]) -> list[tuple[str, str]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            plain: Any = json.loads(line)
-            first, second = (plain[key] for key in keys)
-            if not (isinstance(first, str) and isinstance(second, str | int)):
-                raise TypeError(f"{type(first).__name__} and {type(second).__name__}")
-            f"{first}{second}".encode()  # half of a surrogate pair is no text
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UsageError(
-                f"{path}, line {number}: {error!r}",
-                allowed=f'{{"{keys[0]}": TEXT, "{keys[1]}": TEXT}} on each line',
-                remedy="correct that line; --classify wants text and label, else prompt and answer",
-            ) from error
-        rows.append((first, str(second)))
-    return rows
 
 
 def _from_text(path: Path, ids: list[int], seq_len: int) -> TuningSet:

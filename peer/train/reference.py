@@ -25,6 +25,7 @@ from peer.parallel.devices import keep_freed_memory
 from peer.swarm.exact_update import SyncUpdate
 from peer.train.probe import AUTO, set_up_step
 from peer.train.step import MicroStep, Precision
+from protos.contract.answer_records import check_objective
 from protos.contract.chunk_format import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -59,7 +60,10 @@ class ReferenceResult:
 def iterate_windows(
     spec: RunSpec, dataset_dir: Path, manifest: Manifest, builder: ExampleBuilder
 ) -> Iterator[Examples]:
-    """Examples of one window each, in the run's order, for ever."""
+    """Examples of one window each, in the run's order, for ever. Raises UsageError for a dataset of
+    another objective.
+    """
+    check_objective(manifest, objective=spec.objective.name, seq_len=spec.model.seq_len)
     order = ScheduleOrder(spec.seed, manifest, spec.model.seq_len)
     position = 0
     while True:

@@ -12,7 +12,7 @@ each token is predicted at most once. Letters: B windows, T positions.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,16 @@ import numpy.typing as npt
 
 from protos.contract.digest import canonical_json
 from protos.contract.errors import CorruptDataError, MusterError
-from protos.contract.run_spec import parse_fields, plain_fields
+from protos.contract.run_spec import parse_fields, plain_fields, wire_fields
+from protos.contract.strategy_spec import ADDED_LATER
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKEN_DTYPES: tuple[str, ...] = ("<u2", "<u4")
 _MAX_U2_VOCAB = 65_536
+MIN_ANSWER_SEQ_LEN = 4
+"""A prompt and an answer of a token each, and what ends them."""
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
@@ -77,12 +80,21 @@ class Manifest:
     sources: tuple[Source, ...]
     training_chunks: tuple[ChunkEntry, ...]
     heldout_chunks: tuple[ChunkEntry, ...]
+    answer_seq_len: int = field(default=0, metadata=ADDED_LATER)
+    """Tokens of the windows that hold whole records of a prompt and its answer
+    (answer_records.py); 0: running text.
+    """
 
     def __post_init__(self) -> None:
         _check(
             self.format_version == FORMAT_VERSION,
             f"format_version {self.format_version}",
             f"{FORMAT_VERSION}",
+        )
+        _check(
+            self.answer_seq_len == 0 or self.answer_seq_len >= MIN_ANSWER_SEQ_LEN,
+            f"answer_seq_len {self.answer_seq_len}",
+            f"0, or at least {MIN_ANSWER_SEQ_LEN}",
         )
         expected = token_dtype_for(self.vocab_size)
         _check(self.token_dtype == expected, f"token_dtype {self.token_dtype!r}", expected)
@@ -111,10 +123,16 @@ class Manifest:
                     fits, f"{where} of {size_bytes} bytes", f"1 to chunk_bytes = {self.chunk_bytes}"
                 )
                 _check(_is_digest(chunk.digest), f"digest of {where}", "64 lower-case hex digits")
+                is_whole = not self.answer_seq_len or chunk.num_tokens % self.answer_seq_len == 1
+                _check(
+                    is_whole,
+                    f"{where} of {chunk.num_tokens} tokens",
+                    f"windows of answer_seq_len = {self.answer_seq_len}, and one token",
+                )
 
     def to_bytes(self) -> bytes:
         """Canonical JSON; the contents of manifest.json."""
-        plain = plain_fields(self)
+        plain = wire_fields(self)
         for name in ("sources", "training_chunks", "heldout_chunks"):
             plain[name] = [plain_fields(item) for item in plain[name]]
         return canonical_json(plain)
@@ -169,6 +187,7 @@ class _ManifestScalars:
     tokenizer_digest: str
     chunk_bytes: int
     seed: int
+    answer_seq_len: int = 0
 
 
 def token_dtype_for(vocab_size: int) -> str:

@@ -33,8 +33,11 @@ class Objective(StrEnum):
     PREFIX = "prefix"
     SPAN = "span"
     MASKED = "masked"
+    ANSWERS = "answers"
 
 
+NEXT_TOKEN_OBJECTIVES: tuple[str, ...] = (Objective.CAUSAL, Objective.ANSWERS)
+"""Their models attend causally and predict the next token, so they generate and are exported."""
 OBJECTIVES: tuple[str, ...] = tuple(Objective)
 OPTIMIZERS: tuple[str, ...] = ("adamw", "muon", "adamw8bit")
 MUON_MOMENTUM = 0.95
@@ -223,7 +226,7 @@ class ObjectiveSpec:
     mean_span_tokens: float = 3.0
     """Mean length of a corrupted span of `span`."""
     has_document_mask: bool = False
-    """True if no token attends across the end of a document."""
+    """True if no token attends across the end of a document; records of `answers` never do."""
 
     def __post_init__(self) -> None:
         allowed = "one of " + ", ".join(OBJECTIVES)
@@ -336,7 +339,7 @@ class RunSpec:
 
     def to_wire(self) -> bytes:
         """Canonical JSON."""
-        return canonical_json(_wire_fields(self))
+        return canonical_json(wire_fields(self))
 
     @classmethod
     def from_wire(cls, data: bytes) -> "RunSpec":
@@ -404,7 +407,7 @@ def plain_fields(spec: Any) -> dict[str, Any]:
     return plain
 
 
-def _wire_fields(spec: Any) -> dict[str, Any]:
+def wire_fields(spec: Any) -> dict[str, Any]:
     """`plain_fields` without the fields that were added later and have their default."""
     plain = plain_fields(spec)
     for spec_field in dataclasses.fields(spec):
@@ -412,7 +415,7 @@ def _wire_fields(spec: Any) -> dict[str, Any]:
         if spec_field.metadata == ADDED_LATER and value == spec_field.default:
             del plain[spec_field.name]
         elif dataclasses.is_dataclass(value):
-            plain[spec_field.name] = _wire_fields(value)
+            plain[spec_field.name] = wire_fields(value)
     return plain
 
 

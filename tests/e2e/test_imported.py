@@ -1,5 +1,5 @@
-"""Continued pre-training: a model that transformers wrote is imported, trained on by a swarm whose
-spec names it by digest, and exported again.
+"""A model that transformers wrote is imported, trained on by a swarm whose spec names it by digest,
+on text or on answers to prompts, and exported again.
 """
 
 import json
@@ -13,7 +13,15 @@ from tests.e2e.harness import ROOT, running_swarm
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("e2e")]
 
 
-def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path) -> None:
+def write_records(path: Path) -> None:
+    """Sums of two numbers, 3,600 lines."""
+    pairs = [(a, b) for a in range(60) for b in range(60)]
+    lines = [{"prompt": f"{a} plus {b} is", "answer": f" {a + b}"} for a, b in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("objective", ["causal", "answers"])
+def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path, objective: str) -> None:
     transformers = pytest.importorskip("transformers")
     with running_swarm(tmp_path) as swarm:
         other, dataset, hf = tmp_path / "other", tmp_path / "dataset", tmp_path / "hf"
@@ -29,8 +37,13 @@ def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path) -> None:
         transformers.LlamaForCausalLM(config).save_pretrained(hf)
         shutil.copy(other / "tokenizer.json", hf)
         made = swarm.run_peer_cli("import", str(hf), "imported", "--seq-len", "64")
+        write_records(tmp_path / "sums.jsonl")
+        source = {
+            "causal": [str(ROOT / "coordinator")],
+            "answers": ["sums.jsonl", "--answers", "64"],
+        }
         swarm.run_cli(
-            "corpus", "build", str(ROOT / "coordinator"), "--out", str(dataset), "--tokenizer",
+            "corpus", "build", *source[objective], "--out", str(dataset), "--tokenizer",
             "imported/tokenizer.json", "--eos-token-id", "0", timeout_seconds=120,
         )  # fmt: skip
         before = swarm.run_peer_cli("eval", "imported", "--dataset", str(dataset))
@@ -39,6 +52,7 @@ def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path) -> None:
             "run", "create", "--data-dir", str(swarm.data_dir), "--dataset", str(dataset),
             "--init", "imported", "--set", "strategy.global_batch_tokens=2048", "--budget-tokens",
             "40960", "--set", "schedule.lr_warmup_tokens=4096", "--min-peers", "2",
+            "--set", f"objective.name={objective}",
         )  # fmt: skip
         token = json.loads(
             swarm.run_cli("token", "create", "--data-dir", str(swarm.data_dir), "--json")
@@ -57,6 +71,7 @@ def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path) -> None:
         assert json.loads(specs[0].read_text())["initial_digest"] == made["initial_digest"]
         state = swarm.data_dir / status["newest_checkpoint_path"]
         after = swarm.run_peer_cli("eval", str(state), "--dataset", str(dataset))
+        assert before["objective"] == after["objective"] == objective
         assert after["loss_nats"] < before["loss_nats"] - 0.5
         credits = tmp_path / "credits.json"
         credits.write_text(swarm.run_cli("status", "--data-dir", str(swarm.data_dir), "--json"))

@@ -44,6 +44,7 @@ def test_the_budget_is_rounded_down_to_whole_windows() -> None:
         ({"budget_tokens": 81 * 4 * SEQ_LEN}, ErrorCode.INVALID_ARGUMENT, "max_data_passes = 4"),
         ({"budget_tokens": 1}, ErrorCode.INVALID_ARGUMENT, "budget_tokens"),
         ({"budget_tokens": "x"}, ErrorCode.INVALID_ARGUMENT, "budget_tokens"),
+        ({"objective": {"name": "answers"}}, ErrorCode.INVALID_ARGUMENT, "running text"),
         ({"sed": 1}, ErrorCode.INVALID_ARGUMENT, "did you mean 'seed'"),
         ({"run_id": RUN_ID}, ErrorCode.ALREADY_EXISTS, "exists already"),
         ({"run_id": "Bad Id"}, ErrorCode.INVALID_ARGUMENT, "lower-case"),

@@ -81,6 +81,15 @@ def report(world: SwarmWorld, index: int, order: Any, result: TrialResult | None
     )
 
 
+def test_a_dataset_of_answers_is_refused() -> None:
+    world = paused(num_peers=1)
+    data = world.context.run_data_by_run[RUN_ID]
+    manifest = replace(data.manifest, answer_seq_len=data.spec.model.seq_len)
+    world.context.run_data_by_run[RUN_ID] = replace(data, manifest=manifest)
+    with pytest.raises(UsageError, match="prompts and answers"):
+        world.do(studies.create_study, SMALL)
+
+
 def test_trials_are_handed_out_while_the_run_does_not_train() -> None:
     world = SwarmWorld.create()
     world.start(2)

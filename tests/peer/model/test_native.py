@@ -249,7 +249,7 @@ def test_every_objective(name: str, has_document_mask: bool, built: BuiltKernels
     objective = ObjectiveSpec(name=name, has_document_mask=has_document_mask)
     builder = ExampleBuilder(objective, seed=3, num_text_tokens=60, eos_token_id=0)
     tokens = np.random.default_rng(5).integers(0, 60, (3, 33))
-    tokens[:, 9] = 0
+    tokens[:, [0, 9, 20]] = 0
     examples = builder.build(tokens[:, :-1], tokens[:, 1:], [(0, 0, i) for i in range(3)])
     batch = examples_on(examples, torch.device("cpu"))
     model, flat = build(spec)

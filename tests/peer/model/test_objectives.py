@@ -80,6 +80,28 @@ def test_masked_by_hand() -> None:
     assert examples.prefix_B is not None and examples.prefix_B.tolist() == [16]
 
 
+def test_answers_by_hand() -> None:
+    """Two records and room for two more tokens: the marks before the answers are gone, the answers
+    and their ends are predicted, five tokens stand for twelve, and each record sees itself.
+    """
+    window = [EOS, 100, 101, EOS, 102, EOS, 103, EOS, 104, 105, EOS, EOS, EOS]
+    examples = build_examples(ObjectiveSpec(name="answers"), window)
+    read = [EOS, 100, 101, 102, EOS, 103, 104, 105, EOS]
+    assert examples.inputs_BT.tolist() == [[*read, EOS, EOS, EOS]]
+    predicted = [IGNORED, IGNORED, 102, EOS, IGNORED, 104, 105, EOS]
+    assert examples.labels_BT.tolist() == [[*predicted, *[IGNORED] * 4]]
+    assert examples.documents_BT is not None
+    assert examples.documents_BT.tolist()[0][:9] == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    assert examples.prefix_B is None and examples.num_tokens == 12
+    assert examples.weights_B is not None and examples.weights_B.tolist() == pytest.approx([2.4])
+
+
+def test_a_window_without_an_answer_weighs_nothing_and_is_finite() -> None:
+    examples = build_examples(ObjectiveSpec(name="answers"), [EOS, *[5] * 12])
+    assert examples.num_predicted == 0
+    assert examples.weights_B is not None and np.isfinite(examples.weights_B).all()
+
+
 def test_masking_has_the_ratios_of_bert() -> None:
     """15 % of many positions; of these 80 % masked, 10 % random."""
     rng = np.random.default_rng(0)

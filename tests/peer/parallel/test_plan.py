@@ -98,7 +98,8 @@ def test_a_wish_for_more_devices_than_are_lent_is_refused() -> None:
     with pytest.raises(UsageError) as failure:
         plan_layout(TINY, cpus(2, 8), parse_layout("tp=2,pp=2"))
     assert "takes 4 devices, 2 are lent" in failure.value.found
-    assert "--devices" in failure.value.remedy
+    assert "--devices" in failure.value.allowed
+    assert "--layout" in failure.value.remedy
     with pytest.raises(UsageError, match="more than 2 layers"):
         plan_layout(TINY, cpus(4, 8), parse_layout("pp=4"))
 

@@ -307,6 +307,50 @@ def test_other_states_and_drops_bring_back_the_anchors(dataset: tuple[RunSpec, P
     assert strategy.wanted_tokens() == tokens_of(2)
 
 
+@pytest.mark.parametrize(("num_fragments", "mix_ratio"), [(1, 0.0), (1, 0.5), (3, 0.0), (3, 0.5)])
+def test_a_drop_costs_only_the_work_since_the_last_contribution(
+    dataset: tuple[RunSpec, Path], num_fragments: int, mix_ratio: float
+) -> None:
+    """Work that other fragments have not sent yet is credited already, and stays."""
+    spec = diloco(
+        dataset[0],
+        inner_steps=6,
+        overlap_inner_steps=1,
+        num_fragments=num_fragments,
+        mix_ratio=mix_ratio,
+    )
+    peer, plan = Peer(spec), FragmentPlan(spec)
+    strategy = peer.strategy
+    strategy.restart(round_tokens=tokens_of(2))
+    for outer_step in range(1, 5):
+        peer.train(2)
+        peer.offer(2)
+        sent = peer.flat.values.clone()
+        contribution = peer.vectors.contribution[: plan.of_outer_step(outer_step).num_values].copy()
+        peer.train(2)
+        assert strategy.wanted_tokens() == 0
+        assert not torch.equal(peer.flat.values, sent)
+        strategy.drop()  # while it travels
+        assert torch.allclose(peer.flat.values, sent, rtol=0, atol=1e-6)
+        assert strategy.wanted_tokens() == tokens_of(2)  # the overlap may be trained again
+        assert np.array_equal(peer.vectors.contribution[: contribution.size], contribution)
+        peer.put(outer_step, 1.0 - 0.25 * outer_step)
+        assert strategy.settle(round_tokens=tokens_of(4)).outer_step == outer_step
+        settled = peer.flat.values.clone()
+        peer.train(2)
+        peer.train(1)
+        strategy.drop()  # before the next one goes out
+        assert torch.allclose(peer.flat.values, settled, rtol=0, atol=1e-6)
+        assert not strategy.due(is_feed_empty=True)
+        strategy.drop()  # and again
+        assert torch.allclose(peer.flat.values, settled, rtol=0, atol=1e-6)
+        strategy.set_budget(tokens_of(2))
+    strategy.restart(round_tokens=tokens_of(2))
+    peer.train(2)
+    strategy.drop()
+    assert set(peer.flat.values.tolist()) == {0.0}
+
+
 @pytest.mark.parametrize(("outer_step", "first_ratio"), [(0, 1.0), (4, 0.1)])
 def test_a_joiner_warms_up_over_ten_inner_steps(
     dataset: tuple[RunSpec, Path], outer_step: int, first_ratio: float
