@@ -28,6 +28,7 @@ def rendezvous(
 
     from peer.config import check_announced, load_config, mark_descendants
     from peer.home import Home
+    from peer.parent_death import end_process
 
     config = load_config(flags={"home": home, "log_level": log_level})
     for address in announce or ():
@@ -48,6 +49,7 @@ def rendezvous(
         )
     finally:
         locked.close()
+    end_process(0)
 
 
 async def _serve(

@@ -79,6 +79,7 @@ class Children:
         self._child_by_name: dict[ChildName, Child] = {}
         self._failure_by_name: dict[ChildName, ChildFailure] = {}
         self._is_configured: dict[ChildName, bool] = {}
+        self._has_spoken: set[ChildName] = set()
 
     async def start(self, name: ChildName) -> None:
         """Start a process; it does nothing before `configure`."""
@@ -92,6 +93,7 @@ class Children:
             str(self._vectors.num_values),
         ]
         self._is_configured[name] = False
+        self._has_spoken.discard(name)
         self._failure_by_name.pop(name, None)
         child = await self._supervisor.spawn(
             name, command, channel_flag="--channel-fd", fds=(self._vectors.fd,)
@@ -136,13 +138,20 @@ class Children:
         child.is_expected_to_end = True
         self._is_configured[name] = True
         self.send(name, "stop", **fields)
+        if name not in self._has_spoken:
+            # It imports, builds or measures: it hears nothing yet, and has nothing to lose. The
+            # swarm process may have a p2pd to end, the trainer heeds no SIGTERM.
+            is_swarm = name is ChildName.SWARM
+            (child.process.terminate if is_swarm else child.process.kill)()
         await self._supervisor.stop(child, grace_seconds=grace_seconds)
 
     async def _listen(self, name: ChildName, child: Child) -> None:
         oom_kills_before = num_kernel_oom_kills()
         try:
             while True:
-                self._on_message(name, await child.channel.receive())
+                message = await child.channel.receive()
+                self._has_spoken.add(name)
+                self._on_message(name, message)
         except ChannelClosed:
             pass
         if child.is_expected_to_end:

@@ -28,7 +28,7 @@ from peer.parallel.devices import (
 from peer.parallel.engine import RankEngine
 from peer.parallel.mesh import close_groups, open_groups, open_store
 from peer.parallel.rank_messages import examples_from, layout_from, specs_from
-from peer.parent_death import die_with_parent
+from peer.parent_death import die_with_parent, end_process
 from protos.contract.model_shape import ModelShape
 
 _LOGGER = logging.getLogger(__name__)
@@ -160,6 +160,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(exit_code)  # groups whose other ends are gone would be waited for
+    end_process(main(sys.argv[1:]))

@@ -8,14 +8,13 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Coroutine
 from typing import Any
 
 from peer.background import finish
 from peer.ipc import AsyncChannel, ChannelClosed
-from peer.parent_death import die_with_parent
+from peer.parent_death import die_with_parent, end_process
 from peer.shared_vectors import SharedVectors
 from protos.contract.errors import MusterError
 
@@ -159,4 +158,4 @@ async def _run_while_alive(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -9,7 +9,6 @@ expire or are released by the daemon.
 import argparse
 import gc
 import logging
-import os
 import signal
 import sys
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from peer.parallel.devices import (
     keep_freed_memory,
 )
 from peer.parallel.faults import LocalRankError
-from peer.parent_death import die_with_parent
+from peer.parent_death import die_with_parent, end_process
 from peer.shared_vectors import SharedVectors
 from peer.train.bad_batches import BadBatches
 from peer.train.duty import EvaluationDesk
@@ -177,7 +176,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main(sys.argv[1:])
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(exit_code)  # groups whose other ends are gone would be waited for
+    end_process(main(sys.argv[1:]))

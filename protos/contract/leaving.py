@@ -5,7 +5,9 @@ peer that alone holds it first gives the coordinator a checkpoint of it.
 """
 
 HAND_OVER_SECONDS = 60.0
-"""The most that a peer takes to give the coordinator a checkpoint before it leaves."""
+"""The most that a peer takes to give the coordinator a checkpoint before it leaves, the asking
+included.
+"""
 DRAIN_SECONDS = 15.0
 """The most that the rest takes: the micro-batch, certificates, Leave, the children and p2pd. About
 five seconds on an idle machine.
