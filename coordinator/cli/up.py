@@ -58,6 +58,7 @@ from coordinator.operations.tokens import create_token
 from coordinator.store.data_dir_lock import make_data_dir
 from protos.contract.channel import JoinString
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, RunFailedError, UsageError
+from protos.contract.leaving import LEAVE_SECONDS
 from protos.contract.telemetry import RunState
 
 LOOK_SECONDS = 0.5
@@ -65,7 +66,6 @@ HEARTBEAT_SECONDS = 2.0
 """On loopback a heartbeat costs nothing, and everything is noticed sooner."""
 LEASE_TTL_SECONDS = 20.0
 MAX_RESTARTS = 3
-PEERS_LEAVE_SECONDS = 20.0
 PROMPT = "def "
 _MAX_PEERS = 64
 _Result = TypeVar("_Result")
@@ -276,7 +276,7 @@ class _Up:
         """Peers leave by themselves once they hear that the run is over."""
         waits = [asyncio.ensure_future(peer.process.wait()) for peer in self._peers]
         try:
-            await asyncio.wait(waits, timeout=PEERS_LEAVE_SECONDS)
+            await asyncio.wait(waits, timeout=HEARTBEAT_SECONDS + LEAVE_SECONDS)
         finally:
             for wait in waits:
                 wait.cancel()

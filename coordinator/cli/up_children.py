@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from protos.contract.errors import ErrorCode, MachineError, RunFailedError
+from protos.contract.leaving import LEAVE_SECONDS
 
 PEER_MODULE = "peer.cli.main"
-LEAVE_SECONDS = 15.0
-"""A peer that was asked to leave gets this long; it needs about five."""
 
 
 def peer_command(*arguments: str) -> list[str]:

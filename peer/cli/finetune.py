@@ -160,7 +160,7 @@ class _Work:
             self._export(Path(folder))
             adapted = LoraModel(Path(folder), rank=rank)
             tunable = language_model(
-                adapted.logits, adapted.parameters, pad_token_id=self._opened.eos_token_id
+                adapted, adapted.parameters, pad_token_id=self._opened.eos_token_id
             )
             figures = self._run(tunable)
             adapted.save_adapter(self._out / "adapter")

@@ -15,11 +15,10 @@ from peer.daemon.coordinator_tasks import CoordinatorTasks
 from peer.daemon.duties import Duties
 from peer.daemon.membership import Membership
 from protos.contract.errors import MusterError, UnavailableError
+from protos.contract.leaving import HAND_OVER_SECONDS
 from protos.muster.v1 import duties_pb2
 
 _LOGGER = logging.getLogger(__name__)
-HAND_OVER_SECONDS = 60.0
-"""The most that leaving waits for it, the asking included."""
 _TELL_SECONDS = 5.0
 _ASK_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0

@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from peer.model.decoder import Decoder
-from peer.model.loss import examples_on, summed_loss
+from peer.model.loss import examples_on, head_loss
 from peer.model.objectives import HELDOUT_PASS, IGNORED, ExampleBuilder
 from protos.contract import chunk_format
 from protos.contract.chunk_format import (
@@ -158,7 +159,8 @@ class Evaluation:
         )
         tokens_BT, targets_BT, _, mask = examples_on(examples, self._model.norm.weight.device)
         with self._autocast or contextlib.nullcontext():
-            total_nats = summed_loss(self._model(tokens_BT, mask=mask), targets_BT)
+            head = partial(head_loss, labels_BT=targets_BT)
+            total_nats = self._model(tokens_BT, mask=mask, head=head)
         self._total_nats += float(total_nats)
         self._num_tokens += examples.num_predicted
         text_labels = examples.labels_BT[examples.labels_BT != IGNORED]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peer.model.decoder import Decoder, KeyValueCache
@@ -141,8 +142,13 @@ class Context:
         mask_BTS = torch.zeros(is_seen_BTS.shape, device=self._device)
         mask_BTS = mask_BTS.masked_fill(~is_seen_BTS, -math.inf)
         self._cache = self._model.empty_cache()
-        logits_BTV: Tensor = self._model(tokens_BT, self._cache, mask_BTS)
-        return logits_BTV[:, -1].float().cpu()
+        logits_BV: Tensor = self._model(tokens_BT, self._cache, mask_BTS, head=_last_logits)
+        return logits_BV.float().cpu()
+
+
+def _last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+    """logits_BV; those of a whole prompt would be many and are of no use."""
+    return F.linear(hidden_BTD[:, -1], weight_VD)
 
 
 @torch.inference_mode()

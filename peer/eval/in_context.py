@@ -7,16 +7,17 @@ different, then each key again in another order; is its value the likeliest toke
 recall, Arora et al. 2023, "Zoology"). Tokens are drawn from those that stand for text, by a seed.
 A model that only knows frequencies scores 1 in the vocabulary on either.
 
-Letters: B sequences, T positions, V vocabulary.
+Letters: B sequences, T positions.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from peer.model.decoder import Decoder
+from peer.model.loss import label_scores
 from protos.contract.chunk_format import Int64Array
 from protos.contract.errors import UsageError
 
@@ -81,7 +82,6 @@ def in_context_task(
 def _scores(model: Decoder, tokens_BT: Int64Array) -> tuple[torch.Tensor, torch.Tensor]:
     """(nats_BT, is the label the likeliest token) of positions 1 to the end."""
     tokens = torch.from_numpy(tokens_BT).to(model.norm.weight.device)
-    logits_BTV = model(tokens[:, :-1]).float()
-    labels_BT = tokens[:, 1:]
-    nats = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none")
-    return nats.view(labels_BT.shape).cpu(), (logits_BTV.argmax(-1) == labels_BT).float().cpu()
+    head = partial(label_scores, labels_BT=tokens[:, 1:])
+    nats_BT, hits_BT = model(tokens[:, :-1], head=head).cpu()
+    return nats_BT, hits_BT

@@ -16,12 +16,13 @@ held-out and training text differ in kind, that difference is counted too (it ca
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from peer.model.decoder import Decoder
-from peer.model.loss import summed_loss
+from peer.model.loss import label_scores
 from protos.contract.chunk_format import Int64Array
 from protos.contract.errors import UsageError
 from protos.contract.model_shape import ModelShape
@@ -94,15 +95,15 @@ def memorization(
 @torch.inference_mode()
 def _side(model: Decoder, windows: Sequence[Int64Array], byte_lengths: Int64Array) -> _Side:
     """Bits per byte as a ratio of sums; its error by the delta method over windows."""
-    bits, sizes = [], []
+    bits: list[float] = []
+    sizes: list[int] = []
     device = model.norm.weight.device
     for begin in range(0, len(windows), _SLICE_WINDOWS):
         tokens_BT = torch.from_numpy(np.stack(windows[begin : begin + _SLICE_WINDOWS])).to(device)
-        logits_BTV = model(tokens_BT[:, :-1])
-        for row, logits_TV in enumerate(logits_BTV):
-            labels_T = tokens_BT[row, 1:]
-            bits.append(float(summed_loss(logits_TV[None], labels_T[None])) / math.log(2))
-            sizes.append(int(byte_lengths[labels_T.cpu().numpy()].sum()))
+        labels_BT = tokens_BT[:, 1:]
+        nats_BT, _ = model(tokens_BT[:, :-1], head=partial(label_scores, labels_BT=labels_BT))
+        bits += (nats_BT.sum(dim=1) / math.log(2)).tolist()
+        sizes += byte_lengths[labels_BT.cpu().numpy()].sum(axis=1).tolist()
     num_bytes, total = sum(sizes), sum(bits)
     ratio = total / num_bytes
     spread = sum((b - ratio * n) ** 2 for b, n in zip(bits, sizes, strict=True))

@@ -5,13 +5,14 @@ B sequences, T positions.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from peer.eval.evaluate import EvalResult
 from peer.model.decoder import Decoder
-from peer.model.loss import summed_loss
+from peer.model.loss import head_loss
 from protos.contract.chunk_format import Int64Array
 from protos.contract.errors import UsageError
 
@@ -41,11 +42,12 @@ def evaluate_tokens(
         part = slice(begin * seq_len, min(begin + _SLICE_SEQUENCES, num_whole) * seq_len)
         inputs_BT = torch.from_numpy(ids[part].reshape(-1, seq_len)).to(device)
         labels_BT = torch.from_numpy(ids[part.start + 1 : part.stop + 1].reshape(-1, seq_len))
-        total_nats += float(summed_loss(model(inputs_BT), labels_BT.to(device)))
+        head = partial(head_loss, labels_BT=labels_BT.to(device))
+        total_nats += float(model(inputs_BT, head=head))
     if end < ids.size - 1:
         inputs_BT = torch.from_numpy(ids[None, end:-1]).to(device)
         labels_BT = torch.from_numpy(ids[None, end + 1 :]).to(device)
-        total_nats += float(summed_loss(model(inputs_BT), labels_BT))
+        total_nats += float(model(inputs_BT, head=partial(head_loss, labels_BT=labels_BT)))
     return EvalResult(
         total_nats=total_nats,
         num_tokens=ids.size - 1,

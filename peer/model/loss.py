@@ -27,7 +27,7 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor, weights_B: Tensor | None 
 
 
 MAX_WHOLE_LOGITS = 2**25
-"""Values; more are never in memory at once where `head_loss` is used."""
+"""Values; more are never in memory at once where `head_loss` or `label_scores` is used."""
 PIECE_LOGITS = 2**24
 
 
@@ -37,7 +37,26 @@ def head_loss(
     """`summed_loss` of the logits hidden_BTD weight_VD^T, in pieces if they are many."""
     if labels_BT.numel() * weight_VD.shape[0] <= MAX_WHOLE_LOGITS:
         return summed_loss(F.linear(hidden_BTD, weight_VD), labels_BT, weights_B)
-    return pieced_loss(hidden_BTD, weight_VD, labels_BT, weights_B)
+    if torch.is_grad_enabled():
+        return pieced_loss(hidden_BTD, weight_VD, labels_BT, weights_B)
+    nats_B = label_scores(hidden_BTD, weight_VD, labels_BT)[0].sum(dim=1)
+    return (nats_B if weights_B is None else nats_B * weights_B).sum()
+
+
+@torch.no_grad()
+def label_scores(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """(nats, 1 where it is the likeliest token) of each label as one scores_2BT, zeros where there
+    is none. In fp32, without gradients, of the logits hidden_BTD weight_VD^T, piece by piece.
+    """
+    hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
+    scores_2N = torch.zeros((2, labels_N.numel()), device=hidden_ND.device)
+    size = max(1, PIECE_LOGITS // weight_VD.shape[0])
+    for begin in range(0, labels_N.numel(), size):
+        rows = slice(begin, begin + size)
+        logits, labels = F.linear(hidden_ND[rows], weight_VD).float(), labels_N[rows]
+        scores_2N[0, rows] = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+        scores_2N[1, rows] = (logits.argmax(dim=1) == labels).float()
+    return scores_2N.view(2, *labels_BT.shape)
 
 
 class VocabularyShare(Protocol):
@@ -97,7 +116,7 @@ class _PiecedHead(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             product_VD = weight_VD.to(dtype)
             grad_ND = torch.empty_like(hidden_ND)
-            grad_VD = torch.zeros_like(weight_VD)
+            grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
             nats = torch.zeros((), device=hidden_ND.device)
             num_words = weight_VD.shape[0]
             size = max(1, PIECE_LOGITS // num_words)
@@ -117,6 +136,8 @@ class _PiecedHead(torch.autograd.Function):
                 grad[torch.arange(own.numel(), device=grad.device), own] -= is_own.float()
                 grad = grad.mul_(weights_N[rows][:, None]).to(dtype)
                 grad_ND[rows] = grad @ product_VD
+                if grad_VD is None:
+                    continue
                 if dtype == grad_VD.dtype:
                     grad_VD.addmm_(grad.t(), hidden)
                 else:
@@ -125,10 +146,10 @@ class _PiecedHead(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """The gradients that were kept, times `grad`, which has one value."""
         grad_ND, grad_VD = ctx.saved_tensors
-        return grad_ND * grad, grad_VD * grad, None, None, None
+        return grad_ND * grad, None if grad_VD is None else grad_VD * grad, None, None, None
 
 
 def examples_on(

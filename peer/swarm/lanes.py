@@ -469,7 +469,7 @@ class Lanes:
 
 def _pause_seconds(num_failures: int) -> float:
     """Until the next try, after so many failures in a row before this one."""
-    return min(_PAUSE_SECONDS * (2**num_failures - 1), _MOST_PAUSE_SECONDS)
+    return min(_PAUSE_SECONDS * (2.0**num_failures - 1.0), _MOST_PAUSE_SECONDS)
 
 
 async def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes:

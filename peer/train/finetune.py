@@ -11,14 +11,16 @@ Letters: B sequences, T positions, D model width, C classes, V vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer.model.decoder import Decoder
-from peer.model.loss import summed_loss
+from peer.model.decoder import Decoder, HeadUse
+from peer.model.loss import head_loss
 from peer.model.schedule import lr_ratio
 from peer.train.finetune_data import Example, TuningSet, batch_of, labelled_batch_of
 from protos.contract.errors import RunFailedError, UsageError
@@ -106,19 +108,22 @@ class ClassificationHead(nn.Module):
         return F.linear(hidden_BD, self.weight)
 
 
+class HeadedModel(Protocol):
+    """Gives what a head makes of its last hidden state, as a Decoder does."""
+
+    def __call__(self, tokens_BT: Tensor, *, head: HeadUse) -> Tensor:
+        """`head` of the normed hidden_BTD and the output matrix weight_VD."""
+        ...
+
+
 def language_model(
-    logits_of: Callable[[Tensor], Tensor],
-    parameters: Sequence[nn.Parameter],
-    *,
-    pad_token_id: int,
+    model: HeadedModel, parameters: Sequence[nn.Parameter], *, pad_token_id: int
 ) -> Tunable:
-    """Predict the next token where the examples have labels; `logits_of`: tokens_BT ->
-    logits_BTV.
-    """
+    """Predict the next token where the examples have labels."""
 
     def score(examples: Sequence[Example]) -> Losses:
         inputs_BT, labels_BT = map(torch.from_numpy, batch_of(examples, pad_token_id=pad_token_id))
-        total = summed_loss(logits_of(inputs_BT), labels_BT)
+        total = model(inputs_BT, head=partial(head_loss, labels_BT=labels_BT))
         return Losses(total=total, num_predicted=int((labels_BT >= 0).sum()))
 
     return Tunable(parameters, score)
@@ -145,13 +150,8 @@ def classifier(model: Decoder, head: ClassificationHead, *, pad_token_id: int) -
 
 def final_hidden(model: Decoder, inputs_BT: Tensor) -> Tensor:
     """hidden_BTD behind the last norm, which the output head reads."""
-    kept: list[Tensor] = []
-    handle = model.norm.register_forward_hook(lambda _module, _inputs, out: kept.append(out))
-    try:
-        model(inputs_BT)
-    finally:
-        handle.remove()
-    return kept[0]
+    hidden_BTD: Tensor = model(inputs_BT, head=lambda hidden_BTD, _: hidden_BTD)
+    return hidden_BTD
 
 
 @torch.no_grad()

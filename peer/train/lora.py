@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from peer.checkpoint.export import named_parameters
+from peer.model.decoder import HeadUse
 from peer.model.hf_names import hf_name
 from protos.contract.digest import Float32Vector
 from protos.contract.errors import ErrorCode, MachineError, UsageError
@@ -51,10 +52,11 @@ class LoraModel:
         """Those of the adapters."""
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """logits_BTV."""
-        logits_BTV: Tensor = self._model(tokens_BT, use_cache=False).logits
-        return logits_BTV
+    def __call__(self, tokens_BT: Tensor, *, head: HeadUse) -> Tensor:
+        """`head` of the normed hidden_BTD and the output matrix weight_VD."""
+        whole = self._model.get_base_model()
+        hidden_BTD = whole.model(tokens_BT, use_cache=False).last_hidden_state
+        return head(hidden_BTD, whole.lm_head.weight)
 
     def save_adapter(self, folder: Path) -> None:
         """In peft's form."""

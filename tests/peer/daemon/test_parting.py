@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from peer import supervisor
+from peer.daemon import running
 from peer.daemon.parting import hand_over
 from protos.contract.errors import ErrorCode, RefusedError, UnavailableError
+from protos.contract.leaving import DRAIN_SECONDS, HAND_OVER_SECONDS, LEAVE_SECONDS
 from protos.muster.v1 import duties_pb2
 
 DUTY = duties_pb2.Duty(duty_id="run/checkpoint/1-9-parting", fence=1)
@@ -133,3 +136,12 @@ def test_a_second_signal_ends_it_at_once(num_missed: int) -> None:
 
     asyncio.run(interrupted())
     assert uploads.has_ended == ("" if num_missed else "cancelled")
+
+
+def test_whoever_started_a_peer_waits_as_long_as_it_may_take() -> None:
+    """All that `RunningSession.drain` waits for, each child pressed by SIGTERM once."""
+    trainer_seconds = running._TRAINER_STOP_SECONDS + supervisor._TERM_GRACE_SECONDS
+    calls_seconds = 2 * running._LEAVE_SECONDS
+    swarm_seconds = running._DRAIN_SECONDS + supervisor._TERM_GRACE_SECONDS
+    assert trainer_seconds + calls_seconds + swarm_seconds <= DRAIN_SECONDS
+    assert HAND_OVER_SECONDS + DRAIN_SECONDS <= LEAVE_SECONDS

@@ -54,14 +54,14 @@ def test_texts_that_cannot_be_evaluated() -> None:
 class Oracle(Decoder):
     """Copies: the token that followed the last earlier occurrence of the present one."""
 
-    def forward(self, tokens_BT, cache=None, mask=None):  # type: ignore[no-untyped-def]
+    def forward(self, tokens_BT, cache=None, mask=None, head=None):  # type: ignore[no-untyped-def]
         logits_BTV = torch.zeros(*tokens_BT.shape, self.spec.vocab_size)
         for row, tokens in enumerate(tokens_BT.tolist()):
             for position, token in enumerate(tokens):
                 earlier = [p for p in range(position) if tokens[p] == token]
                 if earlier:
                     logits_BTV[row, position, tokens[earlier[-1] + 1]] = 20.0
-        return logits_BTV
+        return logits_BTV if head is None else head(logits_BTV, torch.eye(self.spec.vocab_size))
 
 
 def test_the_in_context_task_tells_a_copier_from_a_stranger() -> None:

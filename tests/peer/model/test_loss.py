@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from peer.model import loss as loss_module
 from peer.model.objectives import IGNORED, Examples
@@ -62,3 +63,13 @@ def test_logits_are_never_in_memory_at_once() -> None:
         )
     ]  # fmt: skip
     assert peaks_kib[0] < 2**20 and peaks_kib[1] > 2 * 2**20, peaks_kib
+
+
+def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(9, 4)
+    labels = torch.arange(10).view(2, 5) % 9
+    loss_module.pieced_loss(hidden, weight, labels).backward()
+    found = hidden.grad.clone()
+    hidden.grad = None
+    loss_module.summed_loss(hidden @ weight.t(), labels).backward()
+    assert torch.allclose(found, hidden.grad, atol=1e-5) and weight.grad is None
