@@ -95,9 +95,10 @@ class _Asking:
             except UnavailableError as error:
                 if time.monotonic() - told_seconds >= self.tell_seconds:
                     told_seconds = time.monotonic()
+                    found = error.found.partition(" (")[0]
                     self.note(
-                        f"asking the coordinator whether it needs this peer's state: {error.found};"
-                        f" for at most {most_seconds:.0f} s, Ctrl+C once more leaves without"
+                        f"asking whether the newest state is needed: {found}; for at most "
+                        f"{most_seconds:.0f} s, Ctrl+C once more leaves without"
                     )
                 await asyncio.sleep(self.pause_seconds)
 

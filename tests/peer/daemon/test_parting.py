@@ -107,7 +107,7 @@ def test_a_coordinator_that_comes_back_in_time_gets_the_state() -> None:
     uploads = Uploads(calls.was_renewed_twice, num_failed=2)
     notes = leave(calls, uploads)
     assert uploads.has_ended == "done" and (calls.num_missed, uploads.num_failed) == (0, 0)
-    waiting = [note for note in notes if "asking the coordinator" in note]
+    waiting = [note for note in notes if "asking whether" in note]
     assert len(waiting) >= 2 and all("Ctrl+C" in note for note in waiting)
     assert sum("trying again" in note for note in notes) == 2
 
