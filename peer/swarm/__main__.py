@@ -5,7 +5,6 @@ by the daemon.
 import argparse
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -36,9 +35,7 @@ def main() -> int:
     die_with_parent(signal.SIGTERM)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("asyncio").addFilter(_is_news)
-    code = asyncio.run(_run(arguments))
-    gc.freeze()  # what hivemind has imported would be collected again and again: a second or more
-    return code
+    return asyncio.run(_run(arguments))
 
 
 def _is_news(record: logging.LogRecord) -> bool:
