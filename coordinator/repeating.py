@@ -7,6 +7,7 @@ counted, and the next one is tried.
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from contextlib import suppress
 
 from protos.contract.errors import MusterError
@@ -14,7 +15,7 @@ from protos.contract.errors import MusterError
 _LOGGER = logging.getLogger(__name__)
 
 
-class Repeating:
+class Repeating(ABC):
     """Takes turns between `start` and `stop` on the server's event loop."""
 
     def __init__(self, name: str, *, pause_seconds: float) -> None:
@@ -23,9 +24,9 @@ class Repeating:
         self._task: asyncio.Task[None] | None = None
         self.num_failed_turns = 0
 
+    @abstractmethod
     async def turn(self) -> None:
         """One turn. Whatever it raises is logged."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Begin."""

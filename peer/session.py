@@ -225,7 +225,8 @@ class SessionMachine:
     def _on_state(self, event: ev.StateReached) -> None:
         facts = self._facts
         old = facts.position or facts.trainer_position
-        facts.position = Position(event.incarnation, event.outer_step, event.round_tokens)
+        place = (event.incarnation, event.outer_step)
+        facts.position = Position(*place, event.round_tokens, event.state_digest)
         if event.incarnation > 0 and not event.round_tokens and facts.trainer_position is None:
             self._tell_swarm_idle(True)
         facts.coming_tokens = event.coming_tokens

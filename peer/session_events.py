@@ -92,6 +92,7 @@ class StateReached:
     outer_step: int
     round_tokens: int
     is_paused: bool
+    state_digest: bytes = b""
     coming_tokens: int = 0
     """Of a round by the newest directive, while one without this peer is in force."""
 

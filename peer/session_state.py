@@ -22,6 +22,7 @@ class Position:
     incarnation: int
     outer_step: int
     round_tokens: int
+    state_digest: bytes = b""
 
 
 @dataclass(slots=True)

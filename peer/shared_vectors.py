@@ -2,7 +2,7 @@
 process and trainer.
 
 The memory is a memfd: it has no name, is inherited as a file descriptor and disappears with its
-last holder, however that dies. Layout: a header of eight little-endian uint64, then the fp32
+last holder, however that dies. Layout: a header of sixteen little-endian uint64, then the fp32
 vectors of the strategy's state (digest.py: STATE_LAYOUTS, `params` first) and `contribution`, each
 `num_values` long. The size says which layout it is.
 
@@ -18,21 +18,22 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 
 from protos.contract.digest import STATE_LAYOUTS, Float32Vector
 
-_HEADER_FIELDS = 8
+_HEADER_FIELDS = 16
+_DIGEST_FIELDS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePosition:
     """Which state the vectors hold, and what the directive in force says of the round after it.
 
-    The fields are the header's, in its order, after the counter.
+    The fields are the header's, in its order, after the counter; the digest is its end.
     """
 
     incarnation: int
@@ -43,14 +44,28 @@ class StatePosition:
     """Sum of the round budgets of the roster in force; 0 while that is not known."""
     cooldown_start_tokens: int = 0
     budget_tokens: int = 0
+    state_digest: bytes = field(default=bytes(8 * _DIGEST_FIELDS), repr=False)
+
+    def is_same_state(self, other: "StatePosition") -> bool:
+        """False also for two states of one outer step: a wrong one may have been replaced."""
+        own = (self.incarnation, self.outer_step, self.state_digest)
+        return own == (other.incarnation, other.outer_step, other.state_digest)
 
     def follows(self, before: "StatePosition") -> bool:
         """True if this is the state one committed outer step after `before`."""
         return (self.incarnation, self.outer_step) == (before.incarnation, before.outer_step + 1)
 
 
-_POSITION_FIELDS = tuple(field.name for field in dataclasses.fields(StatePosition))
-assert 1 + len(_POSITION_FIELDS) <= _HEADER_FIELDS
+_POSITION_FIELDS = tuple(f.name for f in dataclasses.fields(StatePosition))[:-1]
+assert 1 + len(_POSITION_FIELDS) + _DIGEST_FIELDS <= _HEADER_FIELDS
+
+
+@dataclass(slots=True)
+class StateWriting:
+    """A change of the state under way."""
+
+    position: StatePosition
+    """Which state it will be: it may be completed until the end."""
 
 
 class SharedVectors:
@@ -101,7 +116,9 @@ class SharedVectors:
     def position(self) -> StatePosition:
         """Which state the vectors hold, as last published."""
         values = (int(value) for value in self._header[1 : 1 + len(_POSITION_FIELDS)])
-        return StatePosition(**dict(zip(_POSITION_FIELDS, values, strict=True)))
+        numbers = dict(zip(_POSITION_FIELDS, values, strict=True))
+        digest = self._header[-_DIGEST_FIELDS:].tobytes()
+        return StatePosition(**numbers, state_digest=digest)
 
     @property
     def sequence(self) -> int:
@@ -109,16 +126,19 @@ class SharedVectors:
         return int(self._header[0])
 
     @contextmanager
-    def writing_state(self, position: StatePosition) -> Iterator[None]:
+    def writing_state(self, position: StatePosition) -> Iterator[StateWriting]:
         """Write the state inside; afterwards the vectors hold `position`. Swarm process only.
 
         A writer that died inside left the counter odd; the next one takes it over as it is.
         """
         writing = int(self._header[0]) | 1
         self._header[0] = writing
+        change = StateWriting(position)
         try:
-            yield
-            self._header[1 : 1 + len(_POSITION_FIELDS)] = dataclasses.astuple(position)
+            yield change
+            *numbers, digest = dataclasses.astuple(change.position)
+            self._header[1 : 1 + len(_POSITION_FIELDS)] = numbers
+            self._header[-_DIGEST_FIELDS:] = np.frombuffer(digest, dtype="<u8")
         finally:
             self._header[0] = writing + 1
 

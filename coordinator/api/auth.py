@@ -62,7 +62,9 @@ class Authenticator:
         self._kept_by_peer: OrderedDict[str, _KeptSession] = OrderedDict()
 
     async def authenticate(self, method: str, metadata: Mapping[str, str]) -> Caller:
-        """Return who calls. Raises RefusedError (SESSION_INVALID, CLOCK_SKEW, PEER_EVICTED)."""
+        """Return who calls. Raises RefusedError (SESSION_INVALID, CLOCK_SKEW, PEER_EVICTED,
+        PROTOCOL_MISMATCH).
+        """
         if method in UNAUTHENTICATED_METHODS:
             return Caller()
         peer_id = metadata.get(METADATA_PEER, "")

@@ -133,6 +133,7 @@ def build_corpus(
     num_text_bytes = sum(d.num_text_bytes for source in scanned for d in source.documents)
     if chunk_bytes is None:
         is_large = num_text_bytes > LARGE_CORPUS_TEXT_BYTES
+        is_large |= answer_seq_len >= SMALL_CHUNK_BYTES // 4  # a token has at most 4 bytes
         chunk_bytes = LARGE_CHUNK_BYTES if is_large else SMALL_CHUNK_BYTES
     builder = _Builder(
         out_dir=out_dir,

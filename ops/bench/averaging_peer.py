@@ -165,7 +165,7 @@ class MusterPeer:
         await orders()  # everybody is done: what we served them counts as well
         tell(
             **answer,
-            num_lanes=sum(self.transport.lanes.num_lanes_by_peer().values()),
+            num_lanes=sum(way.num_lanes for way in self.transport.ways().values()),
             python_cpu_seconds=own_cpu_seconds() - python,
             p2pd_cpu_seconds=child_cpu_seconds(self.p2pd_pid) - p2pd,
             extra_bytes=memory_bytes("self", "VmHWM") - self.idle_bytes,

@@ -65,7 +65,7 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
 
 def _round_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows about rounds: the newest committed attempt, attempts, bytes in all and by member."""
-    from peer.daemon.timelines import describe_attempt
+    from peer.daemon.timelines import describe_attempt, describe_link
     from peer.swarm.timeline import AttemptTimeline
     from protos.contract.telemetry import AttemptOutcome
 
@@ -84,5 +84,7 @@ def _round_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     for peer_id, (sent, received) in sorted(found["bytes_by_peer"].items()):
-        rows.append(("", f"{peer_id}: {sent / 1e6:,.1f} MB sent, {received / 1e6:,.1f} received"))
+        moved = f"{peer_id}: {sent / 1e6:,.1f} MB sent, {received / 1e6:,.1f} received"
+        link = found["links"].get(peer_id)
+        rows.append(("", moved if link is None else f"{moved}; {describe_link(link)}"))
     return rows

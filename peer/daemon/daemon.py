@@ -36,6 +36,7 @@ from peer.identity import Identity
 from peer.metrics import PeerMetrics
 from protos.contract.channel import JoinString
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, UnavailableError
+from protos.contract.ids import PROTOCOL_VERSION
 from protos.contract.telemetry import PEER_INFO
 
 _LOGGER = logging.getLogger(__name__)
@@ -115,6 +116,12 @@ class Daemon:
         numbers, loop = self._core.numbers, asyncio.get_running_loop()
         saved = load_membership(self._home.path)
         if saved is not None and not is_same_run(saved.join_string, self._join_string):
+            saved = None
+        if saved is not None and saved.protocol_version != PROTOCOL_VERSION:
+            self._core.note(
+                f"the last membership is of another protocol version, this peer speaks "
+                f"{PROTOCOL_VERSION}: it joins anew, for which the coordinator is needed"
+            )
             saved = None
         if saved is not None:
             check_can_take_part(saved, self._config)

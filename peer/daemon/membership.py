@@ -32,6 +32,7 @@ from protos.contract.errors import (
     RefusedError,
     UsageError,
 )
+from protos.contract.ids import PROTOCOL_VERSION
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import OBJECTIVES, STRATEGIES, RunSpec
 from protos.contract.signing import has_valid_signature
@@ -59,6 +60,8 @@ class Membership:
     """Last answer to Join, with the newest record, directive, addresses and outer step."""
     certificate_pem: bytes
     """The coordinator's TLS certificate, pinned by the join string."""
+    protocol_version: int = PROTOCOL_VERSION
+    """Of the peer that joined; others may only read it and join anew."""
 
     @property
     def spec(self) -> RunSpec:
@@ -119,6 +122,7 @@ class Membership:
 def save_membership(home: Path, membership: Membership) -> None:
     """Remember for the next start; the join string is part of it."""
     plain = {
+        "protocol_version": membership.protocol_version,
         "join_string": membership.join_string.encode(),
         "certificate_pem": membership.certificate_pem.decode(),
         "join_response": base64.b64encode(membership.response.SerializeToString()).decode(),
@@ -135,6 +139,7 @@ def load_membership(home: Path) -> Membership | None:
             join_string=JoinString.decode(plain["join_string"]),
             response=membership_pb2.JoinResponse.FromString(data),
             certificate_pem=plain["certificate_pem"].encode(),
+            protocol_version=plain.get("protocol_version", 0),
         )
     except (OSError, ValueError, KeyError, TypeError, MusterError):
         return None

@@ -146,6 +146,7 @@ class MessageDesk:
             ev.StateReached(
                 incarnation=incarnation,
                 outer_step=outer_step,
+                state_digest=message["state_digest"],
                 round_tokens=message["round_tokens"],
                 is_paused=message["is_paused"],
                 coming_tokens=message["coming_tokens"],

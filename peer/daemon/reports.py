@@ -71,6 +71,10 @@ class SessionNumbers:
     """The newest few, oldest first."""
     bytes_by_peer: dict[str, tuple[int, int]] = field(default_factory=dict)
     """peer_id -> (sent, received) bytes in all attempts."""
+    links: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """peer_id -> how bytes to that member travel, and how fast they did in the last committed
+    attempt: fields of PairWay, sent_ and received_bytes_per_second.
+    """
     discard_reason: str = ""
     """Of the last attempt that was discarded."""
     held_leases: int = 0

@@ -6,12 +6,16 @@ their reason is told to the owner.
 """
 
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from peer.daemon.core import Core
 from peer.daemon.reports import Report
 from peer.swarm.timeline import AttemptTimeline
 from protos.contract import telemetry
 from protos.contract.telemetry import MAX_LABELLED_PEERS, AttemptOutcome, LogField
+from protos.contract.text import counted
 
 _LOGGER = logging.getLogger(__name__)
 NUM_KEPT_ATTEMPTS = 8
@@ -37,6 +41,7 @@ def take_attempt(core: Core, attempt: AttemptTimeline) -> None:
             metrics.observe(telemetry.PEER_ROUND_PHASE_SECONDS, seconds, {"phase": phase})
         speed = attempt.averaging_bytes_per_second
         metrics.set(telemetry.PEER_AVERAGING_BYTES_PER_SECOND, speed)
+        _show_links(core, attempt)
     else:
         metrics.add(telemetry.PEER_DISCARDED_SECONDS, sum(seconds_by_phase.values()))
     for peer_id, moved in attempt.bytes_by_peer.items():
@@ -48,6 +53,33 @@ def take_attempt(core: Core, attempt: AttemptTimeline) -> None:
         Report(kind="attempt", text=text, fields=fields | {"outcome": attempt.outcome.value})
     )
     _LOGGER.debug("%s=%d %s", LogField.INCARNATION, attempt.incarnation, text)
+
+
+def _show_links(core: Core, attempt: AttemptTimeline) -> None:
+    speeds, links = attempt.speed_by_peer(), core.numbers.links
+    for peer_id, way in attempt.ways.items():
+        if peer_id not in links and len(links) >= MAX_LABELLED_PEERS:
+            continue
+        sent, received = speeds[peer_id]
+        links[peer_id] = asdict(way) | {
+            "sent_bytes_per_second": sent,
+            "received_bytes_per_second": received,
+        }
+        core.metrics.set(telemetry.PEER_LINK_LANES, way.num_lanes, {"peer": peer_id})
+        core.metrics.set(telemetry.PEER_LINK_RTT_SECONDS, way.rtt_seconds, {"peer": peer_id})
+        for direction, speed in (("sent", sent), ("received", received)):
+            labels = {"peer": peer_id, "direction": direction}
+            core.metrics.set(telemetry.PEER_LINK_BYTES_PER_SECOND, speed, labels)
+
+
+def describe_link(link: Mapping[str, Any]) -> str:
+    """One link of SessionNumbers in words."""
+    lanes, rtt_ms = link["num_lanes"], link["rtt_seconds"] * 1e3
+    way = counted(lanes, "lane") if lanes else "one p2p stream"
+    if link["reason"]:
+        way += f" (no lanes: {link['reason']})"
+    out, back = link["sent_bytes_per_second"] / 1e6, link["received_bytes_per_second"] / 1e6
+    return f"{way}, RTT {rtt_ms:.0f} ms, {out:.1f} MB/s out, {back:.1f} in"
 
 
 def _count_bytes(core: Core, peer_id: str, sent_bytes: int, received_bytes: int) -> None:

@@ -83,18 +83,6 @@ def encode_with_residual(
     return bytes(encoded), left
 
 
-def apply_codec_with_residual(codec: Codec, vector: Float32Vector, residual: Float32Vector) -> None:
-    """The same in place: `vector` becomes what the others will decode, `residual` what is left out.
-
-    Encoding `vector` afterwards loses nothing more. Raises CorruptDataError for a sum that is not
-    finite; pieces before it are then changed already.
-    """
-    for first, last in _bounds_of_pieces(vector.size):
-        total = np.add(vector[first:last], residual[first:last])
-        codec.decode(codec.encode(total), vector[first:last])
-        np.subtract(total, vector[first:last], out=residual[first:last])
-
-
 def _bounds_of_pieces(num_values: int) -> Iterator[tuple[int, int]]:
     for piece in range(num_pieces(num_values)):
         yield piece_bounds(piece, piece + 1, num_values)

@@ -204,7 +204,7 @@ def next_meta(meta: StateMeta, certificate: rounds_pb2.Certificate, *, seq_len: 
 
 
 def position_of(meta: StateMeta, signed: common_pb2.Signed) -> StatePosition:
-    """What the trainer is told of a state in shared memory."""
+    """What the trainer is told of a state in shared memory, its digest apart."""
     directive = common_pb2.Directive.FromString(signed.payload)
     return StatePosition(
         incarnation=meta.incarnation,

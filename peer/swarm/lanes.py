@@ -3,9 +3,12 @@
 A connection holds at most a send buffer of bytes on their way, so it moves at most buffer / RTT,
 and libp2p keeps one per pair. A pair whose quickest call took FAR_SECONDS or more gets a bundle of
 lanes for each side that opens bulk streams. A bundle's name and secret travel over libp2p; the
-asker dials, and if it cannot, the asked one. Until there is a bundle, and after any failure for a
-while, the pair uses its p2p stream. Who connects to the port and cannot prove to be awaited hears
-nothing, and is dropped after HANDSHAKE_SECONDS or when too many are in that state.
+asker dials, and if it cannot, the asked one: only hosts at the other end of their libp2p
+connections, never what a member says of itself, on no system port, and seldom after failures. Until
+there is a bundle, and after any failure for a while, the pair uses its p2p stream. Who connects to
+the port and cannot prove to be awaited hears nothing, and is dropped after HANDSHAKE_SECONDS or
+when too many are in that state. How a pair travels now, and why, is for `status` and metrics
+(`way_of`); the log tells single events, at INFO.
 """
 
 import asyncio
@@ -42,7 +45,7 @@ _MOST_HALF_OPEN, _MOST_HALF_OPEN_OF_HOST = 64, 8
 _NEAR_SECONDS = 600.0
 """Until it is looked again whether a near member has become a far one."""
 _PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 10.0, 600.0
-_MOST_PORT = 65_535
+_LEAST_PORT, _MOST_PORT = 1024, 65_535
 _PORT_DISTANCE = 1000
 """Of the lanes' port from --listen-port; a neighbouring port may be another peer's."""
 
@@ -78,12 +81,19 @@ class _Way:
     num_asked: int = 0
     """Bundles that the member has asked for and that are not there yet."""
     making: "asyncio.Task[None] | None" = None
+    num_vain_dials: int = 0
+    """In a row, made because the member asked for them."""
+    no_dial_before_seconds: float = 0.0
     num_failures: int = 0
+    reason: str = ""
+    """Of the last failure; "" since it has worked."""
     not_before_seconds: float = 0.0
 
 
 Ask = Callable[[str, state_pb2.LaneAsk, float], Awaitable[state_pb2.LaneAnswer]]
 """Asks a member; raises OSError if it cannot be asked."""
+HostsOf = Callable[[str], Awaitable[Iterable[str]]]
+"""IPv4 hosts at which a member is connected to us now; raises OSError if that cannot be told."""
 
 
 class Lanes:
@@ -98,11 +108,11 @@ class Lanes:
         listen_port: int,
         far_seconds: float | None,
         ask: Ask,
-        hosts_of: Callable[[str], Iterable[str]],
+        hosts_of: HostsOf,
         rtt_of: Callable[[str], float | None],
     ) -> None:
         """`listen_port`: of libp2p, 0 if the system chose it; `far_seconds`: None for no lanes;
-        `hosts_of`, `rtt_of`: where a member may be dialled, and its quickest call in seconds.
+        `rtt_of`: a member's quickest call in seconds.
         """
         self._host, self._listen_port, self._far_seconds = host, listen_port, far_seconds
         self._ask, self._hosts_of, self._rtt_of = ask, hosts_of, rtt_of
@@ -164,7 +174,7 @@ class Lanes:
                 return
             way.lent = None
             if is_clean:
-                way.own, way.num_failures = bundle, 0
+                way.own, way.num_failures, way.reason = bundle, 0, ""
                 return
         self._note_failure(peer_id, way, "the last stream over them broke off")
 
@@ -180,11 +190,16 @@ class Lanes:
                 if bundle is not None:
                     bundle.close()
 
-    def num_lanes_by_peer(self) -> dict[str, int]:
-        """Connections to each member for streams that we open, if there are any."""
+    def way_of(self, peer_id: str) -> tuple[int, str]:
+        """Connections to a member for streams that we open, and why there are none if there should
+        be.
+        """
+        way = self._ways.get(peer_id)
+        if way is None:
+            return 0, ""
         with self._lock:
-            ways = [(peer_id, way.own or way.lent) for peer_id, way in self._ways.items()]
-        return {peer_id: bundle.num_lanes for peer_id, bundle in ways if bundle is not None}
+            bundle = way.own or way.lent
+        return (0, way.reason) if bundle is None else (bundle.num_lanes, "")
 
     async def close(self) -> None:
         """Drop everything."""
@@ -197,8 +212,8 @@ class Lanes:
             self._listener.close()
 
     def _note_failure(self, peer_id: str, way: _Way, reason: str) -> None:
-        pause_seconds = min(_PAUSE_SECONDS * (2**way.num_failures - 1), _MOST_PAUSE_SECONDS)
-        way.num_failures += 1
+        pause_seconds = _pause_seconds(way.num_failures)
+        way.num_failures, way.reason = way.num_failures + 1, reason
         way.not_before_seconds = time.monotonic() + pause_seconds
         text = "no lanes to %s for the next %.0f s, the p2p connection is used: %s"
         logger.info(text, peer_id, pause_seconds, reason)
@@ -217,7 +232,7 @@ class Lanes:
                 way.not_before_seconds = time.monotonic() + _NEAR_SECONDS
                 return
             try:
-                if not 0 < answer.port <= _MOST_PORT:
+                if not _LEAST_PORT <= answer.port <= _MOST_PORT:
                     raise ConnectionError(answer.reason or "it does not listen")
                 connections = await self._dial(peer_id, answer.port, ask)
             except OSError as error:
@@ -257,20 +272,26 @@ class Lanes:
         """A member wants a bundle: await its connections, or make them."""
         sizes = (len(ask.bundle_id), len(ask.secret))
         is_sane = sizes == (frames.ID_BYTES, frames.SECRET_BYTES) and ask.bundle_id != NO_BUNDLE
-        is_sane = is_sane and ask.port <= _MOST_PORT
+        is_sane = is_sane and (ask.port == 0 or _LEAST_PORT <= ask.port <= _MOST_PORT)
         if self._far_seconds is None or not is_sane or not 1 <= ask.num_lanes <= _MOST_LANES:
             return state_pb2.LaneAnswer(reason="no lanes here" if is_sane else "a bad request")
         way = self._ways[peer_id]
         if way.num_asked >= _MOST_OTHERS_BUNDLES:
             return state_pb2.LaneAnswer(reason="too many bundles asked for at once")
         if ask.port:
+            if time.monotonic() < way.no_dial_before_seconds:
+                return state_pb2.LaneAnswer(reason="dialled in vain a short while ago")
             way.num_asked += 1
             try:
                 connections = await self._dial(peer_id, ask.port, ask)
             except OSError as error:
+                pause_seconds = _pause_seconds(way.num_vain_dials)
+                way.num_vain_dials += 1
+                way.no_dial_before_seconds = time.monotonic() + pause_seconds
                 return state_pb2.LaneAnswer(reason=str(error) or type(error).__name__)
             finally:
                 way.num_asked -= 1
+            way.num_vain_dials = 0
             self._take_in(peer_id, ask, connections)
             return state_pb2.LaneAnswer(is_connected=True)
         port = self._listen()
@@ -306,8 +327,8 @@ class Lanes:
 
     async def _dial(self, peer_id: str, port: int, ask: state_pb2.LaneAsk) -> list[socket.socket]:
         """All lanes of a bundle, at the first address that has them. Raises OSError."""
-        error: OSError = ConnectionError("no address to dial is known")
-        for host in dict.fromkeys(self._hosts_of(peer_id)):
+        error: OSError = ConnectionError("it is not connected directly")
+        for host in await self._hosts_of(peer_id):
             joining = [self._join(host, port, ask, index) for index in range(ask.num_lanes)]
             found = await asyncio.gather(*joining, return_exceptions=True)
             connections = [c for c in found if isinstance(c, socket.socket)]
@@ -343,9 +364,6 @@ class Lanes:
 
         try:
             await asyncio.wait_for(greet(), HANDSHAKE_SECONDS)
-        except UnicodeError as error:
-            connection.close()
-            raise ConnectionError(f"{host[:80]!r} is no host name") from error
         except BaseException:
             connection.close()
             raise
@@ -357,7 +375,8 @@ class Lanes:
         """The port at which lanes are awaited, opened when one is first needed; 0 if it cannot."""
         if self._listener is None:
             wanted = self._listen_port + _PORT_DISTANCE if self._listen_port else 0
-            for port in dict.fromkeys((wanted if wanted <= _MOST_PORT else 0, 0)):
+            is_usable = _LEAST_PORT <= wanted <= _MOST_PORT
+            for port in dict.fromkeys((wanted if is_usable else 0, 0)):
                 try:
                     self._listener = socket.create_server((self._host, port), backlog=128)
                     break
@@ -446,6 +465,11 @@ class Lanes:
             await loop.sock_sendall(connection, b"\1")
 
         await asyncio.wait_for(greet(), HANDSHAKE_SECONDS)
+
+
+def _pause_seconds(num_failures: int) -> float:
+    """Until the next try, after so many failures in a row before this one."""
+    return min(_PAUSE_SECONDS * (2.0**num_failures - 1.0), _MOST_PAUSE_SECONDS)
 
 
 async def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes:

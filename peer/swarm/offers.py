@@ -67,6 +67,9 @@ class Offers:
         if base != self._replica.position:
             self._refuse(f"made for state {base}, the state is {self._replica.position}")
             return
+        if message["state_digest"] != self._replica.state_digest:
+            self._refuse(f"made for another state {base} than the one that replaced it")
+            return
         contribution = rounds_pb2.Contribution(
             peer_id=self._own_peer_id,
             ranges=[_leased_range(plain) for plain in message["ranges"]],

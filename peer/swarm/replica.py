@@ -34,7 +34,7 @@ from protos.contract.digest import (
     Float32Vector,
     StateMeta,
     state_digest_of_pieces,
-    vector_piece_digests,
+    state_piece_digests,
 )
 from protos.contract.errors import CorruptDataError, MachineError
 from protos.contract.run_spec import RunSpec
@@ -190,16 +190,13 @@ class Replica:
             return False
         directive = common_pb2.Directive.FromString(record.directive.payload)
         self._base_meta, self._base_digest = meta, self.state_digest
-        self._publish(
-            replace(
-                meta,
-                incarnation=record.incarnation,
-                directive_number=directive.directive_number,
-                lease_cursor_by_peer={},
-            ),
-            record.directive,
-            self._piece_digests,
+        after = replace(
+            meta,
+            incarnation=record.incarnation,
+            directive_number=directive.directive_number,
+            lease_cursor_by_peer={},
         )
+        self._publish(after, record.directive)
         return True
 
     def build_initial(self) -> bool:
@@ -217,11 +214,13 @@ class Replica:
             directive_number=number,
         )
         params, *moments = self.vectors.state_vectors()
-        with self.vectors.writing_state(position_of(meta, first)):
+
+        def write() -> None:
             np.copyto(params, initial_params(self.spec, self._imported_path))
             for moment in moments:
                 moment.fill(0.0)
-        self._publish(meta, first, self._hash_vectors())
+
+        self._publish(meta, first, write)
         return True
 
     def apply(
@@ -240,20 +239,21 @@ class Replica:
         assert value.averaged_digest == averaged.averaged_digest
         before, in_force = self.directive, self.directive_in_force()
         after = next_meta(meta, certificate, seq_len=self.seq_len)
-        vectors = self.vectors
         gradient = averaged.encoded.decoded()
-        with vectors.writing_state(position_of(after, next_directive)):
+
+        def write() -> None:
             self._update.apply(
-                *vectors.state_vectors(),
+                *self.vectors.state_vectors(),
                 gradient,
                 update_number=after.outer_step,
                 schedule_tokens=meta.schedule_tokens,
                 cooldown_start_tokens=in_force.cooldown_start_tokens,
                 budget_tokens=in_force.budget_tokens,
             )
-        self.keep_certificate(certificate)
-        self.unreported.append(certificate)
-        self._publish(after, next_directive, self._hash_vectors())
+            self.keep_certificate(certificate)
+            self.unreported.append(certificate)
+
+        self._publish(after, next_directive, write)
         if before is not None and before != next_directive:
             self.recent_directives.append(before)
 
@@ -268,12 +268,14 @@ class Replica:
         self.learn_directive(directive)
         usable = self._foreign.usable(unreported)
         self._attestations = []  # of another way to this state or an earlier one
-        with self.vectors.writing_state(position_of(meta, directive)):
+        held = {certificate.value for certificate in self.unreported}
+
+        def write() -> None:
             for target, source in zip(self.vectors.state_vectors(), vectors, strict=True):
                 np.copyto(target, source)
-        held = {certificate.value for certificate in self.unreported}
-        self.unreported.extend(c for c in usable if c.value not in held)
-        self._publish(meta, directive, self._hash_vectors())
+            self.unreported.extend(c for c in usable if c.value not in held)
+
+        self._publish(meta, directive, write)
         if self.is_current:
             self._foreign.unproven = [c for c in usable if place_of(c) == self.position]
             self._prove_own_step()
@@ -282,18 +284,20 @@ class Replica:
         for certificate in self._foreign.take_proven():
             self.keep_certificate(certificate)
 
-    def _hash_vectors(self) -> tuple[tuple[bytes, ...], ...]:
-        return tuple(tuple(vector_piece_digests(v)) for v in self.vectors.state_vectors())
-
     def _publish(
         self,
         meta: StateMeta,
         directive: common_pb2.Signed,
-        pieces: tuple[tuple[bytes, ...], ...],
+        write: Callable[[], None] | None = None,
     ) -> None:
-        with self.vectors.writing_state(position_of(meta, directive)):
-            self.meta, self.directive, self._piece_digests = meta, directive, pieces
-            self.state_digest = state_digest_of_pieces(meta, pieces)
+        """Become a state; readers see its vectors, if `write` changes them, with its digest."""
+        with self.vectors.writing_state(position_of(meta, directive)) as change:
+            if write is not None:
+                write()
+                self._piece_digests = state_piece_digests(self.vectors.state_vectors())
+            self.meta, self.directive = meta, directive
+            self.state_digest = state_digest_of_pieces(meta, self._piece_digests)
+            change.position = replace(change.position, state_digest=self.state_digest)
         self._foreign.unproven = []
         self.learn_directive(directive)
         self.recent_directives = [directive] if self.is_current else []
@@ -430,7 +434,7 @@ class Replica:
             meta=header.meta,
             state_digest=header.state_digest,
             vectors=vectors,
-            piece_digests=tuple(tuple(vector_piece_digests(v)) for v in vectors),
+            piece_digests=state_piece_digests(vectors),
             directive=common_pb2.Signed.FromString(header.directive),
             is_live=False,
         )

@@ -281,6 +281,7 @@ class RoundShell:
             reason=reason,
             now_unix_seconds=self._now_unix_seconds(),
             moved=self._transport.moved_by_peer(),
+            ways=self._transport.ways(),
         )
         self.seconds_by_phase = seconds = timeline.seconds_by_phase()
         if outcome is AttemptOutcome.COMMITTED:

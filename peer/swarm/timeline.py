@@ -35,6 +35,18 @@ class PhaseSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairWay:
+    """How the parts that this member sends another one travel."""
+
+    num_lanes: int
+    """Connections beside libp2p's; 0: over its one stream."""
+    rtt_seconds: float
+    """Of the quickest call so far; 0 before there was one."""
+    reason: str
+    """Why a far member has no lanes; "" if it has, or is near."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptTimeline:
     """One attempt from its begin to its end, as this member saw it."""
 
@@ -47,6 +59,8 @@ class AttemptTimeline:
     """In order of time; a phase that was not reached is missing."""
     bytes_by_peer: dict[str, tuple[int, int]]
     """peer_id -> (sent, received) bytes in this attempt."""
+    ways: dict[str, PairWay]
+    """peer_id -> how bytes travelled at its end."""
 
     @property
     def sent_bytes(self) -> int:
@@ -61,10 +75,21 @@ class AttemptTimeline:
     @property
     def averaging_bytes_per_second(self) -> float:
         """Bytes in and out per second of EXCHANGE and REDUCE; 0 before them."""
-        spans = [s for s in self.spans if s.phase in (RoundPhase.EXCHANGE, RoundPhase.REDUCE)]
-        seconds = sum(span.seconds for span in spans)
+        spans, seconds = self._averaging_spans()
         moved = sum(span.sent_bytes + span.received_bytes for span in spans)
         return moved / seconds if seconds > 0 else 0.0
+
+    def speed_by_peer(self) -> dict[str, tuple[float, float]]:
+        """peer_id -> (sent, received) bytes of the attempt per second of EXCHANGE and REDUCE."""
+        _, seconds = self._averaging_spans()
+        return {
+            peer: (sent / seconds, received / seconds) if seconds > 0 else (0.0, 0.0)
+            for peer, (sent, received) in self.bytes_by_peer.items()
+        }
+
+    def _averaging_spans(self) -> tuple[list[PhaseSpan], float]:
+        spans = [s for s in self.spans if s.phase in (RoundPhase.EXCHANGE, RoundPhase.REDUCE)]
+        return spans, sum(span.seconds for span in spans)
 
     def seconds_by_phase(self) -> dict[str, float]:
         """Durations by the phase's name in lower case."""
@@ -93,6 +118,7 @@ class AttemptTimeline:
             reason=plain["reason"],
             spans=tuple(spans),
             bytes_by_peer={peer: (m[0], m[1]) for peer, m in plain["bytes_by_peer"].items()},
+            ways={peer: PairWay(**way) for peer, way in plain["ways"].items()},
         )
 
 
@@ -127,6 +153,7 @@ class TimelineRecorder:
         reason: str,
         now_unix_seconds: float,
         moved: BytesByPeer,
+        ways: Mapping[str, PairWay],
     ) -> AttemptTimeline:
         """The attempt is over; the next phase entered begins another."""
         self._close(now_unix_seconds, moved)
@@ -139,6 +166,7 @@ class TimelineRecorder:
             reason=reason,
             spans=tuple(self._spans),
             bytes_by_peer=by_peer,
+            ways={peer: way for peer, way in ways.items() if peer in by_peer},
         )
         self._phase, self._spans = None, []
         return timeline

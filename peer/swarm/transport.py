@@ -32,8 +32,10 @@ from peer.swarm.lanes import FAR_SECONDS, NO_BUNDLE, Lanes
 from peer.swarm.link_meter import LinkMeter
 from peer.swarm.member_stream import Stream
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
+from peer.swarm.timeline import PairWay
 from protos.contract.addresses import problem_of_address
 from protos.contract.errors import ErrorCode, MachineError
+from protos.contract.ids import PROTOCOL_VERSION
 from protos.muster.v1 import state_pb2
 
 __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport"]
@@ -45,6 +47,7 @@ _LEAST_SLICE, _MOST_SLICE = 2**10, 2**16
 _START_SECONDS = 30.0
 _P2PD_IDLE_SECONDS = 20
 _LANE_CALL = "lane"
+_RELAYED = "p2p-circuit"
 _MOST_HOSTS = 4
 """Of a member, tried for lanes."""
 
@@ -206,6 +209,18 @@ class Transport:
         """Bytes received from members since the start."""
         return sum(received for _, received in self._moved_by_peer.values())
 
+    def ways(self) -> dict[str, PairWay]:
+        """peer_id -> how bulk bytes to that member travel now."""
+        found = {peer_id: self.lanes.way_of(peer_id) for peer_id in self._p2p_by_peer}
+        return {
+            peer_id: PairWay(
+                num_lanes=num_lanes,
+                rtt_seconds=self._rtt_by_peer.get(peer_id, 0.0),
+                reason=reason,
+            )
+            for peer_id, (num_lanes, reason) in found.items()
+        }
+
     # Members ----------------------------------------------------------------------------------
 
     def set_members(self, p2p_by_peer: dict[str, str]) -> None:
@@ -285,7 +300,7 @@ class Transport:
             self.count(peer_id, received_bytes=message.ByteSize())
             return await handler(peer_id, message)
 
-        await self.p2p.add_protobuf_handler(f"{self._prefix}.{name}", guarded, message_type)
+        await self.p2p.add_protobuf_handler(self.protocol(name), guarded, message_type)
 
     async def call(
         self,
@@ -301,9 +316,7 @@ class Transport:
         begin_seconds = time.monotonic()
         try:
             answer: _M = await asyncio.wait_for(
-                self.p2p.call_protobuf_handler(
-                    identity, f"{self._prefix}.{name}", message, answer_type
-                ),
+                self.p2p.call_protobuf_handler(identity, self.protocol(name), message, answer_type),
                 timeout_seconds,
             )
         except P2PHandlerError as error:
@@ -341,8 +354,10 @@ class Transport:
         await self.p2p.add_binary_stream_handler(self.protocol(name), guarded)
 
     def protocol(self, name: str) -> str:
-        """A name as it is on the wire: the prefix is the run's secret."""
-        return f"{self._prefix}.{name}"
+        """A name as it is on the wire: the prefix is the run's secret. Who speaks another version
+        does not know it.
+        """
+        return f"{self._prefix}.{PROTOCOL_VERSION}.{name}"
 
     async def handle_stream(
         self,
@@ -366,7 +381,7 @@ class Transport:
         identity = await self._ensure_connected(peer_id)
         try:
             _, reader, writer = await asyncio.wait_for(
-                self.p2p.call_binary_stream_handler(identity, f"{self._prefix}.{name}"),
+                self.p2p.call_binary_stream_handler(identity, self.protocol(name)),
                 timeout_seconds,
             )
         except TimeoutError as error:
@@ -428,14 +443,15 @@ class Transport:
         except PeerCallError as error:
             raise ConnectionError(str(error)) from error
 
-    def _hosts_of(self, peer_id: str) -> list[str]:
-        """Hosts at which a member is known to be dialled directly."""
-        found = [a.split("/") for a in self._addresses.addresses_of(peer_id)]
-        hosts = [
-            parts[2]
-            for parts in found
-            if parts[1] in ("ip4", "dns", "dns4") and "p2p-circuit" not in parts
-        ]
+    async def _hosts_of(self, peer_id: str) -> list[str]:
+        """IPv4 hosts at the other end of the direct connections to a member. Raises OSError."""
+        try:
+            peers = await self.p2p.list_peers()
+        except (P2PDaemonError, EOFError) as error:
+            raise ConnectionError(short_reason(error)) from error
+        identity = self._p2p_by_peer.get(peer_id)
+        addresses = [str(a) for peer in peers if peer.peer_id == identity for a in peer.addrs]
+        hosts = [a.split("/")[2] for a in addresses if a.startswith("/ip4/") and _RELAYED not in a]
         return list(itertools.islice(dict.fromkeys(hosts), _MOST_HOSTS))
 
     @property

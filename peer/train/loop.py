@@ -102,6 +102,7 @@ class TrainLoop:
             offer_number=self._num_offers,
             incarnation=offered.base.incarnation,
             outer_step=offered.base.outer_step,
+            state_digest=offered.base.state_digest,
             ranges=[
                 {"lease": p.lease, "begin_window": p.begin_window, "end_window": p.end_window}
                 for p in offered.ranges
@@ -208,11 +209,7 @@ class TrainLoop:
 
     def _follow_state(self) -> None:
         """News outside a round: keep the work if it was made on this very state, else drop it."""
-        position = self.vectors.position()
-        if self.base is not None and (position.incarnation, position.outer_step) == (
-            self.base.incarnation,
-            self.base.outer_step,
-        ):
+        if self.base is not None and self.base.is_same_state(self.vectors.position()):
             self.state.has_news = False
             self.strategy.set_budget(self.state.round_tokens)
             return

@@ -71,7 +71,8 @@ def parse_rows(text: str, *, keys: tuple[str, str], where: object) -> list[Row]:
             raise UsageError(
                 f"{where}, line {number}: {error!r}",
                 allowed=f'{{"{keys[0]}": TEXT, "{keys[1]}": TEXT}} on each line',
-                remedy="correct that line; --classify wants text and label, else prompt and answer",
+                remedy="correct that line; `muster-peer finetune --classify` wants text and label, "
+                "all else prompt and answer",
             ) from error
         rows.append(Row(number, first, str(second)))
     return rows

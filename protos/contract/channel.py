@@ -41,7 +41,7 @@ from protos.contract.errors import (
     UnavailableError,
     UsageError,
 )
-from protos.contract.ids import is_valid_run_id
+from protos.contract.ids import PROTOCOL_VERSION, is_valid_run_id
 
 TLS_NAME = "muster-coordinator"
 """Name in the certificate that clients check, whatever the address."""
@@ -49,6 +49,7 @@ TLS_NAME = "muster-coordinator"
 METADATA_PEER = "muster-peer"
 METADATA_TIME = "muster-time"
 METADATA_MAC = "muster-mac"
+METADATA_PROTOCOL = "muster-protocol"
 METADATA_ERROR_CODE = "muster-error-code"
 """Trailing metadata: ErrorCode as a decimal number."""
 METADATA_ERROR_PARTS = "muster-error-bin"
@@ -100,14 +101,19 @@ def auth_metadata(
     """Metadata for one call."""
     unix_ms = int(now_unix_seconds * 1000)
     mac = request_mac(session_key, method=method, peer_id=peer_id, unix_ms=unix_ms)
-    return (METADATA_PEER, peer_id), (METADATA_TIME, str(unix_ms)), (METADATA_MAC, mac)
+    return (
+        (METADATA_PEER, peer_id),
+        (METADATA_TIME, str(unix_ms)),
+        (METADATA_MAC, mac),
+        (METADATA_PROTOCOL, str(PROTOCOL_VERSION)),
+    )
 
 
 def check_auth(
     session_key: bytes, metadata: Mapping[str, str], *, method: str, now_unix_seconds: float
 ) -> None:
-    """Return if the metadata authenticates this call, else raise RefusedError (SESSION_INVALID or
-    CLOCK_SKEW).
+    """Return if the metadata authenticates this call, else raise RefusedError (SESSION_INVALID,
+    CLOCK_SKEW or PROTOCOL_MISMATCH: a session lives on when one side is upgraded).
     """
     peer_id, time_text = metadata.get(METADATA_PEER, ""), metadata.get(METADATA_TIME, "")
     if not (time_text.isascii() and time_text.isdigit() and len(time_text) <= 15):
@@ -130,6 +136,14 @@ def check_auth(
             allowed=f"at most {MAC_TOLERANCE_SECONDS:.0f} s",
             remedy="synchronise the machine's clock (timedatectl set-ntp true)",
             code=ErrorCode.CLOCK_SKEW,
+        )
+    found = metadata.get(METADATA_PROTOCOL, "3 or older")
+    if found != str(PROTOCOL_VERSION):
+        raise RefusedError(
+            f"{peer_id} speaks protocol version {found[:20]}",
+            allowed=f"version {PROTOCOL_VERSION}",
+            remedy="install the package version that the operator runs",
+            code=ErrorCode.PROTOCOL_MISMATCH,
         )
 
 

@@ -54,6 +54,11 @@ def vector_piece_digests(vector: Float32Vector) -> list[bytes]:
     ]
 
 
+def state_piece_digests(vectors: Iterable[Float32Vector]) -> tuple[tuple[bytes, ...], ...]:
+    """Of each vector, in order."""
+    return tuple(tuple(vector_piece_digests(vector)) for vector in vectors)
+
+
 def digest_of_pieces(digests: Iterable[bytes]) -> bytes:
     """Digest of a vector from the digests of its pieces, in order."""
     whole = hashlib.sha256(b"muster pieces 1\n")
@@ -110,7 +115,7 @@ class StateMeta:
 
 def state_digest(meta: StateMeta, vectors: Sequence[Float32Vector]) -> bytes:
     """Digest of a whole replicated state: meta, then each vector of its layout."""
-    return state_digest_of_pieces(meta, [vector_piece_digests(vector) for vector in vectors])
+    return state_digest_of_pieces(meta, state_piece_digests(vectors))
 
 
 def state_digest_of_pieces(meta: StateMeta, pieces: Sequence[Sequence[bytes]]) -> bytes:

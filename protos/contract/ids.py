@@ -15,9 +15,9 @@ RunId = NewType("RunId", str)
 COORDINATOR_VOTER = "coordinator"
 """Name under which the coordinator votes; never a PeerId, which is 32 hex digits."""
 
-PROTOCOL_VERSION = 3
-"""Rises when a message or rule changes so that older peers would disagree; both sides refuse
-others.
+PROTOCOL_VERSION = 4
+"""Rises when a message or rule changes so that older peers would disagree. The coordinator refuses
+others at Join and at every call, members have no name for each other's calls in another version.
 """
 
 _BASE58_DIGITS = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"

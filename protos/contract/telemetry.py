@@ -189,6 +189,20 @@ PEER_LINK_BYTES = _gauge(
     "peer",
     "direction",
 )
+PEER_LINK_LANES = _gauge(
+    "muster_peer_link_lanes",
+    "Connections beside libp2p's for parts to another member; 0: its one stream.",
+    "peer",
+)
+PEER_LINK_RTT_SECONDS = _gauge(
+    "muster_peer_link_rtt_seconds", "Quickest call to another member so far.", "peer"
+)
+PEER_LINK_BYTES_PER_SECOND = _gauge(
+    "muster_peer_link_bytes_per_second",
+    "Bytes exchanged with another member per second of averaging, last committed attempt.",
+    "peer",
+    "direction",
+)
 PEER_HELD_LEASES = _gauge("muster_peer_held_leases", "Leases held and not yet put into a round.")
 PEER_HELD_TOKENS = _gauge("muster_peer_held_tokens", "Tokens of those leases.")
 PEER_FETCHED_BYTES = _counter(
@@ -246,6 +260,9 @@ PEER_METRICS: tuple[Metric, ...] = (
     PEER_DISCARDED_SECONDS,
     PEER_AVERAGING_BYTES_PER_SECOND,
     PEER_LINK_BYTES,
+    PEER_LINK_LANES,
+    PEER_LINK_RTT_SECONDS,
+    PEER_LINK_BYTES_PER_SECOND,
     PEER_HELD_LEASES,
     PEER_HELD_TOKENS,
     PEER_FETCHED_BYTES,

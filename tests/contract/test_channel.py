@@ -24,6 +24,7 @@ from protos.contract.errors import (
     UnavailableError,
     UsageError,
 )
+from protos.contract.ids import PROTOCOL_VERSION
 from protos.muster.v1 import membership_pb2, membership_pb2_grpc
 
 GOOD = JoinString(
@@ -139,6 +140,12 @@ def test_authenticated_call_is_accepted_and_any_change_refused() -> None:
         with pytest.raises(RefusedError, match="clock") as caught:
             channel.check_auth(KEY, metadata, method=METHOD, now_unix_seconds=skewed_now)
         assert caught.value.code is ErrorCode.CLOCK_SKEW
+    older = {name: value for name, value in metadata.items() if name != channel.METADATA_PROTOCOL}
+    for other in (older, metadata | {channel.METADATA_PROTOCOL: str(PROTOCOL_VERSION + 1)}):
+        with pytest.raises(RefusedError, match="version") as caught:
+            channel.check_auth(KEY, other, method=METHOD, now_unix_seconds=now)
+        assert caught.value.code is ErrorCode.PROTOCOL_MISMATCH
+        assert f"version {PROTOCOL_VERSION}" in caught.value.allowed and caught.value.remedy
 
 
 class Servicer(membership_pb2_grpc.MembershipServicer):

@@ -27,6 +27,7 @@ from coordinator.operations.requests_admin import CreateRunRequest, CreateTokenR
 from coordinator.operations.tokens import create_token
 from protos.contract.certificate import Tag, join_payload, p2p_join_payload
 from protos.contract.channel import (
+    METADATA_PROTOCOL,
     JoinString,
     auth_metadata,
     error_from_rpc,
@@ -256,7 +257,9 @@ class Client:
             "peer_id": self.peer_id,
             "now_unix_seconds": time.time(),
         } | changes
-        return auth_metadata(values.pop("session_key"), **values)
+        own_version = str(values.pop("protocol_version", PROTOCOL_VERSION))
+        metadata = dict(auth_metadata(values.pop("session_key"), **values))
+        return tuple((metadata | {METADATA_PROTOCOL: own_version}).items())
 
     async def call(self, service: str, rpc: str, request: Any, /, **changes: Any) -> Any:
         """One unary call; raises the coordinator's MusterError."""

@@ -45,10 +45,19 @@ class Timeline:
 
 
 def state_reached(
-    step: int, *, incarnation: int = 1, round_tokens: int = ROUND_TOKENS, is_paused: bool = False
+    step: int,
+    *,
+    incarnation: int = 1,
+    round_tokens: int = ROUND_TOKENS,
+    is_paused: bool = False,
+    state_digest: bytes = b"",
 ) -> ev.StateReached:
     return ev.StateReached(
-        incarnation=incarnation, outer_step=step, round_tokens=round_tokens, is_paused=is_paused
+        incarnation=incarnation,
+        outer_step=step,
+        round_tokens=round_tokens,
+        is_paused=is_paused,
+        state_digest=state_digest,
     )
 
 

@@ -68,6 +68,16 @@ def test_a_step_without_this_peer_makes_the_trainer_follow(training: Timeline) -
     assert [(action.outcome, action.outer_step) for action in told] == [(RoundOutcome.RESYNC, 6)]
 
 
+def test_a_state_that_replaces_another_of_its_step_is_told(training: Timeline) -> None:
+    training.feed(state_reached(5, state_digest=b"wrong"))
+    training.take(ev.TellRoundOutcome)
+    training.feed(state_reached(5, state_digest=b"wrong"))
+    assert training.take(ev.TellRoundOutcome) == []
+    training.feed(state_reached(5, state_digest=b"right"))
+    told = training.take(ev.TellRoundOutcome)
+    assert [(action.outcome, action.offer_number) for action in told] == [(RoundOutcome.RESYNC, 0)]
+
+
 def test_a_contribution_to_an_older_state_is_not_passed_on(training: Timeline) -> None:
     training.feed(state_reached(6), contribution(5, [(1, 0, 16)]))
     assert training.take(ev.PassContribution) == []

@@ -106,6 +106,7 @@ def test_sessions_and_limits(tmp_path: Path) -> None:
             )
             assert await heartbeat(now_unix_seconds=time.time() - 90) is ErrorCode.CLOCK_SKEW
             assert await heartbeat(peer_id="admin") is ErrorCode.SESSION_INVALID
+            assert await heartbeat(protocol_version=3) is ErrorCode.PROTOCOL_MISMATCH
             huge = membership_pb2.HeartbeatRequest(request_id="x" * (MAX_MESSAGE_BYTES + 1))
             with pytest.raises(UnavailableError, match="RESOURCE_EXHAUSTED"):
                 await client.call("Membership", "Heartbeat", huge)

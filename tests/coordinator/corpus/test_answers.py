@@ -55,6 +55,12 @@ def test_every_record_is_in_one_window_of_one_split(tmp_path: Path) -> None:
     assert again.dataset_id == manifest.dataset_id
 
 
+def test_a_long_window_gets_a_chunk_that_holds_it(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl", ROWS)
+    manifest = build(path, tmp_path / "out", chunk_bytes=None, answer_seq_len=40_000)
+    assert [chunk.num_tokens for chunk in manifest.training_chunks] == [40_001]
+
+
 def test_special_tokens_count_as_in_finetune_but_not_the_end(tmp_path: Path) -> None:
     """A chat layout's tokens are its tokens; the end inside a record would be taken for its end."""
     plain = json.loads(TOKENIZER.tokenizer_json)

@@ -1,6 +1,7 @@
 """What a peer remembers of its run, and what it refuses to take part in."""
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from protos.contract.errors import (
     UnavailableError,
     UsageError,
 )
+from protos.contract.ids import PROTOCOL_VERSION
 from protos.contract.model_shape import ModelShape
 from protos.contract.run_spec import TINY_MODEL, DataSpec, OptimizerSpec, RunSpec, StrategySpec
 from protos.contract.signing import SigningKey
@@ -79,6 +81,12 @@ def test_remembered_over_a_restart(tmp_path: Path, membership: Membership) -> No
     loaded = load_membership(tmp_path)
     assert loaded == membership
     assert (loaded.spec, loaded.incarnation, loaded.directive_number) == (SPEC, 1, 2)
+    plain = json.loads((tmp_path / "membership.json").read_text())
+    del plain["protocol_version"]
+    (tmp_path / "membership.json").write_text(json.dumps(plain))
+    older = load_membership(tmp_path)
+    assert older is not None and older.protocol_version != PROTOCOL_VERSION
+    assert older.join_string == JOIN, "it may join anew"
     (tmp_path / "membership.json").write_text("{}")
     assert load_membership(tmp_path) is None
 

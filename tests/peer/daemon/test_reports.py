@@ -26,6 +26,7 @@ def timeline(*spans: tuple[RoundPhase, float, int, int]) -> AttemptTimeline:
         reason="",
         spans=tuple(found),
         bytes_by_peer={},
+        ways={},
     )
 
 

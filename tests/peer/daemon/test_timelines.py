@@ -10,7 +10,7 @@ from peer.daemon.core import Core
 from peer.daemon.reports import Report, SessionNumbers
 from peer.daemon.timelines import NUM_KEPT_ATTEMPTS, note_discarded, take_attempt
 from peer.metrics import PeerMetrics
-from peer.swarm.timeline import AttemptTimeline, PhaseSpan
+from peer.swarm.timeline import AttemptTimeline, PairWay, PhaseSpan
 from protos.contract.telemetry import ATTEMPT_PHASES, AttemptOutcome, RoundPhase
 
 
@@ -39,6 +39,10 @@ def _attempt(
         reason=reason,
         spans=tuple(spans),
         bytes_by_peer={"p1": (4_000_000, 6_000_000), "p2": (1_000_000, 4_000_000)},
+        ways={
+            "p1": PairWay(num_lanes=3, rtt_seconds=0.15, reason=""),
+            "p2": PairWay(num_lanes=0, rtt_seconds=0.05, reason="it does not listen"),
+        },
     )
 
 
@@ -66,6 +70,9 @@ def test_metrics_hold_phases_bandwidth_and_bytes_by_peer() -> None:
         "muster_peer_discarded_attempt_seconds_total 1.5",
         'muster_peer_link_bytes{direction="sent",peer="p1"} 8e+06',
         'muster_peer_link_bytes{direction="received",peer="p2"} 8e+06',
+        'muster_peer_link_lanes{peer="p1"} 3.0',
+        'muster_peer_link_rtt_seconds{peer="p2"} 0.05',
+        'muster_peer_link_bytes_per_second{direction="sent",peer="p1"} 8e+06',
     ):
         assert line in text
     assert "muster_peer_averaging_bytes_per_second 1.2e+07" in text.replace("1.2000000", "1.2")
@@ -92,7 +99,13 @@ def test_status_shows_the_newest_attempts(tmp_path: Path) -> None:
         take_attempt(core, _attempt(number))
     assert len(core.numbers.attempts) == NUM_KEPT_ATTEMPTS
     core.numbers.save(tmp_path / "status.json")
-    rows = dict(_round_rows(json.loads((tmp_path / "status.json").read_text())))
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert found["links"]["p1"]["num_lanes"] == 3
+    assert round(found["links"]["p2"]["received_bytes_per_second"]) == 8_000_000
+    by_peer = [text for title, text in _round_rows(found) if not title]
+    assert by_peer[0].endswith("; 3 lanes, RTT 150 ms, 8.0 MB/s out, 12.0 in")
+    assert "one p2p stream (no lanes: it does not listen), RTT 50 ms" in by_peer[1]
+    rows = dict(_round_rows(found))
     assert rows["round"].startswith(f"step 7 attempt {NUM_KEPT_ATTEMPTS + 2} committed: form 0.10")
     assert "5.0 MB out, 10.0 in, 12.0 MB/s" in rows["round"]
     assert rows["attempts"] == "0 committed, 0 discarded"

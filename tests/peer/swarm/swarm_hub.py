@@ -456,6 +456,7 @@ class Hub:
             offer_number=daemon.num_offers,
             incarnation=state["incarnation"],
             outer_step=state["outer_step"],
+            state_digest=state["state_digest"],
             ranges=[
                 {"lease": lease.SerializeToString(), "begin_window": 0, "end_window": num_windows}
             ],

@@ -30,7 +30,7 @@ from protos.contract.digest import (
     vector_piece_digests,
 )
 from protos.muster.v1 import rounds_pb2
-from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.p2p_hosts import introduce, start_host
 
 NUM_VALUES = 3 * PIECE_VALUES + 1234
 PEERS = ("a", "b", "c")
@@ -41,28 +41,11 @@ Hosts = dict[str, Transport]
 FP32 = codec_named("fp32")
 
 
-async def _start(folder: Path, peer: str) -> Transport:
-    home = folder / peer
-    home.mkdir()
-    write_p2p_key(home / "p2p.key")
-    return await Transport.create(
-        home=home,
-        identity_path=home / "p2p.key",
-        prefix="test",
-        host="127.0.0.1",
-        listen_port=0,
-    )
-
-
 def _with_hosts(folder: Path, body: Callable[[Hosts], Awaitable[None]]) -> None:
     async def run() -> None:
-        started = await asyncio.gather(*(_start(folder, peer) for peer in PEERS))
+        started = await asyncio.gather(*(start_host(folder / peer) for peer in PEERS))
         hosts = dict(zip(PEERS, started, strict=True))
-        for peer, host in hosts.items():
-            others = {p: h for p, h in hosts.items() if p != peer}
-            host.set_members({p: h.p2p_peer_id for p, h in others.items()})
-            for other, transport in others.items():
-                host.add_addresses(other, await transport.addresses())
+        await introduce(hosts)
         try:
             await body(hosts)
         finally:

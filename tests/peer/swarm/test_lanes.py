@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from peer.swarm import lanes as lanes_module
+from peer.swarm.address_book import AddressSource
 from peer.swarm.bulk_stream import BulkStream, StreamError
 from peer.swarm.lane_frames import HELLO_BYTES
 from peer.swarm.lane_stream import LaneStream
 from peer.swarm.lanes import num_lanes_for
 from peer.swarm.transport import Stream, Transport
 from protos.muster.v1 import state_pb2
-from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.p2p_hosts import introduce, start_host
 
 NUM_BYTES = 3_000_001
 
@@ -75,31 +76,23 @@ class Pair:
     async def on_lanes(self) -> None:
         assert await self.echo() is BulkStream, "the first stream goes before there are lanes"
         await self.made()
-        assert list(self.first.lanes.num_lanes_by_peer()) == ["b"]
+        way = self.first.ways()["b"]
+        assert way.num_lanes >= 2 and way.rtt_seconds > 0.0 and not way.reason
+
+    async def on_lanes_again(self) -> None:
+        """Without lanes libp2p goes on, and new ones are made meanwhile."""
+        assert await self.echo() is BulkStream
+        await self.made()
+        assert await self.echo() is LaneStream
 
 
 def _with_pair(folder: Path, body: Callable[[Pair], Awaitable[None]]) -> None:
-    async def start(name: str) -> Transport:
-        home = folder / name
-        home.mkdir()
-        write_p2p_key(home / "p2p.key")
-        return await Transport.create(
-            home=home,
-            identity_path=home / "p2p.key",
-            prefix="test",
-            host="127.0.0.1",
-            listen_port=0,
-            lanes_from_seconds=0.0,
-        )
-
     async def run() -> None:
-        first, second = await asyncio.gather(start("a"), start("b"))
+        hosts = [start_host(folder / name, lanes_from_seconds=0.0) for name in "ab"]
+        first, second = await asyncio.gather(*hosts)
         pair = Pair(first, second)
         try:
-            first.set_members({"b": second.p2p_peer_id})
-            second.set_members({"a": first.p2p_peer_id})
-            first.add_addresses("b", await second.addresses())
-            second.add_addresses("a", await first.addresses())
+            await introduce({"a": first, "b": second})
             await second.serve_streams("echo", pair.answer)
             await body(pair)
         finally:
@@ -136,9 +129,7 @@ def test_a_lane_that_dies_ends_the_stream_at_once_and_libp2p_goes_on(tmp_path: P
             await asyncio.to_thread(bulk.read_bytes, 1)
         bulk.close()
         assert time.monotonic() - begin_seconds < 5.0, "well before any deadline"
-        assert await pair.echo() is BulkStream
-        await pair.made()
-        assert await pair.echo() is LaneStream
+        await pair.on_lanes_again()
 
     _with_pair(tmp_path, body)
 
@@ -152,9 +143,7 @@ def test_lanes_that_died_idle_are_found_out_before_use(tmp_path: Path) -> None:
         assert own is not None
         lane = own._lanes[0].socket
         assert (await asyncio.to_thread(select.select, [lane], [], [], 5.0))[0], "its end comes"
-        assert await pair.echo() is BulkStream
-        await pair.made()
-        assert await pair.echo() is LaneStream
+        await pair.on_lanes_again()
 
     _with_pair(tmp_path, body)
 
@@ -175,6 +164,8 @@ def test_whoever_can_be_dialled_is(tmp_path: Path) -> None:
         assert await pair.echo() is BulkStream
         await pair.made()
         assert pair.first.lanes._ways["b"].not_before_seconds > time.monotonic()
+        way = pair.first.ways()["b"]
+        assert way.num_lanes == 0 and "no port here" in way.reason
         assert await pair.echo() is BulkStream
 
     _with_pair(tmp_path, body)
@@ -200,6 +191,37 @@ def test_a_stranger_at_the_port_hears_nothing_and_blocks_nobody(
         assert await pair.echo() is LaneStream
         for stranger in strangers:
             stranger.close()
+
+    _with_pair(tmp_path, body)
+
+
+def test_only_hosts_that_a_member_is_connected_from_are_dialled_for_it(tmp_path: Path) -> None:
+    """a is connected from 127.0.0.1, and says that it is at 127.0.0.2 as well."""
+
+    async def body(pair: Pair) -> None:
+        victim = socket.create_server(("127.0.0.2", 0))
+        victim.setblocking(False)
+        port = victim.getsockname()[1]
+        await pair.on_lanes()  # libp2p has made its own connections, at addresses of its own
+        said = [f"/ip4/127.0.0.2/tcp/{port}"]
+        pair.second.add_addresses("a", said)
+        pair.first.add_addresses("b", said, source=AddressSource.PRESENCE)
+        assert await pair.first._hosts_of("b") == ["127.0.0.1"]
+        assert await pair.second._hosts_of("a") == ["127.0.0.1"]
+        lanes = pair.second.lanes
+
+        def ask(port: int) -> state_pb2.LaneAsk:
+            return state_pb2.LaneAsk(
+                bundle_id=os.urandom(16), secret=os.urandom(32), num_lanes=4, port=port
+            )
+
+        answers = [await lanes.on_ask("a", ask(port)) for _ in range(5)]
+        assert not any(answer.is_connected for answer in answers)
+        assert ["in vain" in answer.reason for answer in answers] == [False] * 2 + [True] * 3
+        assert "bad request" in (await lanes.on_ask("a", ask(22))).reason
+        with pytest.raises(BlockingIOError):
+            victim.accept()
+        victim.close()
 
     _with_pair(tmp_path, body)
 
@@ -235,9 +257,7 @@ def test_lanes_of_a_stream_that_cannot_be_agreed_on_come_back(tmp_path: Path) ->
             await stream.detach()
         way = pair.first.lanes._ways["b"]
         assert way.lent is None and way.own is None
-        assert await pair.echo() is BulkStream
-        await pair.made()
-        assert await pair.echo() is LaneStream
+        await pair.on_lanes_again()
 
     _with_pair(tmp_path, body)
 

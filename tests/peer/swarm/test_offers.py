@@ -18,11 +18,12 @@ class Told:
         self.outcomes.append((outcome, offer_number))
 
 
-def offer(number: int, *, outer_step: int) -> dict[str, Any]:
+def offer(number: int, *, outer_step: int, state_digest: bytes = b"held") -> dict[str, Any]:
     return {
         "offer_number": number,
         "incarnation": 1,
         "outer_step": outer_step,
+        "state_digest": state_digest,
         "ranges": [],
         "loss_nats": 1.0,
     }
@@ -34,7 +35,7 @@ def test_a_late_contribution_gets_the_one_verdict_that_names_it() -> None:
     """
     told = Told()
     shell: Any = SimpleNamespace(machine=None, checks=object(), own=None, has_work=False)
-    replica: Any = SimpleNamespace(position=(1, 2))
+    replica: Any = SimpleNamespace(position=(1, 2), state_digest=b"held")
     offers = Offers(shell, replica, told, own_peer_id="a")  # type: ignore[arg-type]
 
     async def scenario() -> None:
@@ -50,3 +51,13 @@ def test_a_late_contribution_gets_the_one_verdict_that_names_it() -> None:
     asyncio.run(scenario())
     lost = RoundOutcome.RESYNC
     assert told.outcomes == [(lost, 1), (lost, 0), (lost, 2)]
+
+
+def test_work_on_a_state_that_was_replaced_is_refused() -> None:
+    """It is of the same outer step: the digest alone tells."""
+    told = Told()
+    shell: Any = SimpleNamespace(machine=object(), checks=object(), own=None, has_work=False)
+    replica: Any = SimpleNamespace(position=(1, 2), state_digest=b"held")
+    offers = Offers(shell, replica, told, own_peer_id="a")  # type: ignore[arg-type]
+    asyncio.run(offers.contribution(offer(1, outer_step=2, state_digest=b"replaced")))
+    assert told.outcomes == [(RoundOutcome.RESYNC, 1)]

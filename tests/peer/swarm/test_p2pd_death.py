@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peer.swarm.transport import Transport
-from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.p2p_hosts import start_host
 from tests.peer.swarm.swarm_hub import Hub
 
 pytestmark = pytest.mark.slow
@@ -45,17 +44,8 @@ def _children() -> set[str]:
 
 def test_p2pd_of_a_start_that_is_cancelled_is_ended(tmp_path: Path) -> None:
     async def story() -> None:
-        write_p2p_key(tmp_path / "p2p.key")
         before = _children()
-        creating = asyncio.create_task(
-            Transport.create(
-                home=tmp_path,
-                identity_path=tmp_path / "p2p.key",
-                prefix="swarmtest",
-                host="127.0.0.1",
-                listen_port=0,
-            )
-        )
+        creating = asyncio.create_task(start_host(tmp_path))
         while not _children() - before:
             assert not creating.done()
             await asyncio.sleep(0)

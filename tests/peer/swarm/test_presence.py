@@ -13,11 +13,10 @@ from hivemind.utils.multiaddr import Multiaddr
 from peer.swarm import presence
 from peer.swarm.presence import keep_presence
 from peer.swarm.records import presence_from_plain
-from peer.swarm.transport import Transport
 from protos.contract.addresses import problem_of_address
 from protos.muster.v1 import rounds_pb2
 from tests.contract.test_addresses import GOOD
-from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.p2p_hosts import start_host
 
 
 class _Dht:
@@ -80,17 +79,7 @@ def test_the_library_reads_whatever_the_contract_lets_pass(address: str) -> None
 async def _meet(folder: Path) -> None:
     hosts = []
     for name in "ab":
-        home = folder / name
-        home.mkdir()
-        write_p2p_key(home / "p2p.key")
-        host = await Transport.create(
-            home=home,
-            identity_path=home / "p2p.key",
-            prefix="test",
-            host="127.0.0.1",
-            listen_port=0,
-        )
-        hosts.append(host)
+        hosts.append(await start_host(folder / name))
     first, second = hosts
     answer = rounds_pb2.RoundAck(outer_step=7)
 

@@ -15,7 +15,7 @@ from peer.swarm.transport import PeerCallError, StreamError, Transport
 from protos.contract.telemetry import ATTEMPT_PHASES, RoundPhase
 from protos.muster.v1 import rounds_pb2, state_pb2
 from tests.peer.swarm.faulted_swarm import FaultedSwarm, Recovery
-from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.p2p_hosts import start_host
 from tests.peer.swarm.swarm_hub import Daemon
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -136,14 +136,7 @@ def _is_told(daemon: Daemon, num_before: int, reason: str) -> bool:
 def test_stranger_gets_no_byte_and_changes_nothing(running: Running, tmp_path: Path) -> None:
     async def story() -> None:
         swarm = running.swarm
-        write_p2p_key(tmp_path / "p2p.key")
-        stranger = await Transport.create(
-            home=tmp_path,
-            identity_path=tmp_path / "p2p.key",
-            prefix="swarmtest",
-            host="127.0.0.1",
-            listen_port=0,
-        )
+        stranger = await start_host(tmp_path, prefix="swarmtest")
         try:
             stranger.set_members({d.peer_id: d.p2p_peer_id for d in swarm.members})
             for daemon in swarm.members:

@@ -15,9 +15,8 @@ from peer.swarm.address_book import AddressBook, AddressSource
 from peer.swarm.dht import Dht
 from peer.swarm.records import PresenceRecord, presence_key
 from peer.swarm.signed_records import OwnRecordsOnly
-from peer.swarm.transport import Transport
 from protos.contract.signing import SigningKey
-from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.p2p_hosts import start_host
 
 OWNER, STRANGER = SigningKey(b"\x01" * 32), SigningKey(b"\x02" * 32)
 TRUE = ("/ip4/192.0.2.7/tcp/4001",)
@@ -56,17 +55,8 @@ def record_of(key: SigningKey, addresses: tuple[str, ...]) -> PresenceRecord:
     )
 
 
-async def _host(folder: Path, name: str) -> Transport:
-    home = folder / name
-    home.mkdir()
-    write_p2p_key(home / "p2p.key")
-    return await Transport.create(
-        home=home, identity_path=home / "p2p.key", prefix="x", host="127.0.0.1", listen_port=0
-    )
-
-
 async def _poison(folder: Path) -> None:
-    hosts = [await _host(folder, name) for name in ("owner", "reader", "stranger")]
+    hosts = [await start_host(folder / name) for name in ("owner", "reader", "stranger")]
     owner = await Dht.create(hosts[0], dht_prefix=PREFIX, initial_peers=(), key=OWNER)
     meeting = await hosts[0].addresses()
     reader = await Dht.create(hosts[1], dht_prefix=PREFIX, initial_peers=meeting)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from peer.swarm.state_transfer import SNAPSHOT_STREAM, STATE_INFO_CALL
-from peer.swarm.transport import PeerCallError, StreamError, Transport
+from peer.swarm.transport import PeerCallError, StreamError
 from protos.muster.v1 import rounds_pb2, state_pb2
-from tests.peer.swarm.p2p_keys import write_p2p_key
+from tests.peer.swarm.p2p_hosts import start_host
 from tests.peer.swarm.single_process import Expected
 from tests.peer.swarm.swarm_hub import (
     NUM_VALUES,
@@ -59,15 +59,7 @@ async def _round(
 
 async def _check_stranger(hub: Hub, folder: Path, victim: Daemon) -> None:
     """Somebody who knows address and prefix gets neither an answer nor a byte."""
-    folder.mkdir()
-    write_p2p_key(folder / "p2p.key")
-    stranger = await Transport.create(
-        home=folder,
-        identity_path=folder / "p2p.key",
-        prefix="swarmtest",
-        host="127.0.0.1",
-        listen_port=0,
-    )
+    stranger = await start_host(folder, prefix="swarmtest")
     try:
         stranger.set_members({victim.peer_id: victim.p2p_peer_id})
         stranger.add_addresses(victim.peer_id, victim.addresses)

@@ -106,13 +106,20 @@ class FakeDaemon:
             assert message["kind"] != "failed", message
 
     def write_state(
-        self, incarnation: int, outer_step: int, params: Float32Vector, *, schedule_tokens: int = 0
+        self,
+        incarnation: int,
+        outer_step: int,
+        params: Float32Vector,
+        *,
+        schedule_tokens: int = 0,
+        state_digest: bytes = bytes(32),
     ) -> None:
         position = StatePosition(
             incarnation=incarnation,
             outer_step=outer_step,
             schedule_tokens=schedule_tokens,
             directive_number=1,
+            state_digest=state_digest,
             **SCHEDULE,
         )
         with self.vectors.writing_state(position):

@@ -182,6 +182,24 @@ def test_news_of_the_same_state_changes_only_the_budget(tmp_path: Path) -> None:
         assert not [m for m in daemon.seen if m["kind"] == "released"]
 
 
+def test_a_state_of_the_same_step_that_replaces_another_is_trained_on_anew(
+    tmp_path: Path,
+) -> None:
+    with trainer_thread(tmp_path) as daemon:
+        daemon.announce(round_windows=6)
+        daemon.give(daemon.lease(1, 0, 2))
+        daemon.expect("progress")
+        daemon.write_state(0, 0, daemon.vectors.params * 0.9, state_digest=b"other" + bytes(27))
+        daemon.end_round("RESYNC", round_windows=4, reason="it was wrong", offer_number=0)
+        assert daemon.expect("released")["lease_numbers"] == [1]
+        daemon.give(daemon.lease(2, 2, 8))
+        contribution = daemon.expect("contribution_ready")
+        assert windows_of(contribution) == [(2, 6)]
+        assert contribution["state_digest"] == b"other" + bytes(27)
+        expected = daemon.mean_gradient(contribution)
+        assert relative_error(daemon.vectors.contribution, expected) < 1e-5
+
+
 def test_out_of_leases_contributes_what_there_is_and_then_idles(tmp_path: Path) -> None:
     with trainer_thread(tmp_path) as daemon:
         daemon.announce(round_windows=10)
