@@ -129,6 +129,7 @@ def load_running(data_dir: Path) -> RunningCoordinator:
     except (OSError, ValueError, TypeError) as error:
         raise CorruptDataError(
             f"{path} cannot be read: {error}",
+            allowed="what a running coordinator writes there",
             remedy="restart the coordinator, which writes it anew",
         ) from error
 

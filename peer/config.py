@@ -60,6 +60,10 @@ def default_home() -> Path:
     return Path.home() / ".local" / "share" / "muster"
 
 
+MAX_THREADS = 4096
+"""Tens of thousands end torch with a segmentation fault."""
+
+
 def num_physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     """Cores that this process may use, hardware threads of one core counted once: a second one
     adds nothing to matrix products. All logical ones where the system does not tell.
@@ -159,7 +163,7 @@ class PeerConfig:
                 "letter or digit",
                 remedy="choose another with --name",
             )
-        _check_range("threads", self.threads, 1, 4096)
+        _check_range("threads", self.threads, 1, MAX_THREADS)
         _check_range("listen_port", self.listen_port, 0, 65535)
         if self.metrics_port is not None:
             _check_range("metrics_port", self.metrics_port, 0, 65535)
@@ -175,6 +179,13 @@ class PeerConfig:
             raise _not_one_of("execution", self.execution, EXECUTIONS)
         if not re.fullmatch(r"|auto|cpu(:[1-9][0-9]{0,2})?|cuda(:[0-9]+(,[0-9]+)*)?", self.devices):
             raise _not_one_of("devices", self.devices, ("auto", "cpu:N", "cuda:0,1"))
+        numbers = self.devices.partition(":")[2].split(",")
+        if len(set(map(int, filter(None, numbers)))) < len(list(filter(None, numbers))):
+            raise UsageError(
+                f"devices is {self.devices!r}",
+                allowed="each device once",
+                remedy="name each GPU once; cpu:N are shares of one CPU",
+            )
         if self.devices and self.device != "auto":
             raise UsageError(
                 f"device {self.device} and devices {self.devices}",

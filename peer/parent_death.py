@@ -25,7 +25,11 @@ def die_with_parent(sent_signal: signal.Signals) -> None:
     parent_pid = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, sent_signal)
     if os.getppid() != parent_pid:
-        raise MachineError("the process that started this one has ended", remedy="start it again")
+        raise MachineError(
+            "the process that started this one has ended",
+            allowed="a parent that lives",
+            remedy="start it again",
+        )
 
 
 def end_process(exit_code: int) -> NoReturn:

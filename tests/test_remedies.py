@@ -15,6 +15,7 @@ import typer
 
 from coordinator.cli.main import app as coordinator_app
 from peer.cli.main import app as peer_app
+from protos.contract.errors import MusterError
 from tests.source_tree import ROOT
 
 _OPTION = re.compile(r"--[a-z][a-z0-9-]+")
@@ -106,3 +107,21 @@ def test_remedies_name_options_that_are_there() -> None:
 def test_what_is_not_there_is_found(text: str) -> None:
     assert _problems("peer/checkpoint/hf_import.py", text)
     assert Path(ROOT / "peer/checkpoint/hf_import.py").is_file()
+
+
+def test_every_error_says_what_is_allowed_and_what_to_do() -> None:
+    """Short are only those that another error takes up."""
+    short = ("peer/daemon/duties.py", "peer/model/kernels.py")
+    names = {error.__name__ for error in MusterError.__subclasses__()}
+    incomplete = []
+    for package in ("peer", "coordinator", "protos/contract"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                    continue
+                given = {keyword.arg for keyword in node.keywords}
+                is_whole = None in given or {"allowed", "remedy"} <= given
+                where = str(path.relative_to(ROOT))
+                if node.func.id in names and not is_whole and where not in short:
+                    incomplete.append(f"{where}:{node.lineno}")
+    assert not incomplete, incomplete

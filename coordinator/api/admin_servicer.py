@@ -83,7 +83,11 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UsageError(f"arguments are not JSON: {error}", remedy="upgrade the client") from error
+        raise UsageError(
+            f"arguments are not JSON: {error}",
+            allowed="what this version's client sends",
+            remedy="upgrade the client",
+        ) from error
 
 
 def _to_json(response: Any) -> bytes:

@@ -133,6 +133,7 @@ class NonceBook:
         if len(self._expire_by_nonce) >= MAX_NONCES:
             raise UnavailableError(
                 f"{MAX_NONCES} joins are under way",
+                allowed="that many at a time",
                 remedy="try again in a minute",
                 code=ErrorCode.RATE_LIMITED,
             )

@@ -138,6 +138,12 @@ def plan(
         "--bytes-per-parameter": (bytes_per_parameter, 2.0, 1000.0),
     }
     _check_numbers(numbers)
+    if observations is None and (columns or where):
+        raise UsageError(
+            "--column or --where without --observations",
+            allowed="options that change what the command does",
+            remedy="name the table with --observations FILE, or leave them out",
+        )
     wishes: dict[str, Any] = {
         "law": _law(law, observations, seed=seed, selection=selection_of(columns, where)),
         "seq_len": seq_len,
@@ -232,10 +238,15 @@ def _seconds_until(deadline: str) -> float | None:
     try:
         when = datetime.fromisoformat(deadline)
     except ValueError:
-        seconds = parse_duration_seconds(deadline)
+        try:
+            seconds = parse_duration_seconds(deadline)
+        except UsageError:
+            seconds = 0.0
         if seconds <= 0:
             raise UsageError(
-                f"--deadline {deadline}", allowed="30d, 12h or a date", remedy="name an end"
+                f"--deadline {deadline}",
+                allowed="90s, 30m, 12h, 30d or a date such as 2030-01-31",
+                remedy="name an end in one of these forms",
             ) from None
         return seconds
     if when.tzinfo is None:
@@ -420,7 +431,8 @@ def _write_new(path: Path, text: str) -> None:
     except OSError as error:
         raise MachineError(
             f"cannot write {path}: {error.strerror}",
-            remedy="check the folder",
+            allowed="a file in a folder that this user may write to",
+            remedy="name another --write-spec",
             code=ErrorCode.PERMISSION_DENIED,
         ) from error
 

@@ -145,11 +145,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise MachineError(
             f"cannot read {path}: {error.strerror}",
+            allowed="a file that this user may read",
             remedy="check the path",
             code=ErrorCode.PERMISSION_DENIED,
         ) from error
     except ValueError as error:
-        raise UsageError(f"{path} is not TOML: {error}", remedy="correct that place") from error
+        raise UsageError(
+            f"{path} is not TOML: {error}",
+            allowed="key = value lines and [tables]",
+            remedy="correct that place",
+        ) from error
 
 
 def _set_value(plain: dict[str, Any], setting: str) -> None:

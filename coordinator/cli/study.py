@@ -218,7 +218,9 @@ def _write_table(path: Path, table: "Observations") -> None:
         ) from error
     except OSError as error:
         raise MachineError(
-            f"cannot write {path}: {error.strerror}", remedy="name another --export"
+            f"cannot write {path}: {error.strerror}",
+            allowed="a file in a folder that this user may write to",
+            remedy="name another --export",
         ) from error
 
 

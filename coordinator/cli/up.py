@@ -55,6 +55,7 @@ from coordinator.operations.requests_ledger import VerifyLedgerRequest
 from coordinator.operations.status import peers as read_peers
 from coordinator.operations.status import status as read_status
 from coordinator.operations.tokens import create_token
+from coordinator.ports import require_free
 from coordinator.store.data_dir_lock import make_data_dir
 from protos.contract.channel import JoinString
 from protos.contract.errors import INTERRUPTED_EXIT_CODE, RunFailedError, UsageError
@@ -131,6 +132,9 @@ class _Up:
             budget_tokens=options.budget_tokens,
             seed=options.seed,
         )
+        config = _config(options)
+        if options.port:
+            require_free(config.host, options.port, what="the coordinator", flag="--port")
         make_data_dir(options.data_dir)
         if options.is_fresh:
             clear_data_dir(options.data_dir)
@@ -149,7 +153,7 @@ class _Up:
                 num_peers=options.num_peers,
                 say=self._view.say,
             )
-            coordinator = Coordinator(_config(options))
+            coordinator = Coordinator(config)
             await coordinator.start()
             try:
                 self._is_preparing = False
@@ -304,6 +308,7 @@ class _Up:
             raise RunFailedError(
                 f"all {len(self._peers)} peers ended {MAX_RESTARTS + 1} times; last words of "
                 f"{self._peers[0].name}: {self._peers[0].last_line()}",
+                allowed=f"peers that last, started at most {MAX_RESTARTS + 1} times",
                 remedy=f"read {self._peers[0].home}/logs, then run `up` again to resume",
             )
         self._num_restarts += 1
@@ -328,7 +333,9 @@ class _Up:
                 return
             if status.state == RunState.STOPPED:
                 raise RunFailedError(
-                    f"the run was stopped: {status.state_reason}", remedy="start anew with --fresh"
+                    f"the run was stopped: {status.state_reason}",
+                    allowed="a run that goes on; a stopped one is at its end",
+                    remedy="start anew with --fresh",
                 )
             await self._look_after_peers(coordinator)
             try:

@@ -113,6 +113,7 @@ async def run_peer_command(*arguments: str) -> bytes:
         text = errors.decode(errors="replace").strip()
         raise RunFailedError(
             f"muster-peer {arguments[0]} ended with exit code {process.returncode}: {text[-600:]}",
+            allowed="exit code 0",
             remedy="run the same command by hand to see more",
         )
     return output

@@ -321,6 +321,12 @@ def _reason(error: Exception) -> str:
 
 
 def _existing_path(location: str) -> Path:
+    if not location.strip():  # a variable that is not set would be the current folder
+        raise UsageError(
+            "an empty source",
+            allowed=f"{STDLIB}, a text file or a folder",
+            remedy="name one; . is the current folder",
+        )
     try:
         path = Path(location).expanduser().resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as error:

@@ -158,7 +158,9 @@ def _json_object(data: bytes) -> dict[str, object]:
         plain = json.loads(data)
     except ValueError as error:
         raise UsageError(
-            f"run spec is not JSON ({error})", allowed="what RunSpec.to_wire writes"
+            f"run spec is not JSON ({error})",
+            allowed="what RunSpec.to_wire writes",
+            remedy="use this version's client",
         ) from error
     if not isinstance(plain, dict):
         raise UsageError(

@@ -98,7 +98,9 @@ def load_book(tx: Transaction, run_id: str) -> BookRow:
     if row is None:
         load_run(tx, run_id)
         raise CorruptDataError(
-            f"run {run_id!r} has no ledger", remedy="restore the store from a backup"
+            f"run {run_id!r} has no ledger",
+            allowed="a ledger of every run",
+            remedy="restore the store from a backup",
         )
     return row
 
@@ -117,7 +119,9 @@ def load_run_data(tx: Transaction, context: OperationContext, run_id: str) -> Ru
         manifest = Manifest.from_bytes(path.read_bytes())
     except OSError as error:
         raise CorruptDataError(
-            f"manifest of run {run_id!r} cannot be read: {error}", remedy=f"restore {path}"
+            f"manifest of run {run_id!r} cannot be read: {error}",
+            allowed="the manifest that the run was created with",
+            remedy=f"restore {path}",
         ) from error
     if manifest.dataset_id != row.dataset_id:
         raise CorruptDataError(

@@ -119,7 +119,11 @@ def _check_identity(request: JoinRequest) -> tuple[str, str]:
             code=ErrorCode.PROTOCOL_MISMATCH,
         )
     if len(request.nonce) != NONCE_BYTES:
-        raise UsageError(f"nonce of {len(request.nonce)} bytes", allowed=f"{NONCE_BYTES} bytes")
+        raise UsageError(
+            f"nonce of {len(request.nonce)} bytes",
+            allowed=f"{NONCE_BYTES} bytes",
+            remedy="upgrade the peer",
+        )
     try:
         peer_id = peer_id_from_public_key(request.public_key)
     except ValueError as error:

@@ -66,7 +66,11 @@ def _parse(kind: Any, plain: Any, *, name: str) -> Any:
             parse: Any = kind
             return parse.FromString(bytes.fromhex(plain))
     except (ValueError, DecodeError) as error:
-        raise UsageError(f"{name} is not hex of the expected kind: {error}") from error
+        raise UsageError(
+            f"{name} is not hex of the expected kind: {error}",
+            allowed="an even number of hex digits",
+            remedy="use this version's client",
+        ) from error
     if kind is float and type(plain) in (int, float):
         return float(plain)
     if type(plain) is not kind:
@@ -91,5 +95,7 @@ def _parse_fields(kind: Any, plain: Any, *, name: str) -> Any:
         return kind(**values)
     except TypeError as error:
         raise UsageError(
-            f"{name} for {kind.__name__}: {error}", remedy="use this version's client"
+            f"{name} for {kind.__name__}: {error}",
+            allowed="the fields of this version",
+            remedy="use this version's client",
         ) from error

@@ -157,6 +157,7 @@ class Writer:
             if not self._is_open:
                 raise UnavailableError(
                     "the coordinator is shutting down",
+                    allowed="a coordinator that serves",
                     remedy="try again when it is back",
                     code=ErrorCode.NOT_READY,
                 )

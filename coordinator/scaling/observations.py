@@ -168,7 +168,11 @@ def observations_from_json(
     try:
         plain = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"{name} is not JSON: {error}", remedy="check the file") from error
+        raise UsageError(
+            f"{name} is not JSON: {error}",
+            allowed="a list of objects, or a table with commas",
+            remedy="check the file",
+        ) from error
     listed = plain.get("observations") if isinstance(plain, dict) else plain
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise UsageError(

@@ -224,7 +224,11 @@ def pool_from_toml(text: str, *, where: str = "pool") -> Pool:
         _check_finite(entry, where=place)
         peers += _peers_of_entry(parse_fields(_PeerEntry, entry, where=place), where=where)
     if len(peers) > MAX_PEERS:
-        raise UsageError(f"{where} has {len(peers)} peers", allowed=f"at most {MAX_PEERS}")
+        raise UsageError(
+            f"{where} has {len(peers)} peers",
+            allowed=f"at most {MAX_PEERS}",
+            remedy="plan for fewer, or join several into one entry",
+        )
     name, number = Counter(peer.name for peer in peers).most_common(1)[0]
     if number > 1:
         raise UsageError(

@@ -271,7 +271,9 @@ class SqliteStore:
         self._check_open()
         if self._writer is None:
             raise MachineError(
-                "this store was opened for reading only", remedy="ask the running coordinator"
+                "this store was opened for reading only",
+                allowed="reading",
+                remedy="ask the running coordinator",
             )
         with self._guard:
             connection = self._writer
@@ -319,6 +321,7 @@ class SqliteStore:
             connection.close()
             raise MachineError(
                 "the store's schema is not this version's",
+                allowed="a store of this version",
                 remedy=(
                     "start the coordinator once with this version, or use the version that wrote it"
                 ),
@@ -349,5 +352,8 @@ class SqliteStore:
     def _check_open(self) -> None:
         if self._is_closed:
             raise CorruptDataError(
-                "the store is closed", remedy="open it again", code=ErrorCode.INTERNAL
+                "the store is closed",
+                allowed="an open one",
+                remedy="open it again",
+                code=ErrorCode.INTERNAL,
             )

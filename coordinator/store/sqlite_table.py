@@ -44,11 +44,13 @@ def raise_store_error(error: sqlite3.Error) -> NoReturn:
     ):
         raise CorruptDataError(
             f"the store's file cannot be read: {text}",
+            allowed="an SQLite file of Muster",
             remedy="restore store.sqlite3 from a backup (ops/runbook.md)",
             code=ErrorCode.STORE_UNAVAILABLE,
         ) from error
     raise UnavailableError(
         f"the store refused a statement: {text}",
+        allowed="a store that takes it",
         remedy="try again; if it stays, see the coordinator's log",
         code=ErrorCode.STORE_UNAVAILABLE,
     ) from error

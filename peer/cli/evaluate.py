@@ -342,7 +342,7 @@ def _dataset_of(opened: "OpenedCheckpoint", dataset: Path | None) -> "tuple[Path
     folder = dataset or opened.dataset
     if folder is None or not (folder / "manifest.json").is_file():
         raise UsageError(
-            "nothing to evaluate on",
+            "nothing to evaluate on" + (f": {folder} holds no dataset" if folder else ""),
             allowed="a text file, or a dataset directory with held-out chunks",
             remedy="name a text file or --dataset DIR",
         )

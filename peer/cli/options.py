@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peer.config import MAX_THREADS
 from protos.contract.errors import ErrorCode, MachineError, UsageError
 
 
@@ -61,7 +62,7 @@ SpecPath = Annotated[
     Path | None, typer.Option("--spec", help="Run spec, if it does not lie above the checkpoint.")
 ]
 DatasetDir = Annotated[Path | None, typer.Option("--dataset", help="Dataset directory of the run.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0: all.", min=0)]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: all.", min=0, max=MAX_THREADS)]
 
 JoinFile = Annotated[
     Path | None,

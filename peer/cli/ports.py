@@ -1,16 +1,28 @@
 """The port for other peers, tried before a peer joins with it."""
 
 import errno
+import ipaddress
 import socket
 
-from protos.contract.errors import ErrorCode, MachineError
+from protos.contract.errors import ErrorCode, MachineError, UsageError
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Raise MachineError (PORT_IN_USE) if this process could not listen there; port 0 is any."""
+def require_free_port(
+    host: str, port: int, *, host_flag: str = "--listen-host", port_flag: str = "--listen-port"
+) -> None:
+    """Raise UsageError for what is no IPv4 address, MachineError (PORT_IN_USE) if this process
+    could not listen there; port 0 is any.
+    """
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
+        ipaddress.IPv4Address(host)
+    except ValueError as error:
+        raise UsageError(
+            f"{host_flag} {host}",
+            allowed="an IPv4 address of this machine, or 0.0.0.0 for all of them",
+            remedy=f"correct {host_flag}; names and IPv6 belong into --announce",
+        ) from error
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((host, port))
             sock.listen(1)
@@ -19,8 +31,8 @@ def require_free_port(host: str, port: int) -> None:
         raise MachineError(
             f"cannot listen on {host}:{port}: {error.strerror or error}",
             allowed="a free port on an address of this machine",
-            remedy="choose another with --listen-port, or 0 for any"
+            remedy=f"choose another with {port_flag}, or 0 for any"
             if is_taken
-            else "name an address of this machine with --listen-host",
+            else f"name an address of this machine with {host_flag}",
             code=ErrorCode.PORT_IN_USE,
         ) from error

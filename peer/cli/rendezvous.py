@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from peer.cli.options import AsJson, HomeDir, print_json, print_line, set_up_logging
+from peer.cli.ports import require_free_port
 
 
 def rendezvous(
@@ -33,6 +34,7 @@ def rendezvous(
     config = load_config(flags={"home": home, "log_level": log_level})
     for address in announce or ():
         check_announced(address)
+    require_free_port(host, port, host_flag="--host", port_flag="--port")
     set_up_logging(config.log_level)
     locked = Home.open(config.home)
     try:

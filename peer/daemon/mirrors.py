@@ -61,7 +61,8 @@ def _fetch(
     if max_outer_step and index.outer_step > max_outer_step:
         raise UnavailableError(
             f"its checkpoint is of outer step {index.outer_step}",
-            remedy=f"a checkpoint of outer step {max_outer_step} or before is needed",
+            allowed=f"a checkpoint of outer step {max_outer_step} or before",
+            remedy="wait for the mirror to be brought up to date",
         )
     part = folder / f"mirror-{index.state_digest[:32]}.part"
     for older in folder.glob("mirror-*.part"):

@@ -117,7 +117,11 @@ def run_trainer(link: DaemonLink, vectors: SharedVectors) -> str:
     if first["kind"] in ("stop", "closed"):
         return "asked to stop before it was configured"
     if first["kind"] != "configure":
-        raise UsageError(f"first message {first['kind']!r}", allowed="configure")
+        raise UsageError(
+            f"first message {first['kind']!r}",
+            allowed="configure",
+            remedy="run daemon and trainer from the same installation",
+        )
     try:
         loop = build_loop(first, vectors=vectors, link=link)
         for message in others:

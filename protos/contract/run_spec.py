@@ -348,7 +348,9 @@ class RunSpec:
             plain = json.loads(data)
         except ValueError as error:
             raise UsageError(
-                f"run spec is not JSON ({error})", allowed="what RunSpec.to_wire writes"
+                f"run spec is not JSON ({error})",
+                allowed="what RunSpec.to_wire writes",
+                remedy="run both sides from the same version",
             ) from error
         return parse_fields(cls, plain, where="run spec")
 
@@ -374,7 +376,9 @@ class RunSpec:
             plain = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UsageError(
-                f"run spec is not TOML ({error})", remedy="correct that place"
+                f"run spec is not TOML ({error})",
+                allowed="key = value lines and [tables]",
+                remedy="correct that place",
             ) from error
         return parse_fields(cls, plain, where="run spec")
 

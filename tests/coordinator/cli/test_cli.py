@@ -116,6 +116,8 @@ def test_a_run_by_hand_without_a_server(tmp_path: Path) -> None:
         (("serve", "--advertise", "nohost"), 2, "HOST:PORT"),
         (("serve", "--config", "nowhere.toml"), 4, "cannot read"),
         (("corpus", "build", "nowhere.txt", "--out", "out"), 2, "nowhere.txt"),
+        (("corpus", "build", "", "--out", "out"), 2, "an empty source"),
+        (("up", "--port", "99999"), 2, "port = 99999"),
         (("up", "--peers", "0"), 2, "--peers 0"),
         (("fly",), 2, "no such command"),
     ],

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from peer.cli.devices import require_devices
 from peer.cli.doctor_checks import check_asked_devices
 from peer.cli.main import app
+from peer.cli.ports import require_free_port
 from peer.config import PeerConfig
 from protos.contract.channel import JoinString
-from protos.contract.errors import MachineError
+from protos.contract.errors import MachineError, UsageError
 
 NOT_HERE = "cuda:99"
 NOBODY = JoinString(
@@ -68,6 +69,20 @@ def test_torch_is_asked_for_every_cuda_device_and_for_no_other(
     answer = "no JSON"
     with pytest.raises(MachineError, match="a driver's complaint"):
         require_devices(replace(config, devices="cuda:0"))
+
+
+def test_what_names_no_device_or_address_of_this_machine_is_refused(tmp_path: Path) -> None:
+    for options in ({"devices": "cuda:0,0"}, {"devices": "cuda:1,01"}, {"threads": 100_000}):
+        with pytest.raises(UsageError) as refusal:
+            PeerConfig(home=tmp_path, **options)
+        assert refusal.value.allowed and refusal.value.remedy
+    PeerConfig(home=tmp_path, devices="cuda:0,1")
+    for host in ("nowhere.invalid", "localhost", "::", ""):
+        with pytest.raises(UsageError, match=f"--host {host}"):
+            require_free_port(host, 0, host_flag="--host", port_flag="--port")
+    with pytest.raises(MachineError, match="with --host"):
+        require_free_port("192.0.2.1", 0, host_flag="--host", port_flag="--port")
+    require_free_port("0.0.0.0", 0)
 
 
 def test_a_layout_is_looked_at_by_doctor_too(tmp_path: Path) -> None:
