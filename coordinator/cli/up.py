@@ -107,7 +107,6 @@ def run_up(options: UpOptions) -> int:
     """Run to the end and return the exit code. Raises MusterError; an interrupt leaves a run that
     `up` resumes.
     """
-    check_peer_is_installed()
     return asyncio.run(_Up(options).run())
 
 
@@ -135,6 +134,7 @@ class _Up:
         config = _config(options)
         if options.port:
             require_free(config.host, options.port, what="the coordinator", flag="--port")
+        check_peer_is_installed()
         make_data_dir(options.data_dir)
         if options.is_fresh:
             clear_data_dir(options.data_dir)

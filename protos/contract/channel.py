@@ -76,6 +76,8 @@ SLOWEST_LINK_BYTES_PER_SECOND = 125_000.0
 
 _JOIN_PREFIX = "muster1:"
 _VALIDITY_DAYS = 3650
+_ENDED_WHILE_SENDING = "Internal error from Core"
+"""What grpc.aio says of a call that the other side ended while a message was on its way."""
 _MAX_JOIN_STRING_CHARACTERS = 2048
 
 ChannelOptions = list[tuple[str, int | str]]
@@ -356,9 +358,12 @@ def error_metadata(error: MusterError) -> tuple[tuple[str, str | bytes], ...]:
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> MusterError:
     """The error that the other side raised; statuses without our metadata (unreachable, deadline)
-    included.
+    included. One that ended the call while it was being sent to is unavailable: gRPC then loses
+    its reason.
     """
     status_name = error.code().name
+    if (status_name, error.details()) == ("INTERNAL", _ENDED_WHILE_SENDING):
+        status_name = "UNAVAILABLE"
     error_class = ERROR_CLASS_BY_STATUS.get(status_name, MusterError)
     metadata = {str(key): value for key, value in (error.trailing_metadata() or ())}
     try:

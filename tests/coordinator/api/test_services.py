@@ -168,12 +168,12 @@ def test_checkpoint_duty(tmp_path: Path) -> None:
             huge.CopyFrom(header)
             huge.total_bytes = 2**40
             with pytest.raises(UsageError) as too_large:
-                await upload(client, huge, data)
+                await upload(client, huge, b"")
             assert too_large.value.code is ErrorCode.TOO_LARGE
             stale = duties_pb2.CheckpointHeader()
             stale.CopyFrom(header)
             stale.fence += 7
-            assert not (await upload(client, stale, data)).is_accepted
+            assert not (await upload(client, stale, b"")).is_accepted
             accepted = await upload(client, header, data)
             assert accepted.is_accepted, accepted.reason
             parts = await client.stream("Duties", "FetchCheckpoint", fetch)
