@@ -1,5 +1,6 @@
 """`muster-coordinator`: one file per command group; the only place in coordinator/ that prints."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ def end_at_once() -> NoReturn:
     die with this process.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(Exception, SystemExit):  # nobody reads, or there is no room
+            stream.flush()
     os._exit(INTERRUPTED_EXIT_CODE)
 
 

@@ -19,17 +19,6 @@ if _IS_PROGRAM:  # imports take half a second: an interrupt meanwhile is no erro
     signal.signal(signal.SIGINT, _end_at_once)
 
 
-def hold_standard_descriptors() -> None:
-    """Where a standard stream was closed by whoever started this, its descriptor leads nowhere, so
-    that no file that is opened later takes its number and what libraries print.
-    """
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
-
-
 def begin_normal_interrupts() -> None:
     """From now on an interrupt is a KeyboardInterrupt again; main() calls it first."""
     if signal.getsignal(signal.SIGINT) is _end_at_once:

@@ -10,7 +10,6 @@ from peer.cli import (
     evaluate,
     finetune,
     generate,
-    hold_standard_descriptors,
     join,
     reference,
     rendezvous,
@@ -73,7 +72,6 @@ app.command("reference", hidden=True)(reference.reference)
 
 def main() -> None:
     """Entry point of the console script."""
-    hold_standard_descriptors()
     begin_normal_interrupts()
     run_program(lambda: app(standalone_mode=False))
 

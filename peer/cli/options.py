@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from peer.config import MAX_THREADS
-from protos.contract.errors import ErrorCode, MachineError, UsageError
+from protos.contract.errors import UsageError
 
 
 def require_effect(is_given_by_option: dict[str, bool], *, without: str, remedy: str) -> None:
@@ -124,13 +124,6 @@ def print_part(text: str) -> None:
     """A piece of a line, at once. Raises MachineError if it cannot be written, ReaderGoneError if
     nobody reads any more.
     """
-    if sys.stdout is None:
-        raise MachineError(
-            "cannot write to standard output: it is closed",
-            allowed="a terminal, a pipe, or a file with room",
-            remedy="send the output elsewhere",
-            code=ErrorCode.PERMISSION_DENIED,
-        )
     sys.stdout.write(text)
     sys.stdout.flush()
 

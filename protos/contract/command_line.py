@@ -61,6 +61,8 @@ class CheckedOutput:
 
     def write(self, text: str) -> int:
         """As a text stream does. Raises MachineError, ReaderGoneError."""
+        if text == "":
+            return 0  # typer tries with it whether this is a text stream, and drops what is raised
         with self._explained():
             return self._stream.write(text)
 
@@ -83,8 +85,10 @@ class CheckedOutput:
         except OSError as error:
             self._forget()
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            is_closed = error.errno == errno.EBADF
+            found = "it is closed" if is_closed else error.strerror or error
             raise MachineError(
-                f"cannot write to standard output: {error.strerror or error}",
+                f"cannot write to standard output: {found}",
                 allowed="a terminal, a pipe, or a file with room",
                 remedy="free space there, or send the output elsewhere",
                 code=ErrorCode.DISK_FULL if is_full else ErrorCode.PERMISSION_DENIED,
@@ -98,21 +102,27 @@ class CheckedOutput:
             os.close(nowhere)
 
 
+def _refusing_stream() -> TextIO:
+    """In place of one that was closed by whoever called."""
+    return open(os.open(os.devnull, os.O_RDONLY), "w")
+
+
 @contextlib.contextmanager
 def checked_output() -> Iterator[None]:
-    """sys.stdout as CheckedOutput, flushed at the end: what cannot be written is said, once."""
+    """sys.stdout as CheckedOutput, flushed at the end: what cannot be written is said, once. That
+    nobody reads is the exit code only of what would else have ended well.
+    """
     before = sys.stdout
-    if before is None:  # closed by whoever called
-        yield
-        return
-    checked = CheckedOutput(before)
+    checked = CheckedOutput(_refusing_stream() if before is None else before)
     sys.stdout = cast(TextIO, checked)
     try:
         try:
             yield
-        except SystemExit:
-            checked.flush()
-            raise
+        except SystemExit as end:
+            if end.code:
+                with contextlib.suppress(ReaderGoneError):
+                    checked.flush()
+                raise
         checked.flush()
         if checked.is_reader_gone:  # a command that had to tidy up first
             raise ReaderGoneError
@@ -142,17 +152,35 @@ def run_program(command: Callable[[], object]) -> NoReturn:
     """Run a program's command line and exit with its code. `command` is the typer application with
     `standalone_mode=False`: it returns an exit code or None, and raises what it refuses.
     """
+    _hold_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where an encoding lacks a character
     sys.exit(_exit_code_of(command))
 
 
+def _hold_standard_descriptors() -> None:
+    """Where a standard stream was closed by whoever started this, its descriptor leads nowhere, so
+    that no file that is opened later takes its number and what libraries print.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", 1, closefd=False)
+
+
 def _exit_code_of(command: Callable[[], object]) -> int:
     try:
         with checked_output():
             code = command()
-        return code if isinstance(code, int) else 0
+            if code == INTERRUPTED_EXIT_CODE:  # what typer makes of the exception
+                raise KeyboardInterrupt
+            if isinstance(code, int) and code:
+                sys.exit(code)
+        return 0
     except MusterError as error:
         report_error(error)
         return error.exit_code

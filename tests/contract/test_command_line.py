@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 import typer
 
 from coordinator.cli.main import app as coordinator_app
+from coordinator.cli.options import print_json as coordinator_json
+from coordinator.cli.options import print_table
 from coordinator.cli.up_view import UpView
 from peer.cli.join import make_reporter
 from peer.cli.main import app as peer_app
+from peer.cli.options import print_json as peer_json
 from peer.daemon.reports import Report
 from protos.contract.command_line import ReaderGoneError, checked_output, run_program
 from protos.contract.errors import UnavailableError
@@ -76,6 +79,25 @@ def test_another_error_is_told_though_nobody_reads(
             run_program(command)
     assert end.value.code == 6
     assert capsys.readouterr().err == "error: found\n  allowed: allowed\n  remedy:  remedy\n"
+
+
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_the_code_of_a_command_is_shown_though_nobody_reads(
+    num_lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is noticed by the command or at the end."""
+
+    def command() -> int:
+        with suppress(ReaderGoneError):
+            for line in range(num_lines):
+                print(f"line {line}")
+        return 3
+
+    with pipe_without_reader() as writer, os.fdopen(os.dup(writer), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end:
+            run_program(command)
+    assert end.value.code == 3
 
 
 @pytest.mark.parametrize("is_json", [False, True])
@@ -220,6 +242,74 @@ def test_a_full_device_is_told_once(
             run_program(lambda: print("x" * 100_000))
     assert end.value.code == 4
     assert capsys.readouterr().err.count("error:") == 1
+
+
+def started(module: str, arguments: str, ends: str, **environment: str) -> tuple[int, str]:
+    """Exit code and standard error of a program that a shell starts with these redirections."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m {module} {arguments} {ends}', sys.executable],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=60,
+        text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+FULL = "error: cannot write to standard output: No space left on device"
+CLOSED = "error: cannot write to standard output: it is closed"
+
+
+@pytest.mark.parametrize("side", ["coordinator", "peer"])
+@pytest.mark.parametrize(
+    ("arguments", "ends", "unbuffered", "found"),
+    [
+        ("--version", ">/dev/full", "1", FULL),
+        ("--help", ">/dev/full", "1", FULL),
+        ("--help", ">/dev/full", "", FULL),
+        ("--version", ">&-", "", CLOSED),
+        ("--help", ">&-", "1", CLOSED),
+    ],
+)
+def test_what_cannot_be_written_is_told(
+    side: str, arguments: str, ends: str, unbuffered: str, found: str
+) -> None:
+    code, shown = started(f"{side}.cli.main", arguments, ends, PYTHONUNBUFFERED=unbuffered)
+    assert code == 4
+    assert [line.split(":")[0].strip() for line in shown.splitlines()] == [
+        "error", "allowed", "remedy",
+    ]  # fmt: skip
+    assert shown.startswith(found)
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: print_table(["name"], [["value"]]),
+        lambda: coordinator_json({}),
+        lambda: peer_json({}),
+        lambda: typer.echo("a line"),
+        lambda: print("a line"),
+    ],
+)
+def test_every_way_to_print_tells_of_a_closed_stream(
+    show: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as end:
+        run_program(show)
+    assert end.value.code == 4 and sys.stdout is None
+    assert capsys.readouterr().err.splitlines()[0] == CLOSED
+
+
+def test_an_interrupt_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_program(lambda: app(args=[], standalone_mode=False))
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
 def test_the_progress_of_up_ends_it_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
