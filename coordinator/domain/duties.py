@@ -297,6 +297,11 @@ def assign(
     return None
 
 
+def parting_duty_id(run_id: str, incarnation: int, outer_step: int) -> str:
+    """Id of the checkpoint that the last holder of a state owes when it leaves."""
+    return f"{run_id}/checkpoint/{incarnation}-{outer_step}-parting"
+
+
 def parting_duty(
     duties: Sequence[DutyRecord],
     member: Member,
@@ -306,10 +311,15 @@ def parting_duty(
     outer_step: int,
     stored_outer_step: int,
     num_other_holders: int,
+    known: DutyRecord | None,
     now_unix_seconds: float,
 ) -> DutyRecord | None:
     """The checkpoint that a member owes which is about to leave with the newest state: nobody who
-    stays holds one, and the stored one is older. None if it owes nothing.
+    stays holds one, and the stored one is older. None if it owes nothing, if somebody else who
+    leaves is giving it, or if it was given up.
+
+    `duties` are the pending ones; `known` is the one of `parting_duty_id` in whatever state, if
+    there is one: its fence goes on to rise.
     """
     for duty in duties:
         if duty.kind is not DutyKind.CHECKPOINT or duty.state is not DutyState.ASSIGNED:
@@ -322,11 +332,14 @@ def parting_duty(
     for duty in duties:
         if duty.kind is DutyKind.CHECKPOINT and duty.state is DutyState.OPEN:
             return hand_out(duty, member.peer_id, now_unix_seconds=now_unix_seconds)
+    fence = 0 if known is None else known.fence
+    if fence >= MAX_DUTY_ATTEMPTS or (known is not None and known.is_pending):
+        return None
     duty = DutyRecord(
-        duty_id=f"{run_id}/checkpoint/{incarnation}-{outer_step}-parting",
+        duty_id=parting_duty_id(run_id, incarnation, outer_step),
         kind=DutyKind.CHECKPOINT,
         state=DutyState.OPEN,
-        fence=0,
+        fence=fence,
         min_outer_step=outer_step,
         create_unix_seconds=now_unix_seconds,
         reason="the last member that holds this state leaves",

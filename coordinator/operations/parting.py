@@ -4,10 +4,10 @@ A member that is about to leave says so in a last heartbeat (state DRAINING). Wi
 member would begin at the newest stored checkpoint, and the steps since would be rolled back.
 """
 
-from coordinator.domain.duties import DutyRecord, parting_duty
+from coordinator.domain.duties import DutyRecord, parting_duty, parting_duty_id
 from coordinator.domain.membership import Member
 from coordinator.operations.common import OperationContext, load_book
-from coordinator.operations.duties import load_pending_duties, save_duty
+from coordinator.operations.duties import duty_from_row, load_pending_duties, save_duty
 from coordinator.operations.members import claims_from_json, member_from_row
 from coordinator.operations.states import proved_checkpoints
 from coordinator.store.base import Transaction
@@ -29,6 +29,7 @@ def take_parting_duty(
     outer_step = load_book(tx, run.run_id).certified_outer_step
     proved = proved_checkpoints(tx, context, run.run_id)
     duties = load_pending_duties(tx, run.run_id)
+    known = tx.duty(parting_duty_id(run.run_id, run.incarnation, outer_step))
     duty = parting_duty(
         duties,
         member,
@@ -37,6 +38,7 @@ def take_parting_duty(
         outer_step=outer_step,
         stored_outer_step=proved[0].outer_step if proved else 0,
         num_other_holders=_num_staying(tx, run, member.peer_id),
+        known=None if known is None else duty_from_row(known),
         now_unix_seconds=now_unix_seconds,
     )
     if duty is not None and duty not in duties:

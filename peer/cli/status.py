@@ -17,12 +17,13 @@ def status(home: HomeDir = None, is_json: AsJson = False) -> None:
     import time
 
     from peer.config import format_bytes, load_config
-    from peer.home import holder_of_lock, load_status
+    from peer.daemon.reports import read_status
+    from peer.home import holder_of_lock
     from protos.contract.text import counted
 
     path = load_config(flags={"home": home}).home
     pid = holder_of_lock(path)
-    found = load_status(path) or {}
+    found = read_status(path) or {}
     plain = {"is_running": pid is not None, "home": str(path)} | found | {"pid": pid}
     if is_json:
         print_json(plain)

@@ -30,7 +30,7 @@ from peer.daemon.membership import (
     save_membership,
 )
 from peer.daemon.reports import Reporter, SessionNumbers
-from peer.daemon.running import RunningSession
+from peer.daemon.running import STATUS_SECONDS, RunningSession
 from peer.home import Home
 from peer.identity import Identity
 from peer.metrics import PeerMetrics
@@ -187,10 +187,20 @@ class Daemon:
         return INTERRUPTED_EXIT_CODE if is_interrupted else end.exit_code
 
     async def _drain(self, session: RunningSession, reason: str) -> bool:
-        """Drain until done or until the second signal; True for the latter."""
+        """Drain until done or until the second signal, status.json kept up to date; True for the
+        latter.
+        """
         draining = asyncio.create_task(session.drain(reason))
         interrupted = asyncio.create_task(self._now.wait())
-        await asyncio.wait({draining, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+        done: set[asyncio.Task[Any]] = set()
+        while not done:
+            with contextlib.suppress(OSError):
+                self._core.numbers.save(self._status_path)
+            done, _ = await asyncio.wait(
+                {draining, interrupted},
+                timeout=STATUS_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         is_interrupted = not draining.done()
         for task in (draining, interrupted):
             task.cancel()

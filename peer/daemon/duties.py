@@ -123,15 +123,15 @@ class Duties:
             elif kind is ev.DutyKind.TRIAL:
                 outcome = await self._perform_trial(duty)
             else:
-                await self._upload_checkpoint(duty)
+                outcome = await self._upload_checkpoint(duty)
         except (MusterError, OSError) as error:
-            reason, outcome = str(error), "failed"
+            reason, outcome = str(error) or type(error).__name__, "failed"
         self._metrics.add(PEER_DUTIES, 1, {"kind": kind.value, "outcome": outcome})
         if reason:
             _LOGGER.warning("%s=%s (%s) failed: %s", LogField.DUTY, duty.duty_id, kind, reason)
             await self._report_failure(duty, reason)
         self._feed(ev.DutyEnded(duty_id=duty.duty_id, fence=duty.fence))
-        return not reason
+        return outcome == "done"
 
     async def _evaluate(self, duty: duties_pb2.Duty, heldout_paths: tuple[Path, ...]) -> None:
         answer = await self._ask(
@@ -194,7 +194,8 @@ class Duties:
         if not response.is_accepted:
             _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
 
-    async def _upload_checkpoint(self, duty: duties_pb2.Duty) -> None:
+    async def _upload_checkpoint(self, duty: duties_pb2.Duty) -> str:
+        """Returns the outcome."""
         path = self._tmp / f"upload-{uuid.uuid4().hex}.safetensors"
         try:
             answer = await self._ask(
@@ -216,6 +217,7 @@ class Duties:
             response = await self._client.upload_checkpoint(header, self._parts_of(written))
             if not response.is_accepted:
                 _LOGGER.info("%s=%s not accepted: %s", LogField.DUTY, duty.duty_id, response.reason)
+            return "done" if response.is_accepted else "refused"
         finally:
             path.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peer.home import write_atomically
+from peer.home import load_status, write_atomically
 from peer.swarm.timeline import AttemptTimeline
 from protos.contract.telemetry import (
     ATTEMPT_PHASES,
@@ -149,3 +149,14 @@ class SessionNumbers:
         """Write status.json for `muster-peer status`."""
         plain = asdict(self) | {"pid": os.getpid(), "update_unix_seconds": time.time()}
         write_atomically(path, json.dumps(plain).encode(), is_durable=False)
+
+
+def read_status(home: Path) -> dict[str, Any] | None:
+    """`load_status`, with defaults for what a peer of an older package does not write: the package
+    may be upgraded under it.
+    """
+    found = load_status(home)
+    if found is None:
+        return None
+    whole = asdict(SessionNumbers(peer_id="", name="")) | {"update_unix_seconds": 0.0} | found
+    return whole | {"attempts": [{"ways": {}} | attempt for attempt in whole["attempts"]]}

@@ -45,6 +45,8 @@ _MOST_HALF_OPEN, _MOST_HALF_OPEN_OF_HOST = 64, 8
 _NEAR_SECONDS = 600.0
 """Until it is looked again whether a near member has become a far one."""
 _PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 10.0, 600.0
+_MOST_DOUBLINGS = 6
+"""2^6 - 1 times the one is more than the other."""
 _LEAST_PORT, _MOST_PORT = 1024, 65_535
 _PORT_DISTANCE = 1000
 """Of the lanes' port from --listen-port; a neighbouring port may be another peer's."""
@@ -469,7 +471,8 @@ class Lanes:
 
 def _pause_seconds(num_failures: int) -> float:
     """Until the next try, after so many failures in a row before this one."""
-    return min(_PAUSE_SECONDS * (2.0**num_failures - 1.0), _MOST_PAUSE_SECONDS)
+    doublings = min(num_failures, _MOST_DOUBLINGS)
+    return min(_PAUSE_SECONDS * (2.0**doublings - 1.0), _MOST_PAUSE_SECONDS)
 
 
 async def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes:

@@ -5,6 +5,7 @@ both.
 from dataclasses import replace
 from typing import Any
 
+from coordinator.domain.duties import MAX_DUTY_ATTEMPTS
 from coordinator.domain.policy import SwarmPolicy
 from coordinator.operations import duties, membership, status
 from coordinator.operations.requests import (
@@ -207,6 +208,27 @@ def test_the_last_holder_of_a_state_gives_it_away_before_it_leaves() -> None:
     assert world.peer(2).outer_step == 1, "nothing is rolled back"
 
 
+def test_the_fence_of_a_parting_duty_rises_until_it_is_given_up() -> None:
+    world = started(num_peers=1, checkpoint_interval_seconds=1e6)
+    finish_first_evaluation(world)
+    world.commit()
+    world.attest()
+    fences = []
+    while (duty := world.beat(0, state="DRAINING").duty) is not None:
+        fences.append(duty.fence)
+        assert len(fences) <= MAX_DUTY_ATTEMPTS, fences
+        for fence in range(1, duty.fence + 1):
+            report = ReportDutyRequest(
+                run_id=RUN_ID,
+                peer_id=world.id_of(0),
+                duty_id=duty.duty_id,
+                fence=fence,
+                failure_reason="the upload broke off",
+            )
+            assert world.do(duties.report_duty, report).is_accepted == (fence == duty.fence)
+    assert fences == [*range(1, MAX_DUTY_ATTEMPTS + 1)]
+
+
 def test_of_two_that_leave_at_once_the_second_gives_the_state_away() -> None:
     world = started(num_peers=2, checkpoint_interval_seconds=1e6)
     finish_first_evaluation(world)
@@ -214,6 +236,18 @@ def test_of_two_that_leave_at_once_the_second_gives_the_state_away() -> None:
     world.attest()
     assert world.beat(0, state="DRAINING").duty is None
     assert world.beat(1, state="DRAINING").duty is not None
+
+
+def test_what_one_that_leaves_is_giving_is_not_taken_from_it() -> None:
+    world = started(num_peers=2, checkpoint_interval_seconds=1e6)
+    finish_first_evaluation(world)
+    world.commit()
+    world.attest()
+    assert world.beat(1, state="DRAINING").duty is None
+    duty = world.beat(0, state="DRAINING").duty
+    assert duty is not None and world.beat(1, state="DRAINING").duty is None
+    assert world.beat(0, state="DRAINING", works_on=(duty.duty_id, duty.fence)).duty == duty
+    assert finish(world, 0, begin(world, 0)).is_accepted
 
 
 def test_who_leaves_without_the_newest_state_owes_nothing() -> None:

@@ -8,7 +8,7 @@ from peer import session_events as ev
 from peer.daemon.duties import Duties
 from peer.metrics import PeerMetrics
 from peer.session_events import ChildName
-from protos.muster.v1 import duties_pb2
+from protos.muster.v1 import common_pb2, duties_pb2
 
 
 class Reports:
@@ -89,6 +89,48 @@ def test_a_checkpoint_fails_with_the_swarm_process(tmp_path: Path) -> None:
     assert not is_cancelled and [r.fence for r in requests] == [3]
     assert "swarm process ended" in requests[0].failure_reason
     assert fed == [ev.DutyEnded(duty_id="d", fence=3)]
+
+
+def test_a_failure_without_a_text_is_reported_as_one(tmp_path: Path) -> None:
+    reports = Reports()
+
+    async def no_answer(duty: duties_pb2.Duty) -> duties_pb2.TrialResult:
+        raise TimeoutError
+
+    duties = Duties(
+        reports,  # type: ignore[arg-type]
+        tmp=tmp_path,
+        send=lambda *_, **__: False,
+        metrics=PeerMetrics(),
+        feed=lambda _: None,
+        run_trial=no_answer,
+    )
+    duty = duties_pb2.Duty(duty_id="d", fence=3, kind=duties_pb2.DUTY_KIND_TRIAL)
+    assert not asyncio.run(duties.perform(duty, heldout_paths=()))
+    assert [request.failure_reason for request in reports.requests] == ["TimeoutError"]
+
+
+def test_a_checkpoint_that_is_refused_is_not_given(tmp_path: Path) -> None:
+    class Refusing(Reports):
+        async def upload_checkpoint(self, *_: Any) -> duties_pb2.UploadCheckpointResponse:
+            return duties_pb2.UploadCheckpointResponse(is_accepted=False, reason="not the proved")
+
+    def write(_: ChildName, kind: str, *, request_id: str, path: str) -> bool:
+        Path(path).write_bytes(b"state")
+        answer = {"path": path, "attestation": common_pb2.Signed().SerializeToString()}
+        asyncio.get_running_loop().call_soon(duties.take_answer, request_id, answer)
+        return True
+
+    duties = Duties(
+        Refusing(),  # type: ignore[arg-type]
+        tmp=tmp_path,
+        send=write,
+        metrics=PeerMetrics(),
+        feed=lambda _: None,
+        run_trial=no_trial,
+    )
+    duty = duties_pb2.Duty(duty_id="d", fence=3, kind=duties_pb2.DUTY_KIND_CHECKPOINT)
+    assert not asyncio.run(duties.perform(duty, heldout_paths=()))
 
 
 def test_a_duty_whose_child_is_gone_already_waits_for_no_answer(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from prometheus_client import generate_latest
 
 from peer.cli.status import _round_rows
 from peer.daemon.core import Core
-from peer.daemon.reports import Report, SessionNumbers
+from peer.daemon.reports import Report, SessionNumbers, read_status
 from peer.daemon.timelines import NUM_KEPT_ATTEMPTS, note_discarded, take_attempt
 from peer.metrics import PeerMetrics
 from peer.swarm.timeline import AttemptTimeline, PairWay, PhaseSpan
@@ -110,6 +110,23 @@ def test_status_shows_the_newest_attempts(tmp_path: Path) -> None:
     assert "5.0 MB out, 10.0 in, 12.0 MB/s" in rows["round"]
     assert rows["attempts"] == "0 committed, 0 discarded"
     assert "p2: 11.0 MB sent, 44.0 received" in rows[""]
+
+
+def test_status_reads_what_an_older_package_wrote(tmp_path: Path) -> None:
+    core, _ = _core()
+    take_attempt(core, _attempt(1))
+    path = tmp_path / "run" / "status.json"
+    path.parent.mkdir()
+    core.numbers.save(path)
+    found = json.loads(path.read_text())
+    del found["links"], found["attempts"][0]["ways"]
+    path.write_text(json.dumps(found))
+    older = read_status(tmp_path)
+    assert older is not None and older["name"] == "me"
+    assert [text for title, text in _round_rows(older) if not title] == [
+        "p1: 4.0 MB sent, 6.0 received",
+        "p2: 1.0 MB sent, 4.0 received",
+    ]
 
 
 def test_phases_that_were_not_reached_are_missing_not_zero() -> None:

@@ -17,7 +17,7 @@ from peer.swarm.address_book import AddressSource
 from peer.swarm.bulk_stream import BulkStream, StreamError
 from peer.swarm.lane_frames import HELLO_BYTES
 from peer.swarm.lane_stream import LaneStream
-from peer.swarm.lanes import num_lanes_for
+from peer.swarm.lanes import _pause_seconds, num_lanes_for
 from peer.swarm.transport import Stream, Transport
 from protos.muster.v1 import state_pb2
 from tests.peer.swarm.p2p_hosts import introduce, start_host
@@ -264,3 +264,8 @@ def test_lanes_of_a_stream_that_cannot_be_agreed_on_come_back(tmp_path: Path) ->
 
 def test_farther_members_get_more_lanes() -> None:
     assert [num_lanes_for(rtt) for rtt in (0.02, 0.1, 0.16, 0.5)] == [2, 2, 3, 4]
+
+
+def test_pauses_between_tries_are_bounded_after_any_number_of_failures() -> None:
+    pauses = [_pause_seconds(num) for num in (0, 1, 2, 6, 7, 1024, 10**9)]
+    assert pauses == [0.0, 10.0, 30.0, 600.0, 600.0, 600.0, 600.0]
