@@ -328,6 +328,13 @@ def _text(
     from protos.contract.chunk_format import num_windows
 
     manifest = load_manifest(dataset)
+    if manifest.answer_seq_len:
+        raise UsageError(
+            f"{dataset} holds prompts and answers",
+            allowed="datasets of running text: the laws count every token as one to be predicted",
+            remedy="plan with --unique-tokens; to go on from a model with answers, `run create "
+            "--init`",
+        )
     check_corpus_fits(manifest, seq_len=seq_len, global_batch_tokens=seq_len)
     windows = sum(num_windows(chunk.num_tokens, seq_len) for chunk in manifest.training_chunks)
     tokens = windows * seq_len

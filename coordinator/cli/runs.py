@@ -66,6 +66,7 @@ def create(
     from coordinator.corpus.build import check_corpus_fits, verify_dataset
     from coordinator.identity import write_whole
     from coordinator.operations.requests_admin import CreateRunRequest
+    from protos.contract.answer_records import check_objective
 
     manifest = verify_dataset(dataset_dir)
     spec = build_spec(
@@ -77,6 +78,7 @@ def create(
         seed=seed,
         initial=None if initial is None else read_initial(initial, manifest),
     )
+    check_objective(manifest, objective=spec.objective.name, seq_len=spec.model.seq_len)
     check_corpus_fits(
         manifest, seq_len=spec.model.seq_len, global_batch_tokens=spec.strategy.global_batch_tokens
     )

@@ -24,7 +24,13 @@ from coordinator.store.sqlite import SqliteStore, has_store
 from protos.contract.chunk_format import MANIFEST_FILE, Manifest, token_dtype_for
 from protos.contract.digest import canonical_json
 from protos.contract.errors import UsageError
-from protos.contract.run_spec import RunSpec, ScheduleSpec, StrategySpec, floor_to_windows
+from protos.contract.run_spec import (
+    Objective,
+    RunSpec,
+    ScheduleSpec,
+    StrategySpec,
+    floor_to_windows,
+)
 from protos.contract.telemetry import RunState
 
 if TYPE_CHECKING:
@@ -226,13 +232,21 @@ def check_wishes(
         heldout_chunks=(),
     )
     of_corpus = ("data.dataset_id=", "model.vocab_size=")
-    up_spec(
+    spec = up_spec(
         corpus,
         model=model,
         settings=[setting for setting in settings if not setting.startswith(of_corpus)],
         budget_tokens=budget_tokens,
         seed=seed,
     )
+    if spec.objective.name == Objective.ANSWERS:
+        raise UsageError(
+            f"objective.name = {Objective.ANSWERS}",
+            allowed="objectives over running text, which is what `up` builds its dataset of",
+            remedy="build one with `corpus build FILE.jsonl --answers SEQ_LEN --tokenizer FILE "
+            "--eos-token-id N --out DIR`, then `run create --dataset DIR "
+            f"--set objective.name={Objective.ANSWERS}`",
+        )
 
 
 def up_spec(

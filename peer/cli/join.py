@@ -122,10 +122,10 @@ def _run(config: "PeerConfig", text: str, *, is_json: bool) -> int:
     try:
         for done in home.clean_leftovers():
             say(f"leftover of a dead peer: {done}")
-        chosen = choose_join_string(text, config.home)
         check_machine(config)
         require_devices(config)
         require_free_port(config.listen_host, config.listen_port)
+        chosen = choose_join_string(text, config.home)
         identity = load_identity(config.home)
 
         async def run() -> int:

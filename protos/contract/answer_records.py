@@ -59,23 +59,49 @@ def parse_rows(text: str, *, keys: tuple[str, str], where: object) -> list[Row]:
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            plain: Any = json.loads(line)
-            first, second = (plain[key] for key in keys)
-            if not (isinstance(first, str) and isinstance(second, str | int)):
-                raise TypeError(f"{type(first).__name__} and {type(second).__name__}")
-            if keys == ANSWER_KEYS and second == "":
-                raise ValueError("an empty answer")
-            f"{first}{second}".encode()  # half of a surrogate pair is no text
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        found, first, second = _read_row(line, keys)
+        if found:
             raise UsageError(
-                f"{where}, line {number}: {error!r}",
+                f"{where}, line {number}: {found}",
                 allowed=f'{{"{keys[0]}": TEXT, "{keys[1]}": TEXT}} on each line',
                 remedy="correct that line; `muster-peer finetune --classify` wants text and label, "
                 "all else prompt and answer",
-            ) from error
-        rows.append(Row(number, first, str(second)))
+            )
+        rows.append(Row(number, first, second))
     return rows
+
+
+def _read_row(line: str, keys: tuple[str, str]) -> tuple[str, str, str]:
+    """What is wrong with a line ("": nothing), and its two texts."""
+    try:
+        plain: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not JSON", "", ""
+    if not isinstance(plain, dict):
+        return _kind_of(plain), "", ""
+    for key in keys:
+        if key not in plain:
+            return f"no key {key}", "", ""
+    first, second = (plain[key] for key in keys)
+    if not isinstance(first, str):
+        return f"{keys[0]} is {_kind_of(first)}", "", ""
+    if type(second) not in (str, int):  # a bool would become Python's word for it
+        return f"{keys[1]} is {_kind_of(second)}", "", ""
+    second = str(second)
+    if keys == ANSWER_KEYS and not second.strip():
+        return "an empty answer", "", ""
+    try:
+        f"{first}{second}".encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair, which is no text", "", ""
+    return "", first, second
+
+
+def _kind_of(plain: Any) -> str:
+    if plain is None or isinstance(plain, bool):
+        return json.dumps(plain)
+    names = ((dict, "an object"), (list, "a list"), (str, "a text"))
+    return next((name for kind, name in names if isinstance(plain, kind)), "a number")
 
 
 def num_window_tokens(record: TokenRecord) -> int:
@@ -126,7 +152,7 @@ def unpack_windows(tokens_BL: Int64Array) -> UnpackedWindows:
 
 def check_objective(manifest: Manifest, *, objective: str, seq_len: int) -> None:
     """Raise UsageError unless dataset and objective both are about answers, in windows of one
-    length, or both about running text.
+    length, or both about running text. The remedies are right for whoever chooses one of the two.
     """
     has_answers = objective == Objective.ANSWERS
     if has_answers and not manifest.answer_seq_len:
@@ -140,13 +166,14 @@ def check_objective(manifest: Manifest, *, objective: str, seq_len: int) -> None
         raise UsageError(
             f"objective.name = {objective} over a dataset of prompts and answers",
             allowed=f"the objective {Objective.ANSWERS}",
-            remedy=f"set objective.name={Objective.ANSWERS}, or build a dataset of text",
+            remedy=f"a run over it takes objective.name={Objective.ANSWERS}; for {objective} build "
+            "a dataset of text",
         )
     if has_answers and seq_len != manifest.answer_seq_len:
         raise UsageError(
             f"model.seq_len = {seq_len}",
             allowed=f"{manifest.answer_seq_len}: the dataset's answers were packed into windows of "
             "that length",
-            remedy=f"set model.seq_len={manifest.answer_seq_len}, or build the dataset with "
-            f"--answers {seq_len}",
+            remedy=f"`corpus build FILE.jsonl --answers {seq_len}` makes one for this model; a run "
+            f"over this one takes model.seq_len={manifest.answer_seq_len}",
         )

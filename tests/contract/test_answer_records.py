@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from protos.contract.answer_records import (
     ANSWER_KEYS,
+    LABEL_KEYS,
     check_objective,
     num_window_tokens,
     pack_windows,
@@ -103,10 +104,30 @@ def test_lines() -> None:
     text = '\ufeff{"prompt": "a", "answer": "b"}\r\n\n{"prompt": "", "answer": 3, "x": []}\n'
     rows = parse_rows(text, keys=ANSWER_KEYS, where="d")
     assert rows == [(1, "a", "b"), (3, "", "3")]
-    for line in ('{"prompt": "a"}', '{"prompt": "a", "answer": ""}', '["a", "b"]', "{"):
-        with pytest.raises(UsageError, match="d, line 2: ") as refused:
-            parse_rows(f"\n{line}\n", keys=ANSWER_KEYS, where="d")
-        assert "prompt" in refused.value.allowed and refused.value.remedy
+    assert parse_rows('{"text": "a", "label": " "}', keys=LABEL_KEYS, where="d") == [(1, "a", " ")]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"prompt": "a"}', "no key answer"),
+        ('{"prompt": "a", "answer": ""}', "an empty answer"),
+        ('{"prompt": "a", "answer": "  "}', "an empty answer"),
+        ('{"prompt": "a", "answer": true}', "answer is true"),
+        ('{"prompt": "a", "answer": 0.5}', "answer is a number"),
+        ('{"prompt": null, "answer": "b"}', "prompt is null"),
+        ('{"prompt": "\\ud800", "answer": "b"}', "half of a surrogate pair, which is no text"),
+        ("[1]", "a list"),
+        ('"a"', "a text"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_lines_that_are_refused(line: str, found: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_rows(f"\n{line}\n", keys=ANSWER_KEYS, where="d")
+    assert refused.value.found == f"d, line 2: {found}"
+    assert "prompt" in refused.value.allowed and refused.value.remedy
 
 
 def test_the_manifest_says_how_long_windows_are_and_others_keep_their_digest() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from coordinator.scaling.pool import POOL_EXAMPLE
 from tests.coordinator.cli.test_cli import ask, run_here
+from tests.coordinator.corpus.test_answers import ROWS, build, write_rows
 from tests.coordinator.loopback import write_dataset
 
 
@@ -39,6 +40,23 @@ def test_a_written_spec_creates_a_run(tmp_path: Path) -> None:
     assert made["budget_tokens"] == found["tokens_d"] == found["spec"]["budget_tokens"]
     again = run_here(*asked, "--write-spec", str(spec_path))
     assert again.returncode == 2 and "is there already" in again.stderr
+
+
+def test_answers_are_not_taken_for_text(tmp_path: Path) -> None:
+    """By the planner; and a run is told of its objective before it is told of its batch."""
+    where = tmp_path / "answers"
+    build(write_rows(tmp_path / "d.jsonl", ROWS), where)
+    done = run_here("plan", "--flop", "1e9", "--seq-len", "32", "--dataset", str(where))
+    assert done.returncode == 2 and "holds prompts and answers" in done.stderr
+    for wish, found in (
+        ("model.seq_len=32", "objective.name = causal"),
+        ("objective.name=answers", "model.seq_len = 256"),
+    ):
+        done = run_here(
+            "run", "create", "--dataset", str(where), "--set", wish,
+            "--data-dir", str(tmp_path / "data"),
+        )  # fmt: skip
+        assert done.returncode == 2 and found in done.stderr
 
 
 def test_a_pool_file(tmp_path: Path) -> None:

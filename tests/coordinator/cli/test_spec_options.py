@@ -80,6 +80,7 @@ def test_bad_settings_are_refused(tmp_path: Path, setting: str) -> None:
         ({"settings": ["model=3"]}, "model = 3"),
         ({"model": "d_modle=3"}, "unknown key 'd_modle'"),
         ({"seed": -1}, "seed = -1"),
+        ({"settings": ["objective.name=answers"]}, "objective.name = answers"),
         ({"budget_tokens": 512, "model": "seq_len=1024"}, "budget_tokens = 512"),
     ],
 )

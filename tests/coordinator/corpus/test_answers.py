@@ -80,7 +80,7 @@ def test_special_tokens_count_as_in_finetune_but_not_the_end(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ([*ROWS, {"prompt": "a"}], {}, "line 201: KeyError.'answer'"),
+        ([*ROWS, {"prompt": "a"}], {}, "line 201: no key answer"),
         ([*ROWS, {"prompt": "a", "answer": ""}], {}, "line 201.*empty answer"),
         ([*ROWS, "text"], {}, "line 201"),
         ([*ROWS, {"prompt": "ab" * 40, "answer": "c"}], {}, "line 201.*1 of 201 .* too long"),

@@ -84,6 +84,7 @@ def test_flags_of_join_are_frozen() -> None:
     [
         (("join", "nonsense"), 2, "join string"),
         (("join",), 2, "no join string"),
+        (("join", "--layout", "foo=2"), 2, "foo=2"),
         (("join", join_string(), "--threads", "0"), 2, "threads is 0"),
         (("join", join_string(), "--memory-limit", "lots"), 2, "lots"),
         (("join", join_string(), "--memory-limit", "3 apples"), 2, "3 apples"),
