@@ -5,8 +5,8 @@ second of CPU each); test_serve.py and the tests of --help start real ones.
 """
 
 import contextlib
-import io
 import importlib.util
+import io
 import json
 import resource
 import subprocess
