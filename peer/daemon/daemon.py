@@ -4,7 +4,8 @@ is time to leave.
 Order: home and identity are there -> Challenge, clock check, Join (or the membership of the last
 session, if the coordinator is away) -> running.py: children, dataset, events -> drain. The first
 SIGINT or SIGTERM drains: the micro-batch is finished, leases and membership are returned, children
-stopped, all within five seconds. The second ends everything at once.
+stopped, all within five seconds, or more if only this peer holds the newest state (parting.py). The
+second ends everything at once.
 """
 
 import asyncio
