@@ -2,18 +2,19 @@
 
 The records are those of `muster-peer finetune`, in the same tokens: prompt and answer are encoded
 apart, and special tokens that the text spells count as such, for prompts are often laid out with
-them. All of them are checked before anything is built, for what is too long is refused with its
-line rather than cut.
+them. All of them are encoded, once, before anything is written, for what is too long is refused
+with its line rather than cut; until then the windows are kept, 2 or 4 bytes a token.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from coordinator.corpus.sources import Source
+from coordinator.corpus.sources import Document
+from coordinator.corpus.split import Part, Split
 from coordinator.corpus.tokenizer import GivenTokenizer, load_tokenizer
 from protos.contract.answer_records import (
     ANSWER_KEYS,
@@ -31,12 +32,20 @@ from protos.contract.chunk_format import (
 )
 from protos.contract.errors import UsageError
 
+_ROWS_AT_ONCE = 1_000
+"""Encoded together; what the tokenizer says of each token besides its id takes much memory."""
 
-def check_answers(
-    sources: Sequence[Source], given: GivenTokenizer | None, *, seq_len: int, chunk_bytes: int
-) -> None:
-    """Raise UsageError unless every record of the sources can be packed into windows of `seq_len`
-    tokens.
+
+def pack_answers(
+    splits: Sequence[Split],
+    given: GivenTokenizer | None,
+    *,
+    seq_len: int,
+    chunk_bytes: int,
+    on_done_ratio: Callable[[float], None],
+) -> dict[Part, TokenArray]:
+    """Whole windows of the records of every part. Raises UsageError unless every record can be
+    packed into windows of `seq_len` tokens.
     """
     if given is None:
         raise UsageError(
@@ -53,40 +62,43 @@ def check_answers(
             f"{chunk_bytes} bytes holds one",
             remedy="give the model's seq_len",
         )
-    tokenizer = _load(given.tokenizer_json)
-    for source in sources:
-        for document in source.documents:
-            rows = parse_rows(document.load_text(), keys=ANSWER_KEYS, where=document.path)
-            _check_rows(document.path, rows, _encode(tokenizer, rows), seq_len=seq_len, given=given)
-
-
-def encode_answers(
-    tokenizer_json: bytes,
-    texts: Iterable[str],
-    *,
-    dtype: npt.DTypeLike,
-    eos_token_id: int,
-    seq_len: int,
-) -> Iterator[TokenArray]:
-    """Whole windows of the records of each text, which `check_answers` has passed."""
-    tokenizer = _load(tokenizer_json)
-    for text in texts:
-        rows = parse_rows(text, keys=ANSWER_KEYS, where="source")
-        windows_WT = pack_windows(
-            _encode(tokenizer, rows), seq_len=seq_len, eos_token_id=eos_token_id
-        )
-        yield windows_WT.ravel().astype(dtype)
-
-
-def _load(tokenizer_json: bytes) -> Tokenizer:
-    tokenizer = load_tokenizer(tokenizer_json)
+    tokenizer = load_tokenizer(given.tokenizer_json)
     tokenizer.encode_special_tokens = False
-    return tokenizer
+    parts_by_document: dict[Document, list[Part]] = {}
+    for split in splits:
+        for part in (*split.training, *split.heldout):
+            parts_by_document.setdefault(part.document, []).append(part)
+    total_bytes = sum(document.num_text_bytes for document in parts_by_document)
+    done_bytes = 0
+    windows_by_part = {}
+    for document, parts in parts_by_document.items():
+        text = document.load_text()
+        rows = parse_rows(text, keys=ANSWER_KEYS, where=document.path)
+        records: list[TokenRecord] = []
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            records += _encode(tokenizer, rows[begin : begin + _ROWS_AT_ONCE], dtype=dtype)
+            done = document.num_text_bytes * len(records) / len(rows)
+            on_done_ratio((done_bytes + done) / total_bytes)
+        done_bytes += document.num_text_bytes
+        _check_rows(document.path, rows, records, seq_len=seq_len, given=given)
+        for part in parts:
+            lines = part.line_numbers(text)
+            own = [
+                record
+                for row, record in zip(rows, records, strict=True)
+                if row.line_number in lines
+            ]
+            windows_WT = pack_windows(own, seq_len=seq_len, eos_token_id=given.eos_token_id)
+            windows_by_part[part] = windows_WT.ravel().astype(dtype)
+    return windows_by_part
 
 
-def _encode(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[TokenRecord]:
+def _encode(
+    tokenizer: Tokenizer, rows: Sequence[Row], *, dtype: npt.DTypeLike
+) -> list[TokenRecord]:
     texts = [text for row in rows for text in (row.first, row.second)]
-    ids = [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = [np.array(encoding.ids, dtype) for encoding in found]
     return list(zip(ids[::2], ids[1::2], strict=True))
 
 
@@ -109,10 +121,10 @@ def _check_rows(
             remedy="shorten them, take them out, or build for a larger --answers",
         )
     for row, (prompt, answer) in pairs:
-        if given.eos_token_id in prompt or given.eos_token_id in answer or not answer:
+        if given.eos_token_id in prompt or given.eos_token_id in answer or not len(answer):
             raise UsageError(
                 f"{path}, line {row.line_number}: "
-                + (f"token {given.eos_token_id} inside the record" if answer else "no answer"),
+                + (f"token {given.eos_token_id} inside the record" if len(answer) else "no answer"),
                 allowed="that token only where a record ends, which the builder adds; an answer of "
                 "at least one token",
                 remedy="correct that line",

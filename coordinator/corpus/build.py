@@ -12,16 +12,14 @@ about 7 s on two cores.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
-from coordinator.corpus.answers import check_answers, encode_answers
+from coordinator.corpus.answers import pack_answers
 from coordinator.corpus.chunks import ChunkWriter, load_chunks, load_dataset_file
 from coordinator.corpus.files import (
     building_in,
@@ -30,8 +28,8 @@ from coordinator.corpus.files import (
     sync_folder,
     write_file,
 )
-from coordinator.corpus.sources import Source, scan_sources
-from coordinator.corpus.split import Split, order_key, split_source
+from coordinator.corpus.sources import Source, scan_sources, scan_summary
+from coordinator.corpus.split import Part, Split, order_key, split_source
 from coordinator.corpus.tokenizer import (
     DEFAULT_VOCAB_SIZE,
     EOS_TOKEN_ID,
@@ -65,6 +63,8 @@ class BuildStage(StrEnum):
 
     SCAN = "SCAN"
     TOKENIZER = "TOKENIZER"
+    ANSWERS = "ANSWERS"
+    """Encoding and packing of records; then there is no tokenizer to train."""
     TRAINING_CHUNKS = "TRAINING_CHUNKS"
     HELDOUT_CHUNKS = "HELDOUT_CHUNKS"
     DONE = "DONE"
@@ -125,7 +125,7 @@ def build_corpus(
     UsageError for input that a person can correct, MachineError when the disk is full or the folder
     cannot be written, CorruptDataError when a file changed meanwhile.
     """
-    report = on_progress or _ignore
+    report = on_progress or (lambda progress: None)
     check_vocab_size(vocab_size)
     _check_parameters(chunk_bytes=chunk_bytes, heldout_ratio=heldout_ratio)
     report(BuildProgress(stage=BuildStage.SCAN, done_ratio=0.0))
@@ -151,13 +151,11 @@ def build_corpus(
         manifest = _finished_build(out_dir, build_key)
         detail = "reused"
         if manifest is None:
-            if answer_seq_len:
-                check_answers(
-                    scanned, given_tokenizer, seq_len=answer_seq_len, chunk_bytes=chunk_bytes
-                )
+            splits = [split_source(s, seed=seed, heldout_ratio=heldout_ratio) for s in scanned]
+            windows_by_part = builder.pack_answers(scanned, splits) if answer_seq_len else {}
             clear_build(out_dir)
             require_free_bytes(out_dir, needed_bytes=num_text_bytes)
-            manifest = builder.build(scanned, build_key=build_key)
+            manifest = builder.build(scanned, splits, windows_by_part, build_key=build_key)
             detail = "built"
     report(BuildProgress(stage=BuildStage.DONE, done_ratio=1.0, detail=detail))
     return manifest
@@ -262,15 +260,6 @@ def check_corpus_fits(manifest: Manifest, *, seq_len: int, global_batch_tokens: 
         )
 
 
-def scan_summary(sources: Sequence[Source]) -> str:
-    """One line for people: how much text was found, and what was left out for which reason."""
-    documents = [document for source in sources for document in source.documents]
-    num_mib = sum(document.num_text_bytes for document in documents) / 2**20
-    left_out = ", ".join(filter(None, (source.skipped.summary() for source in sources)))
-    found = f"{len(documents)} documents of {num_mib:.1f} MiB"
-    return f"{found}; left out: {left_out}" if left_out else found
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Builder:
     """Writes one dataset; holds what all stages need."""
@@ -317,18 +306,44 @@ class _Builder:
         """Token that ends a document."""
         return self.given_tokenizer.eos_token_id if self.given_tokenizer else EOS_TOKEN_ID
 
-    def build(self, sources: Sequence[Source], *, build_key: str) -> Manifest:
-        """Run all stages; the manifest is written last."""
-        splits = [
-            split_source(source, seed=self.seed, heldout_ratio=self.heldout_ratio)
-            for source in sources
-        ]
+    def pack_answers(
+        self, sources: Sequence[Source], splits: Sequence[Split]
+    ) -> dict[Part, TokenArray]:
+        """Windows of every part; nothing is written yet."""
         detail = scan_summary(sources)
-        self.report(BuildProgress(stage=BuildStage.TOKENIZER, done_ratio=0.0, detail=detail))
+
+        def report(done_ratio: float) -> None:
+            self.report(
+                BuildProgress(stage=BuildStage.ANSWERS, done_ratio=done_ratio, detail=detail)
+            )
+
+        report(0.0)
+        return pack_answers(
+            splits,
+            self.given_tokenizer,
+            seq_len=self.answer_seq_len,
+            chunk_bytes=self.chunk_bytes,
+            on_done_ratio=report,
+        )
+
+    def build(
+        self,
+        sources: Sequence[Source],
+        splits: Sequence[Split],
+        windows_by_part: Mapping[Part, TokenArray],
+        *,
+        build_key: str,
+    ) -> Manifest:
+        """Run the other stages; the manifest is written last."""
+        if not self.answer_seq_len:
+            detail = scan_summary(sources)
+            self.report(BuildProgress(stage=BuildStage.TOKENIZER, done_ratio=0.0, detail=detail))
         tokenizer_json = self._train_tokenizer(splits)
         write_file(self.out_dir / chunk_format.TOKENIZER_FILE, tokenizer_json)
-        training = self._write_chunks(splits, tokenizer_json, is_heldout=False)
-        heldout = self._write_chunks(splits, tokenizer_json, is_heldout=True)
+        training, heldout = (
+            self._write_chunks(splits, windows_by_part, tokenizer_json, is_heldout=is_heldout)
+            for is_heldout in (False, True)
+        )
         _check_sizes(training, heldout, min_training_tokens=self.min_training_tokens)
         vocab_size = chunk_format.token_byte_lengths(tokenizer_json).size
         manifest = Manifest(
@@ -367,7 +382,12 @@ class _Builder:
         return train_tokenizer(sample, vocab_size=self.vocab_size)
 
     def _write_chunks(
-        self, splits: Sequence[Split], tokenizer_json: bytes, *, is_heldout: bool
+        self,
+        splits: Sequence[Split],
+        windows_by_part: Mapping[Part, TokenArray],
+        tokenizer_json: bytes,
+        *,
+        is_heldout: bool,
     ) -> list[ChunkEntry]:
         """Encode one split of all sources and write its chunks."""
         writer = ChunkWriter(
@@ -383,29 +403,20 @@ class _Builder:
         total_bytes = sum(p.document.num_text_bytes for parts in parts_by_source for p in parts)
         done_bytes = 0
         for source_index, parts in enumerate(parts_by_source):
-            texts = (part.load_text() for part in parts)
-            documents = self._encode(tokenizer_json, texts, dtype=writer.dtype)
+            documents = encode_documents(
+                load_tokenizer(tokenizer_json),
+                (part.load_text() for part in parts),
+                dtype=writer.dtype,
+                eos_token_id=self.eos_token_id,
+            )
+            if self.answer_seq_len:
+                documents = (windows_by_part[part] for part in parts)
             for part, tokens in zip(parts, documents, strict=True):
                 writer.add(tokens, source_index=source_index)
                 done_bytes += part.document.num_text_bytes
                 self.report(BuildProgress(stage=stage, done_ratio=done_bytes / total_bytes))
             writer.end_source(source_index=source_index)
         return writer.entries
-
-    def _encode(
-        self, tokenizer_json: bytes, texts: Iterator[str], *, dtype: npt.DTypeLike
-    ) -> Iterator[TokenArray]:
-        if self.answer_seq_len:
-            return encode_answers(
-                tokenizer_json,
-                texts,
-                dtype=dtype,
-                eos_token_id=self.eos_token_id,
-                seq_len=self.answer_seq_len,
-            )
-        return encode_documents(
-            load_tokenizer(tokenizer_json), texts, dtype=dtype, eos_token_id=self.eos_token_id
-        )
 
 
 def _finished_build(out_dir: Path, build_key: str) -> Manifest | None:
@@ -484,7 +495,3 @@ def _source_report(source: Source, split: Split) -> SourceReport:
 
 def _num_windows(chunks: Sequence[ChunkEntry], *, seq_len: int) -> int:
     return sum(chunk_format.num_windows(chunk.num_tokens, seq_len) for chunk in chunks)
-
-
-def _ignore(progress: BuildProgress) -> None:
-    """Stands in for a caller that wants no progress."""

@@ -265,6 +265,15 @@ def _scan_source(spec: SourceSpec, *, seen_digests: set[bytes], names: set[str])
     )
 
 
+def scan_summary(sources: Sequence[Source]) -> str:
+    """One line for people: how much text was found, and what was left out for which reason."""
+    documents = [document for source in sources for document in source.documents]
+    num_mib = sum(document.num_text_bytes for document in documents) / 2**20
+    left_out = ", ".join(filter(None, (source.skipped.summary() for source in sources)))
+    found = f"{len(documents)} documents of {num_mib:.1f} MiB"
+    return f"{found}; left out: {left_out}" if left_out else found
+
+
 def stdlib_folder() -> Path:
     """Folder of this Python's standard library. Raises MachineError when it holds no sources."""
     folder = Path(sysconfig.get_path("stdlib"))

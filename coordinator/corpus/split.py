@@ -33,6 +33,14 @@ class Part:
         cut = split_at_line(text, tail_ratio=self.tail_ratio)
         return text[cut:] if self.is_heldout else text[:cut]
 
+    def line_numbers(self, text: str) -> range:
+        """Lines of the document, whose text this is, that are the part's; from 1."""
+        end = text.count("\n") + 2
+        if not self.tail_ratio:
+            return range(1, end)
+        first_heldout = 1 + text.count("\n", 0, split_at_line(text, tail_ratio=self.tail_ratio))
+        return range(first_heldout, end) if self.is_heldout else range(1, first_heldout)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:

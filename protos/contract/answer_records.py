@@ -11,21 +11,21 @@ are. Letters: B windows, T positions, L = T + 1 tokens (the last is a label only
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from protos.contract.chunk_format import Int64Array, Manifest
+from protos.contract.chunk_format import Int64Array, Manifest, TokenArray
 from protos.contract.errors import UsageError
 from protos.contract.run_spec import Objective
 
 ANSWER_KEYS = ("prompt", "answer")
 LABEL_KEYS = ("text", "label")
 
-TokenRecord = tuple[Sequence[int], Sequence[int]]
+TokenRecord = tuple[Sequence[int] | TokenArray, Sequence[int] | TokenArray]
 """Ids of a prompt and of its answer, without special tokens of their own."""
 
 
@@ -109,23 +109,26 @@ def num_window_tokens(record: TokenRecord) -> int:
     return len(record[0]) + len(record[1]) + 2
 
 
-def pack_windows(records: Iterable[TokenRecord], *, seq_len: int, eos_token_id: int) -> Int64Array:
+def pack_windows(records: Sequence[TokenRecord], *, seq_len: int, eos_token_id: int) -> Int64Array:
     """windows_WT: records in their order, each in the first window that has room after the one
     before. Raises ValueError for a record that no window has room for, or without an answer.
     """
-    windows: list[list[int]] = []
+    places: list[tuple[int, int]] = []
+    num_windows, end = 0, seq_len + 1
     for record in records:
         prompt, answer = record
         size = num_window_tokens(record)
-        if size > seq_len or not answer:
+        if size > seq_len or not len(answer):
             raise ValueError(f"{len(prompt)} and {len(answer)} tokens in a window of {seq_len}")
-        if not windows or len(windows[-1]) + size > seq_len + 1:
-            windows.append([eos_token_id])
-        windows[-1] += [*prompt, eos_token_id, *answer, eos_token_id]
-    windows_WT = np.full((len(windows), seq_len), eos_token_id, np.int64)
-    for row, window in enumerate(windows):
-        kept = window[:seq_len]  # one that is full ends with the EOS that begins the next
-        windows_WT[row, : len(kept)] = kept
+        if end + size > seq_len + 1:
+            num_windows, end = num_windows + 1, 1
+        places.append((num_windows - 1, end))
+        end += size
+    windows_WT = np.full((num_windows, seq_len), eos_token_id, np.int64)
+    for (window, begin), (prompt, answer) in zip(places, records, strict=True):
+        windows_WT[window, begin : begin + len(prompt)] = prompt
+        begin += len(prompt) + 1
+        windows_WT[window, begin : begin + len(answer)] = answer
     return windows_WT
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from coordinator.corpus.build import build_corpus, verify_dataset
+from coordinator.corpus import answers
+from coordinator.corpus.build import BuildProgress, BuildStage, build_corpus, verify_dataset
 from coordinator.corpus.chunks import load_chunks
 from coordinator.corpus.tokenizer import GivenTokenizer, train_tokenizer
+from protos.contract.answer_records import Row, parse_rows
 from protos.contract.chunk_format import Manifest, token_bytes_table
 from protos.contract.errors import UsageError
 from tests.coordinator.corpus.texts import made_up_text
@@ -53,6 +55,29 @@ def test_every_record_is_in_one_window_of_one_split(tmp_path: Path) -> None:
     assert len(manifest.training_chunks) > 1
     again = build(tmp_path / "d.jsonl", tmp_path / "again", heldout_ratio=0.1)
     assert again.dataset_id == manifest.dataset_id
+
+
+def test_progress_is_told_while_records_are_encoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In slices, and none is called training a tokenizer; the windows are those of one slice."""
+    path = write_rows(tmp_path / "d.jsonl", ROWS)
+    expected = build(path, tmp_path / "whole")
+    monkeypatch.setattr(answers, "_ROWS_AT_ONCE", 50)
+    texts: list[str] = []
+    seen: list[BuildProgress] = []
+
+    def parse_and_count(text: str, *, keys: tuple[str, str], where: object) -> list[Row]:
+        texts.append(text)
+        return parse_rows(text, keys=keys, where=where)
+
+    monkeypatch.setattr(answers, "parse_rows", parse_and_count)
+    assert build(path, tmp_path / "sliced", on_progress=seen.append) == expected
+    assert len(texts) == 1
+    ratios = [p.done_ratio for p in seen if p.stage is BuildStage.ANSWERS]
+    assert ratios == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert all("1 documents" in p.detail for p in seen if p.stage is BuildStage.ANSWERS)
+    assert BuildStage.TOKENIZER not in [p.stage for p in seen]
 
 
 def test_a_long_window_gets_a_chunk_that_holds_it(tmp_path: Path) -> None:
