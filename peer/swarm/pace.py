@@ -2,11 +2,13 @@
 
 Nothing here affects what is agreed, only how long a member waits before it goes on without another.
 The limits around what was measured are wide: below them a busy machine would look dead, above them
-nobody would wait for a person's answer.
+nobody would wait for a person's answer. On a quiet loopback a stopped member is found within 1.5 s
+in any phase of a round; where answers take longer, later.
 """
 
 import statistics
 from collections import deque
+from dataclasses import replace
 
 from peer.swarm.round_types import RoundTiming
 
@@ -19,6 +21,9 @@ _FIRST = RoundTiming(form_wait_seconds=30.0, reduce_wait_seconds=60.0, is_guesse
 """Of averaging, this is for a reduction in which nothing moves: nobody knows the links yet."""
 _FIRST_CALL_SECONDS = 4.0
 _FIRST_STALL_SECONDS = 15.0
+_MARGIN_SECONDS = 0.75
+"""Of every patience, for a process that has to wait for a core."""
+LEAST_STALL_SECONDS = 0.9
 MOST_REDUCE_SECONDS = 3600.0
 """For the bytes of one attempt, also if they still move."""
 
@@ -64,7 +69,7 @@ class Pace:
         """How long to wait for a member's answer to a message."""
         if len(self._call_seconds) < _LEAST_CALLS:
             return _FIRST_CALL_SECONDS
-        return _patience(self._call_seconds, factor=4.0, least=1.0, most=_FIRST_CALL_SECONDS)
+        return _patience(self._call_seconds, factor=4.0, least=0.75, most=_FIRST_CALL_SECONDS)
 
     def stall_seconds(self, num_failed: int = 0) -> float:
         """How long a member may send nothing that we wait for, until it counts as stopped; twice as
@@ -72,7 +77,8 @@ class Pace:
         """
         seconds = _FIRST_STALL_SECONDS
         if len(self._wait_seconds) >= _LEAST_ROUNDS:
-            seconds = _patience(self._wait_seconds, factor=2.0, least=1.2, most=60.0)
+            least = LEAST_STALL_SECONDS
+            seconds = _patience(self._wait_seconds, factor=2.0, least=least, most=60.0)
         return min(60.0, seconds * 2.0**num_failed)
 
     @property
@@ -85,22 +91,29 @@ class Pace:
         return max(4.0, between / 3)
 
     def timing(self) -> RoundTiming:
-        """Deadlines for the next round; generous until three rounds were measured."""
-        if not self.is_learnt:
-            return _FIRST
+        """Deadlines for the next round; generous until three rounds were measured. How often to ask
+        and how long to wait for answers follows from calls alone.
+        """
         call = self.call_seconds
-        return RoundTiming(
+        timing = replace(
+            _FIRST,
+            exchange_wait_seconds=max(1.0, 0.75 * call),
+            rejoin_wait_seconds=max(0.5, 0.5 * call),
+            resend_seconds=min(1.0, max(0.3, 0.3 * call)),
+            grace_seconds=1.0 + call,
+        )
+        if not self.is_learnt:
+            return timing
+        return replace(
+            timing,
+            is_guessed=False,
             form_wait_seconds=_patience(
                 self._form_seconds, factor=2.0, least=self._least_wait_seconds, most=60.0
             ),
             reduce_wait_seconds=_patience(
                 self._reduce_seconds, factor=2.0, least=self._least_wait_seconds, most=300.0
             ),
-            agree_wait_seconds=_patience(self._agree_seconds, factor=4.0, least=2.0, most=30.0),
-            exchange_wait_seconds=max(1.0, 0.75 * call),
-            rejoin_wait_seconds=max(0.5, 0.5 * call),
-            resend_seconds=min(1.0, max(0.3, 0.3 * call)),
-            grace_seconds=1.0 + call,
+            agree_wait_seconds=_patience(self._agree_seconds, factor=4.0, least=1.0, most=30.0),
         )
 
 
@@ -115,7 +128,7 @@ def reduce_deadline_seconds(
 
 
 def _patience(values: deque[float], *, factor: float, least: float, most: float) -> float:
-    """So many times the median plus four times the median deviation plus one second."""
+    """So many times the median plus four times the median deviation plus a margin."""
     median = statistics.median(values)
     spread = statistics.median(abs(value - median) for value in values)
-    return min(most, max(least, factor * median + 4.0 * spread + 1.0))
+    return min(most, max(least, factor * median + 4.0 * spread + _MARGIN_SECONDS))

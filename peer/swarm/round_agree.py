@@ -59,12 +59,21 @@ class AgreeSide:
 
         Whoever is first waits as long as the others' bytes may take: an exchange would cut them off
         before their votes, and the next attempt would go the same way. No longer than votes take,
-        if a member has failed, or if those that can be reached are no quorum.
+        if a member has failed or can no longer be reached before it has voted (others may still
+        wait for its bytes, and can fetch ours instead), or if those that can be reached are no
+        quorum.
         """
         core = self._core
-        can_vote = set(core.entry_by_peer) - core.unreachable
-        is_hopeless = self.has_failed_elsewhere or not core.votes.is_quorum(can_vote)
-        if is_hopeless or bytes_deadline_seconds == float("inf"):
+        vote, can_vote = core.record.highest_vote, set(core.entry_by_peer) - core.unreachable
+        voted = core.votes.voters((vote.attempt, vote.value)) if vote is not None else set()
+        has_lost_member = not core.last_members <= can_vote | voted
+        is_without_quorum = not core.votes.is_quorum(can_vote)
+        if (
+            has_lost_member
+            or self.has_failed_elsewhere
+            or is_without_quorum
+            or bytes_deadline_seconds == float("inf")
+        ):
             return self.deadline_seconds
         return max(self.deadline_seconds, bytes_deadline_seconds)
 

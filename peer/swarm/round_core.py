@@ -68,6 +68,8 @@ class RoundCore:
         self.accusations = Accusations(num_members=len(self.roster))
         self.last_contributors: frozenset[str] = frozenset()
         """Members that brought something into the last group that was averaged here."""
+        self.last_members: frozenset[str] = frozenset()
+        """All of that group, as long as its bytes come from its reducers."""
         self.num_failed_reductions = 0
         self._late_attempts_by_peer: dict[str, set[int]] = {}
         self.at_step: set[str] = set()
@@ -115,6 +117,7 @@ class RoundCore:
         reason: str,
         to_attempt: int = 0,
         accused: str = "",
+        silent: str = "",
     ) -> None:
         """Tell senders that their message, or an attempt, cannot be used."""
         refusal = rounds_pb2.RoundRefusal(
@@ -122,6 +125,7 @@ class RoundCore:
             kind=kind,  # type: ignore[arg-type]
             attempt=to_attempt,
             accused_peer_id=accused,
+            silent_peer_id=silent,
         )
         self.send(peer_ids, attempt=attempt, refusal=refusal)
 

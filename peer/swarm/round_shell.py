@@ -21,7 +21,7 @@ from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.coordinator_questions import CoordinatorQuestions, Place, Post
 from peer.swarm.latecomers import Latecomers, late_in_failed
-from peer.swarm.pace import MOST_REDUCE_SECONDS, Pace
+from peer.swarm.pace import LEAST_STALL_SECONDS, MOST_REDUCE_SECONDS, Pace
 from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
@@ -210,7 +210,7 @@ class RoundShell:
             case rt.StartReduce():
                 self._start_reduction(effect)
             case rt.AbortReduce():
-                self._abort_reduction(effect.reason)
+                self._abort_reduction(effect.reason, silent_peer_id=effect.silent_peer_id)
             case rt.FetchBytes():
                 self._tasks.start(self._fetch(effect))
             case rt.AskCoordinatorExchange() | rt.SubmitVotes():
@@ -364,7 +364,7 @@ class RoundShell:
         try:
             averaged = await reduction.run()
         except ReduceError as error:
-            self._note_late(reduction)
+            self._note_silent(reduction)
             failed = rt.ReduceFailed(
                 attempt,
                 str(error),
@@ -414,10 +414,11 @@ class RoundShell:
                 self._post(place, rt.ReduceMoved(attempt))
             await asyncio.sleep(_MOVES_SECONDS)
 
-    def _abort_reduction(self, reason: str) -> None:
+    def _abort_reduction(self, reason: str, *, silent_peer_id: str = "") -> None:
         if self._reduction is not None and not self._reduction.done():
             logger.debug("averaging stopped: %s", reason)
-            self._note_silent()
+            if self._current is not None:
+                self._note_silent(self._current, suspect=silent_peer_id)
             if self._current is None or not self._current.has_failed:
                 self._reduction.cancel()
             if self._current is not None:  # a failure of its own is still told to the machine
@@ -425,19 +426,17 @@ class RoundShell:
             self._desk.open(None)
         self._reduction = None
 
-    def _note_silent(self) -> None:
-        """Another member has given the attempt up: whoever is silent here as well is not waited for
-        in the next one.
+    def _note_silent(self, reduction: Reduction, *, suspect: str = "") -> None:
+        """A reduction has failed, here or elsewhere: whoever is silent here as well is not waited
+        for in the next attempt, and whom it has waited for most is late. For a member that has
+        just started anything is too early; a `suspect` is silent for another one.
         """
-        if self._current is not None and self.place is not None:
-            peer_id, seconds = self._current.silent_peer(self._stall_seconds / 2)
-            if peer_id:
-                reason = f"has sent nothing for {seconds:.1f} s"
-                self._post(self.place, rt.PeerUnreachable(peer_id, reason))
-            self._note_late(self._current)
-
-    def _note_late(self, reduction: Reduction) -> None:
-        """A reduction has failed, here or elsewhere: for whom was it waiting?"""
+        peer_id, seconds = reduction.silent_peer(self._stall_seconds / 2)
+        if not peer_id and (seconds := reduction.silence_seconds(suspect)) >= LEAST_STALL_SECONDS:
+            peer_id = suspect
+        if peer_id and self.place is not None:
+            reason = f"has sent nothing for {seconds:.1f} s"
+            self._post(self.place, rt.PeerUnreachable(peer_id, reason))
         elapsed_seconds = time.monotonic() - reduction.begin_seconds
         late = late_in_failed(reduction.late_seconds_by_peer, elapsed_seconds=elapsed_seconds)
         if late and self.place is not None:

@@ -243,8 +243,7 @@ class RoundMachine:
         return due + wait
 
     def _has_own_work(self) -> bool:
-        own = self._core.own
-        return own is not None and len(own.contribution.ranges) > 0
+        return (own := self._core.own) is not None and len(own.contribution.ranges) > 0
 
     def _is_pushing(self) -> bool:
         """Members with work or with a vote in flight keep the round going; idle ones follow."""
@@ -252,10 +251,8 @@ class RoundMachine:
 
     # Attempts ---------------------------------------------------------------------------------
 
-    def supersede(self, attempt: int, reason: str) -> None:
-        """Give the current attempt up and go on to a later one; skips leaders that nobody waits
-        for.
-        """
+    def supersede(self, attempt: int, reason: str, *, silent: str = "") -> None:
+        """Go on to a later attempt that somebody may lead; `silent` is why, as another sees it."""
         core = self._core
         if attempt <= core.attempt or core.phase is RoundPhase.DONE:
             return
@@ -266,7 +263,7 @@ class RoundMachine:
         if self.is_reducing:
             self.is_reducing = False
             core.num_failed_reductions += 1
-            core.emit(AbortReduce(core.attempt, reason))
+            core.emit(AbortReduce(core.attempt, reason, silent))
         core.emit(AttemptDiscarded(core.attempt, reason))
         core.attempt, core.phase, self._group = attempt, RoundPhase.FORM, None
         self._attempt_begin_seconds = self.now_seconds
@@ -391,7 +388,8 @@ class RoundMachine:
                 self._leader.repropose_to(sender)
             elif self._group is not None or sender == self.leader_peer_id:
                 self._is_in_group_before = True
-                self.supersede(attempt + 1, f"{sender}: {refusal.reason}")
+                silent = refusal.silent_peer_id
+                self.supersede(attempt + 1, f"{sender}: {refusal.reason}", silent=silent)
 
     # Reduce -----------------------------------------------------------------------------------
 
@@ -410,13 +408,13 @@ class RoundMachine:
             tell = core.others if accused else (self._leader.leader(attempt),)
             core.hear_accusation(core.setup.own_peer_id, accused, problem)
             tell = tuple(peer for peer in tell if peer != core.setup.own_peer_id)
-            self._fail_attempt(f"group refused: {problem}", tell, accused)
+            self._fail_attempt(f"group refused: {problem}", tell, accused, "")
             return
         members = {member.contribution.peer_id for member in group.members}
         if core.setup.own_peer_id not in members:
             return
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
-        core.last_contributors = contributors_of(group)
+        core.last_members, core.last_contributors = frozenset(members), contributors_of(group)
         self._is_in_group_before = True
         links, size = links_of(group.members, core.entry_by_peer), core.setup.vector_bytes
         self._allow_bytes(expected_seconds(links, group.reducer_piece_ends, vector_bytes=size))
@@ -453,7 +451,8 @@ class RoundMachine:
             accused = core.judge_failure(event)
             members = {m.contribution.peer_id for m in group.members} if group else set()
             tell = tuple(p for p in core.others if p in members)
-            self._fail_attempt(event.reason, tell, accused)
+            silent = event.peer_id if event.is_down else ""
+            self._fail_attempt(event.reason, tell, accused, silent)
         elif event.is_invalid:  # whoever broke the attempt was the first to end it
             core.refuse(
                 *core.others,
@@ -463,9 +462,9 @@ class RoundMachine:
                 accused=core.judge_failure(event),
             )
 
-    def _fail_attempt(self, reason: str, tell: tuple[str, ...], accused: str = "") -> None:
-        attempt = self._core.attempt
-        self._core.refuse(*tell, attempt=attempt, kind=_FAILED, reason=reason, accused=accused)
+    def _fail_attempt(self, reason: str, tell: tuple[str, ...], accused: str, silent: str) -> None:
+        attempt, refuse = self._core.attempt, self._core.refuse
+        refuse(*tell, attempt=attempt, kind=_FAILED, reason=reason, accused=accused, silent=silent)
         self.supersede(attempt + 1, reason)
 
     # Agree ------------------------------------------------------------------------------------
@@ -478,6 +477,7 @@ class RoundMachine:
         """A proposal made again: some may have to fetch its bytes, so all wait as for averaging."""
         if self._core.phase is not RoundPhase.REDUCE and self.phase_deadline_seconds == _NEVER:
             self._allow_bytes(0.0)
+        self._core.last_members = frozenset()  # bytes come from holders, not from reducers
         self._agree.consider(proposal)
 
     def _on_repropose(self, sender: str, attempt: int, repropose: rounds_pb2.Repropose) -> None:

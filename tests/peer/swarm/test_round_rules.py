@@ -323,6 +323,39 @@ def test_who_was_late_twice_is_not_asked_again_in_this_step() -> None:
     assert _members(effects) == {LEADER, OTHERS[0]}
 
 
+def _averaging(own: str) -> RoundMachine:
+    """A member in the middle of averaging with all."""
+    leader, machine = _machine(LEADER), _machine(own)
+    leader.handle(rt.Contributed(_own(LEADER)), now_seconds=0.0)
+    leader.handle(_join(OTHERS[0]), now_seconds=0.0)
+    group = _of(leader.handle(_join(OTHERS[1]), now_seconds=0.0), rt.StartReduce)[0].group
+    machine.handle(rt.Contributed(_own(own)), now_seconds=0.0)
+    machine.handle(rt.Received(LEADER, _message(form_group=group)), now_seconds=0.0)
+    assert machine.phase is rt.RoundPhase.REDUCE
+    return machine
+
+
+def test_whoever_ends_an_attempt_says_for_whom_it_has_waited() -> None:
+    own, other = OTHERS
+    failed = rt.ReduceFailed(0, f"{LEADER} has sent nothing for 1.4 s", LEADER, is_down=True)
+    sent = _of(_averaging(own).handle(failed, now_seconds=1.4), rt.Send)
+    refusals = [s.message for s in sent if s.message.WhichOneof("body") == "refusal"]
+    assert [message.refusal.silent_peer_id for message in refusals] == [LEADER]
+    effects = _averaging(other).handle(rt.Received(own, refusals[0]), now_seconds=1.5)
+    assert [a.silent_peer_id for a in _of(effects, rt.AbortReduce)] == [LEADER]
+
+
+def test_who_has_averaged_does_not_wait_for_the_bytes_of_a_member_that_is_gone() -> None:
+    """Another may still wait for them; the next attempt lets it fetch ours."""
+    for is_gone, is_over in ((False, False), (True, True)):
+        machine = _averaging(OTHERS[0])
+        machine.handle(rt.ReduceDone(0, b"averaged"), now_seconds=0.1)
+        if is_gone:
+            machine.handle(rt.PeerUnreachable(LEADER, "no answer"), now_seconds=1.0)
+        effects = machine.handle(rt.Tick(), now_seconds=0.2 + TIMING.agree_wait_seconds)
+        assert (machine.attempt > 0) == is_over == bool(_of(effects, rt.AttemptDiscarded))
+
+
 def test_the_slow_are_asked_when_nobody_else_has_work() -> None:
     slow = OTHERS[1]
     machine = _machine(LEADER, left_out=frozenset((slow,)))
