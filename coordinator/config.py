@@ -9,6 +9,7 @@ coordinator module that reads the environment.
 import dataclasses
 import difflib
 import importlib.metadata
+import ipaddress
 import math
 import os
 import re
@@ -105,6 +106,7 @@ class CoordinatorConfig:
                     address,
                     "multiaddresses such as /ip4/192.0.2.7/tcp/7702/p2p/Qm...",
                 )
+        self._check_rendezvous_host()
         for mirror in self.checkpoint_mirrors:
             if not mirror.startswith(("http://", "https://", "file:///")) or len(mirror) > 500:
                 raise _refused(
@@ -119,6 +121,18 @@ class CoordinatorConfig:
                 self.lease_ttl_seconds,
                 f"at least two heartbeats ({2 * self.heartbeat_interval_seconds:g} s)",
             )
+
+    def _check_rendezvous_host(self) -> None:
+        """libp2p wants an address to listen at, not a name."""
+        name = "rendezvous_host" if self.rendezvous_host else "host"
+        if self.has_rendezvous and not self.rendezvous:
+            try:
+                ipaddress.IPv4Address(getattr(self, name))
+            except ValueError as error:
+                allowed = (
+                    "an IPv4 address of this machine, 0.0.0.0 for all: a rendezvous is started"
+                )
+                raise _refused(name, getattr(self, name), allowed) from error
 
 
 def load_config(

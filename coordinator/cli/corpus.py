@@ -49,7 +49,7 @@ def build(
             min=0,
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Decides which text is held out.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which text is held out.", min=0)] = 0,
     heldout_ratio: Annotated[
         float, typer.Option("--heldout-ratio", help="Share that is held out.")
     ] = 0.05,

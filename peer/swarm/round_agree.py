@@ -41,18 +41,29 @@ class AgreeSide:
         self._next_submit_seconds = 0.0
         self.deadline_seconds = 0.0
         """When the votes should be there, if everybody has averaged."""
-        self.has_failed_elsewhere = False
-        """A member says that it cannot average in this attempt."""
+        self._failed: set[str] = set()
+        """Members that cannot average in this attempt, and for whose silence."""
         self._proposal_by_digest: dict[bytes, Proposal] = {}
         self._held_digests: set[bytes] = set()
 
     def begin(self, reason: str) -> None:
         """The attempt has got as far as voting."""
         core = self._core
-        core.phase, self.has_failed_elsewhere = RoundPhase.AGREE, False
+        core.phase, self._failed = RoundPhase.AGREE, set()
         wait_seconds = core.timing.agree_wait_seconds + backoff_seconds(core.attempt)
         self.deadline_seconds = self._host.now_seconds + wait_seconds
         core.show(RoundPhase.AGREE, reason)
+
+    def hear_failure(self, *peer_ids: str) -> None:
+        """A member says that it cannot average in this attempt, and for whom it has waited. The
+        leader lets it fetch our bytes; for another there is nothing to wait for if votes of the
+        rest make no quorum.
+        """
+        core = self._core
+        self._failed.update(peer_ids)
+        rest = set(core.entry_by_peer) - core.unreachable - self._failed
+        if self._host.leader_peer_id != core.setup.own_peer_id and not core.votes.is_quorum(rest):
+            self.deadline_seconds = self._host.now_seconds
 
     def patience_seconds(self, bytes_deadline_seconds: float) -> float:
         """When an attempt is given up that this member has voted in, or fetches bytes for.
@@ -70,7 +81,7 @@ class AgreeSide:
         is_without_quorum = not core.votes.is_quorum(can_vote)
         if (
             has_lost_member
-            or self.has_failed_elsewhere
+            or self._failed
             or is_without_quorum
             or bytes_deadline_seconds == float("inf")
         ):

@@ -306,6 +306,7 @@ class RoundShell:
         place = (message.incarnation, message.outer_step)
         begin_seconds = time.monotonic()
         has_failed = peer_id in self._failures_by_peer
+        is_connected = self._transport.is_connected(peer_id)
         timeout_seconds = self.pace.call_seconds * (_AGAIN_RATIO if has_failed else 1.0)
         try:
             ack = await self._transport.call(
@@ -328,7 +329,8 @@ class RoundShell:
                     await self._deliver(peer_id, message)
             return
         self._failures_by_peer.pop(peer_id, None)
-        self.pace.add_call(time.monotonic() - begin_seconds)
+        if is_connected:  # dialling says nothing of how quick a member answers
+            self.pace.add_call(time.monotonic() - begin_seconds)
         self._post(place, rt.Acked(peer_id, ack))
 
     # Averaging --------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ class RoundMachine:
             if attempt != core.attempt:
                 return
             if core.phase is RoundPhase.AGREE:
-                self._agree.has_failed_elsewhere = True
+                self._agree.hear_failure(sender, refusal.silent_peer_id)
                 self._leader.repropose_to(sender)
             elif self._group is not None or sender == self.leader_peer_id:
                 self._is_in_group_before = True

@@ -262,6 +262,10 @@ class Transport:
             raise PeerCallError(str(error), is_down=True) from error
         return str(identity.to_base58())
 
+    def is_connected(self, peer_id: str) -> bool:
+        """True if the next call to a member need not dial, as far as we know."""
+        return peer_id in self._connected
+
     async def _ensure_connected(self, peer_id: str) -> PeerID:
         identity = self._p2p_by_peer.get(peer_id)
         if identity is None:

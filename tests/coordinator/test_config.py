@@ -57,6 +57,9 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, key: str) -> None:
         "rendezvous = ['here']",
         "data_dir = '\xff'",  # written in another encoding than UTF-8
         "max_peers = 0",
+        "host = 'localhost'",
+        "host = '::'",
+        "rendezvous_host = 'here'",
         "data_dir = 3",
         "= 3",
     ],
@@ -67,6 +70,11 @@ def test_bad_values_are_refused(tmp_path: Path, line: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_config(config_path=path, environment={})
     assert caught.value.allowed and caught.value.remedy
+
+
+def test_a_name_will_do_where_no_rendezvous_is_started() -> None:
+    config = load_config(flags={"host": "localhost", "has_rendezvous": False}, environment={})
+    assert config.host == "localhost"
 
 
 @pytest.mark.parametrize("text", ["", "seven", "7.5"])

@@ -16,7 +16,7 @@ import torch
 
 from peer.model.inner_optimizer import adamw
 from peer.model.loss import examples_on, summed_loss
-from peer.model.objectives import IGNORED, Examples
+from peer.model.objectives import IGNORED, ExampleBuilder, Examples
 from peer.model.probe import LayerStats
 from peer.parallel.faults import LocalRankError
 from peer.parallel.layout import Layout, Schedule
@@ -26,7 +26,7 @@ from peer.train.probed_step import ProbedNodeStep, ProbedStep, Timer
 from peer.train.step import MicroStep
 from protos.contract.digest import Float32Vector
 from protos.contract.model_shape import ModelShape
-from protos.contract.run_spec import ModelSpec, OptimizerSpec
+from protos.contract.run_spec import ModelSpec, ObjectiveSpec, OptimizerSpec
 from tests.peer.model.tiny import BASE, build
 
 pytestmark = pytest.mark.slow
@@ -148,6 +148,30 @@ def test_gradients_loss_and_norm_are_those_of_one_process(
             == [pytest.approx(float(np.linalg.norm(expected.grads.astype(float))), rel=1e-6)]
             * layout.num_ranks
         )
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tp-odd-vocabulary", "pp", "tp-pp"])
+def test_answers_are_trained_as_on_one_device(node: LocalRanks, name: str) -> None:
+    """Records beside each other in a window, of which only answers are predicted."""
+    spec, layout = CASES[name]
+    tokens = np.random.default_rng(7).integers(1, spec.vocab_size, (NUM_WINDOWS, spec.seq_len + 1))
+    tokens[:, [0, 2, 5, 8]] = 0  # begins, answer, begins again, answer
+    tokens[:, -1] = 0
+    builder = ExampleBuilder(
+        ObjectiveSpec(name="answers"), seed=0, num_text_tokens=spec.vocab_size, eos_token_id=0
+    )
+    keys = [(0, 0, window) for window in range(NUM_WINDOWS)]
+    examples = builder.build(tokens[:, :-1], tokens[:, 1:], keys)
+    assert 0 < examples.num_predicted < examples.num_tokens
+    expected = reference(spec, examples)
+    size = configure(node, spec, layout)
+    node.vector[:size] = expected.params
+    node.call("load")
+    total_nats, is_finite = node.run(examples)
+    assert is_finite and total_nats == pytest.approx(expected.total_nats, rel=2e-6)
+    node.call("store_grads")
+    errors = relative_by_parameter(spec, node.vector[:size], expected.grads)
+    assert max(errors.values()) <= 2e-6, errors
 
 
 @pytest.mark.parametrize("name", ["tp", "tp-pp"])

@@ -356,6 +356,17 @@ def test_who_has_averaged_does_not_wait_for_the_bytes_of_a_member_that_is_gone()
         assert (machine.attempt > 0) == is_over == bool(_of(effects, rt.AttemptDiscarded))
 
 
+def test_who_has_averaged_gives_up_at_once_when_too_few_others_can_vote() -> None:
+    own, other = OTHERS
+    machine = _averaging(own)
+    machine.handle(rt.ReduceDone(0, b"averaged"), now_seconds=0.1)
+    refusal = rounds_pb2.RoundRefusal(
+        kind=rounds_pb2.REFUSAL_KIND_ATTEMPT_FAILED, reason="silent", silent_peer_id=LEADER
+    )
+    machine.handle(rt.Received(other, _message(refusal=refusal)), now_seconds=0.2)
+    assert machine.attempt > 0 and machine.phase is rt.RoundPhase.FORM
+
+
 def test_the_slow_are_asked_when_nobody_else_has_work() -> None:
     slow = OTHERS[1]
     machine = _machine(LEADER, left_out=frozenset((slow,)))

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coordinator.corpus.build import build_corpus
@@ -20,7 +21,7 @@ from peer.train.replicas import ReplicaRun
 from peer.train.step import MicroStep
 from protos.contract.chunk_format import Manifest
 from protos.contract.errors import UsageError
-from protos.contract.run_spec import DataSpec, ObjectiveSpec, RunSpec
+from protos.contract.run_spec import DataSpec, ObjectiveSpec, RunSpec, StrategySpec
 from tests.peer.model.tiny import SPEC, build
 
 SEQ_LEN = 24
@@ -119,6 +120,26 @@ def test_two_peers_equal_one_process_and_learn_the_answers(dataset: tuple[RunSpe
     assert after == pytest.approx(reference.evaluate().loss_nats, abs=5e-5)
     assert run.position.schedule_tokens == spec.budget_tokens
     assert after < 0.3 * before
+
+
+def test_diloco_peers_learn_the_answers_too(dataset: tuple[RunSpec, Path]) -> None:
+    spec, folder = dataset
+    strategy = StrategySpec(
+        name="diloco", inner_steps=4, inner_batch_tokens=SEQ_LEN * 4, num_fragments=2,
+        overlap_inner_steps=1, codec="int8", outer_lr=1.0, outer_momentum=0.0,
+    )  # fmt: skip
+    spec = replace(spec, strategy=strategy)
+    run = ReplicaRun(spec, folder, round_tokens=[SEQ_LEN * 8, SEQ_LEN * 4])
+    before = run.evaluate().loss_nats
+    while not run.is_finished:
+        run.advance()
+    assert run.position.schedule_tokens == spec.budget_tokens
+    for replica in run.replicas[1:]:
+        for vector, other in zip(
+            replica.vectors.state_vectors(), run.replicas[0].vectors.state_vectors(), strict=True
+        ):
+            np.testing.assert_array_equal(vector, other)
+    assert run.evaluate().loss_nats < 0.4 * before
 
 
 def test_other_objectives_are_refused(dataset: tuple[RunSpec, Path]) -> None:
