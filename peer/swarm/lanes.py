@@ -128,16 +128,20 @@ class Lanes:
 
     # Lending ----------------------------------------------------------------------------------
 
-    def lend(self, peer_id: str) -> Bundle | None:
-        """The own bundle to a member for one stream, if it has one that is free; otherwise one is
-        made in the background, if the member is far.
+    async def lend(self, peer_id: str) -> Bundle | None:
+        """The own bundle to a member for one stream, if it has one that is free, or comes back from
+        the last stream soon; otherwise one is made in the background, if the member is far.
         """
         way = self._ways[peer_id]
-        with self._lock:
-            bundle, way.own = way.own, None
-            if bundle is not None and bundle.is_alive():
-                way.lent = bundle
-                return bundle
+        for _ in range(_LOOKS):
+            with self._lock:
+                bundle, way.own, is_lent = way.own, None, way.lent is not None
+                if bundle is not None and bundle.is_alive():
+                    way.lent = bundle
+                    return bundle
+            if bundle is not None or not is_lent:
+                break
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         if bundle is not None:
             bundle.close()
             logger.info("lanes to %s: broke while idle", peer_id)

@@ -405,7 +405,7 @@ class Transport:
         bundle = None
         try:
             if stream.is_opener:
-                bundle = self.lanes.lend(peer_id)
+                bundle = await self.lanes.lend(peer_id)
                 await stream.send_bytes(NO_BUNDLE if bundle is None else bundle.bundle_id)
             else:
                 bundle_id = await stream.read_bytes(len(NO_BUNDLE))

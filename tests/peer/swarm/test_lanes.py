@@ -54,7 +54,14 @@ class Pair:
 
     async def echo(self) -> type:
         """One stream there and back; what kind it was on both sides."""
-        bulk, data = await self.open(), os.urandom(NUM_BYTES)
+        bulk = await self.open()
+        await self.use(bulk)
+        assert self.kinds[-1] is type(bulk)
+        return type(bulk)
+
+    async def use(self, bulk: BulkStream) -> None:
+        """Send something and have it back."""
+        data = os.urandom(NUM_BYTES)
 
         def exchange() -> bytearray:
             bulk.send(data)
@@ -64,8 +71,6 @@ class Pair:
             return found
 
         assert await asyncio.to_thread(exchange) == data
-        assert self.kinds[-1] is type(bulk)
-        return type(bulk)
 
     async def made(self) -> None:
         """Wait until a's lanes to b are made, or given up."""
@@ -113,6 +118,24 @@ def test_one_stream_after_another_over_the_same_lanes(tmp_path: Path) -> None:
         assert received - before[1] >= 3 * NUM_BYTES and sent - before[0] >= 3 * NUM_BYTES
         pair.first.set_members({})
         assert bundle is not None and not bundle.is_alive(), "keys end with membership"
+
+    _with_pair(tmp_path, body)
+
+
+def test_a_stream_waits_for_lanes_whose_last_stream_is_just_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds that follow one another do not fall back to libp2p every other time."""
+    monkeypatch.setattr(lanes_module, "_LOOKS", 1000)
+
+    async def body(pair: Pair) -> None:
+        await pair.on_lanes()
+        first = await pair.open()
+        opening = asyncio.ensure_future(pair.open())
+        await pair.use(first)
+        second = await opening
+        await pair.use(second)
+        assert pair.kinds[-2:] == [LaneStream, LaneStream] == [type(first), type(second)]
 
     _with_pair(tmp_path, body)
 
