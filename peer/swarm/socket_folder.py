@@ -31,6 +31,17 @@ def claim_socket_folder(home: Path) -> Path:
     if len(os.fsencode(folder)) + _SOCKET_NAME_BYTES > _MAX_SOCKET_PATH_BYTES:
         name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         folder = temp / f"{_prefix()}{name}"
+    if folder.parent == temp:
+        while not _hold(folder):
+            pass
+    else:
+        _make(folder)
+    for path in folder.glob("*.sock"):
+        path.unlink(missing_ok=True)
+    return folder
+
+
+def _make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.stat().st_uid != os.getuid():
         raise MachineError(
@@ -39,12 +50,23 @@ def claim_socket_folder(home: Path) -> Path:
             remedy="remove it or choose another --home",
             code=ErrorCode.PERMISSION_DENIED,
         )
-    for path in folder.glob("*.sock"):
-        path.unlink(missing_ok=True)
-    if folder.parent == temp:
+
+
+def _hold(folder: Path) -> bool:
+    """Make and lock the folder until this process ends, however it ends. False if another process
+    has taken it for a dead one's meanwhile, and removed it: its lock is not held when it is made.
+    """
+    try:
+        _make(folder)
         fd = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)  # held until this process ends, however it ends
-    return folder
+    except FileNotFoundError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(fd), os.stat(folder / _LOCK_NAME)):
+            return True
+    os.close(fd)
+    return False
 
 
 def release_socket_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Folders of p2pd's sockets: claimed by one process, removed by it or by whoever comes next."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -47,6 +48,25 @@ def test_folder_of_a_killed_process_goes_when_the_next_one_starts(
     assert mine.stat().st_mode & 0o777 == 0o700
     release_socket_folder(mine)
     assert list(temp.iterdir()) == []
+
+
+def test_a_folder_that_another_takes_for_a_dead_ones_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making it and locking it."""
+    monkeypatch.setattr(socket_folder.tempfile, "tempdir", str(tmp_path))
+    lock, removed = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and not removed:  # the owner's own, for the first time
+            removed.extend(remove_dead_folders(tmp_path))
+        lock(fd, how)
+
+    monkeypatch.setattr(socket_folder.fcntl, "flock", late)
+    mine = claim_socket_folder(tmp_path / ("f" * 90))
+    assert removed == [mine] and mine.exists()
+    assert remove_dead_folders(tmp_path) == []
+    release_socket_folder(mine)
 
 
 def test_short_homes_keep_their_sockets_at_home() -> None:
