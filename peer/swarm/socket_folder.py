@@ -81,9 +81,9 @@ def remove_dead_folders(temp: Path) -> list[Path]:
     """Remove our folders in the temp folder whose owner has ended; returns them."""
     removed = []
     for folder in temp.glob(f"{_prefix()}*"):
-        if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
-            continue
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # whoever else looks may be quicker
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
             fd = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
