@@ -238,31 +238,20 @@ class Reduction:
         Whoever owes us pieces of its own is blamed first: a reducer may be late only because it
         waits for that one. Nobody is, as long as we have been stopped ourselves.
         """
+        now = time.monotonic()
+        if now - self._tick_seconds > MAX_TICK_SECONDS:
+            return "", 0.0
         parts: list[tuple[float, str]] = []
         reduced: list[tuple[float, str]] = []
-        for (peer_id, is_reduced), seconds in self._silences().items():
-            (reduced if is_reduced else parts).append((seconds, peer_id))
+        for (peer_id, is_reduced), (stream, since_seconds) in list(self._awaited.items()):
+            last_seconds = stream.progress_seconds if stream is not None else 0.0
+            late_seconds = now - max(since_seconds, last_seconds, self._heed_seconds)
+            (reduced if is_reduced else parts).append((late_seconds, peer_id))
         for late, patience_seconds in ((parts, stall_seconds), (reduced, 1.5 * stall_seconds)):
             if late:
                 seconds, peer_id = max(late)
                 return (peer_id, seconds) if seconds >= patience_seconds else ("", 0.0)
         return "", 0.0
-
-    def silence_seconds(self, peer_id: str) -> float:
-        """How long we have waited for bytes of a member; 0.0 if we wait for none."""
-        silences = self._silences().items()
-        return max((seconds for (found, _), seconds in silences if found == peer_id), default=0.0)
-
-    def _silences(self) -> dict[tuple[str, bool], float]:
-        """Seconds without bytes of those awaited; empty after we were stopped ourselves."""
-        now = time.monotonic()
-        if now - self._tick_seconds > MAX_TICK_SECONDS:
-            return {}
-        found = {}
-        for key, (stream, since_seconds) in list(self._awaited.items()):
-            last_seconds = stream.progress_seconds if stream is not None else 0.0
-            found[key] = now - max(since_seconds, last_seconds, self._heed_seconds)
-        return found
 
     def tick(self) -> None:
         """Time has passed: book it on whoever is awaited while at least as many others have

@@ -120,6 +120,8 @@ class Bundle:
         self._plain = memoryview(b"")
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         self._is_closed = False
+        self.is_ending = False
+        """True while its last stream only waits for the other side's end."""
 
     @property
     def num_lanes(self) -> int:
@@ -306,7 +308,7 @@ class LaneStream(BulkStream):
 
     def linger(self) -> None:
         """Wait a moment until the other side is done with the stream, then close."""
-        self._is_lingering = True
+        self._is_lingering = self._bundle.is_ending = True
         self._finish(is_clean=self._bundle.receive_end(LINGER_SECONDS))
 
     def close(self) -> None:

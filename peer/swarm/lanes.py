@@ -135,11 +135,11 @@ class Lanes:
         way = self._ways[peer_id]
         for _ in range(_LOOKS):
             with self._lock:
-                bundle, way.own, is_lent = way.own, None, way.lent is not None
+                bundle, way.own, lent = way.own, None, way.lent
                 if bundle is not None and bundle.is_alive():
-                    way.lent = bundle
+                    way.lent, bundle.is_ending = bundle, False
                     return bundle
-            if bundle is not None or not is_lent:
+            if bundle is not None or lent is None or not lent.is_ending:
                 break
             await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         if bundle is not None:

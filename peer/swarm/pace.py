@@ -7,13 +7,14 @@ in any phase of a round; where answers take longer, later.
 """
 
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import replace
 
 from peer.swarm.round_types import RoundTiming
 
 _NUM_ROUNDS = 16
 _NUM_CALLS = 64
+_NUM_LAST_CALLS = 8
 _LEAST_ROUNDS = 3
 _LEAST_CALLS = 3
 """A member that was restarted may lead its second round."""
@@ -23,7 +24,6 @@ _FIRST_CALL_SECONDS = 4.0
 _FIRST_STALL_SECONDS = 15.0
 _MARGIN_SECONDS = 0.75
 """Of every patience, for a process that has to wait for a core."""
-LEAST_STALL_SECONDS = 0.9
 MOST_REDUCE_SECONDS = 3600.0
 """For the bytes of one attempt, also if they still move."""
 
@@ -38,6 +38,9 @@ class Pace:
         self._wait_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._round_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._call_seconds: deque[float] = deque(maxlen=_NUM_CALLS)
+        self._last_calls_by_peer: defaultdict[str, deque[float]] = defaultdict(
+            lambda: deque(maxlen=_NUM_LAST_CALLS)
+        )
 
     def add(self, *, form_seconds: float, reduce_seconds: float, agree_seconds: float) -> None:
         """Remember a committed round: from the own contribution to the group, from there to the
@@ -55,18 +58,31 @@ class Pace:
         """Remember the longest wait for the next bytes of a reduction that succeeded."""
         self._wait_seconds.append(seconds)
 
-    def add_call(self, seconds: float) -> None:
+    def add_call(self, peer_id: str, seconds: float) -> None:
         """Remember how long a member took to answer a message."""
         self._call_seconds.append(seconds)
+        self._last_calls_by_peer[peer_id].append(seconds)
+
+    def add_unanswered(self, peer_id: str, seconds: float) -> None:
+        """Remember that a member took longer than this, or does not answer at all."""
+        self._last_calls_by_peer[peer_id].append(seconds)
 
     @property
     def is_learnt(self) -> bool:
         """True once deadlines follow from rounds; before, who misses one may still be quick."""
         return len(self._form_seconds) >= _LEAST_ROUNDS
 
+    def call_seconds_of(self, peer_id: str) -> float:
+        """How long to wait for this member's answer: longer than for others if even the quickest of
+        its last ones was slow.
+        """
+        own_seconds = min(self._last_calls_by_peer[peer_id], default=0.0)
+        seconds = max(self.call_seconds, 4.0 * own_seconds + _MARGIN_SECONDS)
+        return min(_FIRST_CALL_SECONDS, seconds)
+
     @property
     def call_seconds(self) -> float:
-        """How long to wait for a member's answer to a message."""
+        """How long to wait for a member's answer to a message, whoever it is."""
         if len(self._call_seconds) < _LEAST_CALLS:
             return _FIRST_CALL_SECONDS
         return _patience(self._call_seconds, factor=4.0, least=0.75, most=_FIRST_CALL_SECONDS)
@@ -77,8 +93,7 @@ class Pace:
         """
         seconds = _FIRST_STALL_SECONDS
         if len(self._wait_seconds) >= _LEAST_ROUNDS:
-            least = LEAST_STALL_SECONDS
-            seconds = _patience(self._wait_seconds, factor=2.0, least=least, most=60.0)
+            seconds = _patience(self._wait_seconds, factor=2.0, least=0.9, most=60.0)
         return min(60.0, seconds * 2.0**num_failed)
 
     @property

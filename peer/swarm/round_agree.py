@@ -24,6 +24,7 @@ class Host(Protocol):
 
     is_reducing: bool
     now_seconds: float
+    attempt_begin_seconds: float
 
     @property
     def leader_peer_id(self) -> str:
@@ -41,51 +42,51 @@ class AgreeSide:
         self._next_submit_seconds = 0.0
         self.deadline_seconds = 0.0
         """When the votes should be there, if everybody has averaged."""
-        self._failed: set[str] = set()
-        """Members that cannot average in this attempt, and for whose silence."""
+        self.failed: set[str] = set()
+        """Members that say that they cannot average in this attempt."""
+        self._lost_since_seconds: float | None = None
+        """Since when a member whose vote is missing cannot be reached; None if all can."""
         self._proposal_by_digest: dict[bytes, Proposal] = {}
         self._held_digests: set[bytes] = set()
 
     def begin(self, reason: str) -> None:
         """The attempt has got as far as voting."""
         core = self._core
-        core.phase, self._failed = RoundPhase.AGREE, set()
+        core.phase, self.failed = RoundPhase.AGREE, set()
         wait_seconds = core.timing.agree_wait_seconds + backoff_seconds(core.attempt)
         self.deadline_seconds = self._host.now_seconds + wait_seconds
         core.show(RoundPhase.AGREE, reason)
-
-    def hear_failure(self, *peer_ids: str) -> None:
-        """A member says that it cannot average in this attempt, and for whom it has waited. The
-        leader lets it fetch our bytes; for another there is nothing to wait for if votes of the
-        rest make no quorum.
-        """
-        core = self._core
-        self._failed.update(peer_ids)
-        rest = set(core.entry_by_peer) - core.unreachable - self._failed
-        if self._host.leader_peer_id != core.setup.own_peer_id and not core.votes.is_quorum(rest):
-            self.deadline_seconds = self._host.now_seconds
 
     def patience_seconds(self, bytes_deadline_seconds: float) -> float:
         """When an attempt is given up that this member has voted in, or fetches bytes for.
 
         Whoever is first waits as long as the others' bytes may take: an exchange would cut them off
-        before their votes, and the next attempt would go the same way. No longer than votes take,
-        if a member has failed or can no longer be reached before it has voted (others may still
-        wait for its bytes, and can fetch ours instead), or if those that can be reached are no
-        quorum.
+        before their votes, and the next attempt would go the same way. No longer than votes take if
+        a member has failed, or if those that can be reached are no quorum; not at all if votes of
+        all but the failed would be none (the leader lets them fetch its bytes). And while a member
+        cannot be reached that has not voted, only for a moment: others may wait for its bytes, and
+        can fetch ours instead.
         """
-        core = self._core
-        vote, can_vote = core.record.highest_vote, set(core.entry_by_peer) - core.unreachable
+        core, host = self._core, self._host
+        vote, own = core.record.highest_vote, core.setup.own_peer_id
         voted = core.votes.voters((vote.attempt, vote.value)) if vote is not None else set()
-        has_lost_member = not core.last_members <= can_vote | voted
-        is_without_quorum = not core.votes.is_quorum(can_vote)
-        if (
-            has_lost_member
-            or self._failed
-            or is_without_quorum
-            or bytes_deadline_seconds == float("inf")
-        ):
+        can_vote = set(core.entry_by_peer) - core.unreachable
+        rest = (can_vote - self.failed) | voted | {own, COORDINATOR_VOTER}
+        if self.failed and host.leader_peer_id != own and not core.votes.is_quorum(rest):
+            return host.now_seconds
+        is_hopeless = bool(self.failed) or not core.votes.is_quorum(can_vote)
+        if is_hopeless or bytes_deadline_seconds == float("inf"):
             return self.deadline_seconds
+        missing = core.last_members & core.votes.half_votes.keys() - can_vote - voted
+        if vote is None or not missing:
+            self._lost_since_seconds = None
+        elif self._lost_since_seconds is None:
+            self._lost_since_seconds = host.now_seconds
+        if self._lost_since_seconds is not None:
+            spent_seconds = host.now_seconds - host.attempt_begin_seconds
+            moment_seconds = max(2.0 * core.timing.resend_seconds, 0.1 * spent_seconds)
+            lost_seconds = self._lost_since_seconds + moment_seconds
+            bytes_deadline_seconds = min(bytes_deadline_seconds, lost_seconds)
         return max(self.deadline_seconds, bytes_deadline_seconds)
 
     def hold(self, averaged_digest: bytes) -> None:

@@ -117,7 +117,6 @@ class RoundCore:
         reason: str,
         to_attempt: int = 0,
         accused: str = "",
-        silent: str = "",
     ) -> None:
         """Tell senders that their message, or an attempt, cannot be used."""
         refusal = rounds_pb2.RoundRefusal(
@@ -125,7 +124,6 @@ class RoundCore:
             kind=kind,  # type: ignore[arg-type]
             attempt=to_attempt,
             accused_peer_id=accused,
-            silent_peer_id=silent,
         )
         self.send(peer_ids, attempt=attempt, refusal=refusal)
 

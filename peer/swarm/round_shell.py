@@ -21,7 +21,7 @@ from peer.swarm.codecs import EncodedVector
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.coordinator_questions import CoordinatorQuestions, Place, Post
 from peer.swarm.latecomers import Latecomers, late_in_failed
-from peer.swarm.pace import LEAST_STALL_SECONDS, MOST_REDUCE_SECONDS, Pace
+from peer.swarm.pace import MOST_REDUCE_SECONDS, Pace
 from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
@@ -210,7 +210,7 @@ class RoundShell:
             case rt.StartReduce():
                 self._start_reduction(effect)
             case rt.AbortReduce():
-                self._abort_reduction(effect.reason, silent_peer_id=effect.silent_peer_id)
+                self._abort_reduction(effect.reason)
             case rt.FetchBytes():
                 self._tasks.start(self._fetch(effect))
             case rt.AskCoordinatorExchange() | rt.SubmitVotes():
@@ -307,7 +307,8 @@ class RoundShell:
         begin_seconds = time.monotonic()
         has_failed = peer_id in self._failures_by_peer
         is_connected = self._transport.is_connected(peer_id)
-        timeout_seconds = self.pace.call_seconds * (_AGAIN_RATIO if has_failed else 1.0)
+        patience_seconds = self.pace.call_seconds_of(peer_id)
+        timeout_seconds = patience_seconds * (_AGAIN_RATIO if has_failed else 1.0)
         try:
             ack = await self._transport.call(
                 peer_id,
@@ -319,6 +320,7 @@ class RoundShell:
         except PeerCallError as error:
             logger.debug("message to %s: %s", peer_id, error)
             if error.is_down:
+                self.pace.add_unanswered(peer_id, time.monotonic() - begin_seconds)
                 failures = self._failures_by_peer.get(peer_id, 0) + 1
                 self._failures_by_peer[peer_id] = failures
                 if failures >= 2:
@@ -330,7 +332,7 @@ class RoundShell:
             return
         self._failures_by_peer.pop(peer_id, None)
         if is_connected:  # dialling says nothing of how quick a member answers
-            self.pace.add_call(time.monotonic() - begin_seconds)
+            self.pace.add_call(peer_id, time.monotonic() - begin_seconds)
         self._post(place, rt.Acked(peer_id, ack))
 
     # Averaging --------------------------------------------------------------------------------
@@ -416,11 +418,11 @@ class RoundShell:
                 self._post(place, rt.ReduceMoved(attempt))
             await asyncio.sleep(_MOVES_SECONDS)
 
-    def _abort_reduction(self, reason: str, *, silent_peer_id: str = "") -> None:
+    def _abort_reduction(self, reason: str) -> None:
         if self._reduction is not None and not self._reduction.done():
             logger.debug("averaging stopped: %s", reason)
             if self._current is not None:
-                self._note_silent(self._current, suspect=silent_peer_id)
+                self._note_silent(self._current)
             if self._current is None or not self._current.has_failed:
                 self._reduction.cancel()
             if self._current is not None:  # a failure of its own is still told to the machine
@@ -428,14 +430,11 @@ class RoundShell:
             self._desk.open(None)
         self._reduction = None
 
-    def _note_silent(self, reduction: Reduction, *, suspect: str = "") -> None:
+    def _note_silent(self, reduction: Reduction) -> None:
         """A reduction has failed, here or elsewhere: whoever is silent here as well is not waited
-        for in the next attempt, and whom it has waited for most is late. For a member that has
-        just started anything is too early; a `suspect` is silent for another one.
+        for in the next attempt, and whom it has waited for most is late.
         """
         peer_id, seconds = reduction.silent_peer(self._stall_seconds / 2)
-        if not peer_id and (seconds := reduction.silence_seconds(suspect)) >= LEAST_STALL_SECONDS:
-            peer_id = suspect
         if peer_id and self.place is not None:
             reason = f"has sent nothing for {seconds:.1f} s"
             self._post(self.place, rt.PeerUnreachable(peer_id, reason))

@@ -74,7 +74,7 @@ class RoundMachine:
         self._agree = AgreeSide(self._core, self)
         self._leader = LeaderSide(self._core, self)
         self._first_due_seconds = _NEVER
-        self._attempt_begin_seconds = now_seconds
+        self.attempt_begin_seconds = now_seconds
         self.phase_deadline_seconds = _NEVER
         self._next_resend_seconds = now_seconds
         self._group: rounds_pb2.FormGroup | None = None
@@ -226,15 +226,15 @@ class RoundMachine:
         timing = self._core.timing
         deadline = self._first_due_seconds + timing.form_wait_seconds
         if self._core.attempt > 0:
-            rejoin = self._attempt_begin_seconds + timing.rejoin_wait_seconds
+            rejoin = self.attempt_begin_seconds + timing.rejoin_wait_seconds
             return rejoin if self._is_in_group_before else max(deadline, rejoin)
         return deadline
 
     def _patience_seconds(self) -> float:
         """When a member stops waiting for the leader."""
         core = self._core
-        due = self._attempt_begin_seconds if core.attempt else self._first_due_seconds
-        due = self._attempt_begin_seconds if due == _NEVER else due
+        due = self.attempt_begin_seconds if core.attempt else self._first_due_seconds
+        due = self.attempt_begin_seconds if due == _NEVER else due
         wait = core.timing.grace_seconds + backoff_seconds(core.attempt)
         if core.attempt > 0:
             wait += core.timing.exchange_wait_seconds + core.timing.rejoin_wait_seconds
@@ -251,8 +251,10 @@ class RoundMachine:
 
     # Attempts ---------------------------------------------------------------------------------
 
-    def supersede(self, attempt: int, reason: str, *, silent: str = "") -> None:
-        """Go on to a later attempt that somebody may lead; `silent` is why, as another sees it."""
+    def supersede(self, attempt: int, reason: str) -> None:
+        """Give the current attempt up and go on to a later one; skips leaders that nobody waits
+        for.
+        """
         core = self._core
         if attempt <= core.attempt or core.phase is RoundPhase.DONE:
             return
@@ -263,10 +265,10 @@ class RoundMachine:
         if self.is_reducing:
             self.is_reducing = False
             core.num_failed_reductions += 1
-            core.emit(AbortReduce(core.attempt, reason, silent))
+            core.emit(AbortReduce(core.attempt, reason))
         core.emit(AttemptDiscarded(core.attempt, reason))
         core.attempt, core.phase, self._group = attempt, RoundPhase.FORM, None
-        self._attempt_begin_seconds = self.now_seconds
+        self.attempt_begin_seconds = self.now_seconds
         self.phase_deadline_seconds = _NEVER
         core.show(RoundPhase.FORM, f"attempt {attempt}: {reason}")
         self._leader.enter(self.now_seconds)
@@ -384,12 +386,11 @@ class RoundMachine:
             if attempt != core.attempt:
                 return
             if core.phase is RoundPhase.AGREE:
-                self._agree.hear_failure(sender, refusal.silent_peer_id)
+                self._agree.failed.add(sender)
                 self._leader.repropose_to(sender)
             elif self._group is not None or sender == self.leader_peer_id:
                 self._is_in_group_before = True
-                silent = refusal.silent_peer_id
-                self.supersede(attempt + 1, f"{sender}: {refusal.reason}", silent=silent)
+                self.supersede(attempt + 1, f"{sender}: {refusal.reason}")
 
     # Reduce -----------------------------------------------------------------------------------
 
@@ -408,7 +409,7 @@ class RoundMachine:
             tell = core.others if accused else (self._leader.leader(attempt),)
             core.hear_accusation(core.setup.own_peer_id, accused, problem)
             tell = tuple(peer for peer in tell if peer != core.setup.own_peer_id)
-            self._fail_attempt(f"group refused: {problem}", tell, accused, "")
+            self._fail_attempt(f"group refused: {problem}", tell, accused)
             return
         members = {member.contribution.peer_id for member in group.members}
         if core.setup.own_peer_id not in members:
@@ -451,8 +452,7 @@ class RoundMachine:
             accused = core.judge_failure(event)
             members = {m.contribution.peer_id for m in group.members} if group else set()
             tell = tuple(p for p in core.others if p in members)
-            silent = event.peer_id if event.is_down else ""
-            self._fail_attempt(event.reason, tell, accused, silent)
+            self._fail_attempt(event.reason, tell, accused)
         elif event.is_invalid:  # whoever broke the attempt was the first to end it
             core.refuse(
                 *core.others,
@@ -462,9 +462,9 @@ class RoundMachine:
                 accused=core.judge_failure(event),
             )
 
-    def _fail_attempt(self, reason: str, tell: tuple[str, ...], accused: str, silent: str) -> None:
-        attempt, refuse = self._core.attempt, self._core.refuse
-        refuse(*tell, attempt=attempt, kind=_FAILED, reason=reason, accused=accused, silent=silent)
+    def _fail_attempt(self, reason: str, tell: tuple[str, ...], accused: str = "") -> None:
+        attempt = self._core.attempt
+        self._core.refuse(*tell, attempt=attempt, kind=_FAILED, reason=reason, accused=accused)
         self.supersede(attempt + 1, reason)
 
     # Agree ------------------------------------------------------------------------------------

@@ -285,8 +285,6 @@ class AbortReduce:
 
     attempt: int
     reason: str
-    silent_peer_id: str = ""
-    """Whom another member has waited for too long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,18 +158,16 @@ class Repropose(_message.Message):
     def __init__(self, value: _Optional[bytes] = ..., contributions: _Optional[bytes] = ..., next_directive: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RoundRefusal(_message.Message):
-    __slots__ = ("reason", "kind", "attempt", "accused_peer_id", "silent_peer_id")
+    __slots__ = ("reason", "kind", "attempt", "accused_peer_id")
     REASON_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ACCUSED_PEER_ID_FIELD_NUMBER: _ClassVar[int]
-    SILENT_PEER_ID_FIELD_NUMBER: _ClassVar[int]
     reason: str
     kind: RefusalKind
     attempt: int
     accused_peer_id: str
-    silent_peer_id: str
-    def __init__(self, reason: _Optional[str] = ..., kind: _Optional[_Union[RefusalKind, str]] = ..., attempt: _Optional[int] = ..., accused_peer_id: _Optional[str] = ..., silent_peer_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, reason: _Optional[str] = ..., kind: _Optional[_Union[RefusalKind, str]] = ..., attempt: _Optional[int] = ..., accused_peer_id: _Optional[str] = ...) -> None: ...
 
 class Nudge(_message.Message):
     __slots__ = ()

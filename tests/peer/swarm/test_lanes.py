@@ -16,7 +16,7 @@ from peer.swarm import lanes as lanes_module
 from peer.swarm.address_book import AddressSource
 from peer.swarm.bulk_stream import BulkStream, StreamError
 from peer.swarm.lane_frames import HELLO_BYTES
-from peer.swarm.lane_stream import LaneStream
+from peer.swarm.lane_stream import Bundle, LaneStream
 from peer.swarm.lanes import _pause_seconds, num_lanes_for
 from peer.swarm.transport import Stream, Transport
 from protos.muster.v1 import state_pb2
@@ -33,6 +33,9 @@ class Pair:
         self.kinds: list[type] = []
         """Of the streams, as b has them."""
         self.served: list[BulkStream] = []
+        self.may_close = asyncio.Event()
+        """Unset: b does not say that it is done with a stream."""
+        self.may_close.set()
 
     async def answer(self, sender: str, stream: Stream) -> None:
         await stream.read_bytes(3)
@@ -45,6 +48,7 @@ class Pair:
             bulk.wait_acknowledged()
 
         await asyncio.to_thread(echo)
+        await self.may_close.wait()
         bulk.close()
 
     async def open(self) -> BulkStream:
@@ -125,17 +129,36 @@ def test_one_stream_after_another_over_the_same_lanes(tmp_path: Path) -> None:
 def test_a_stream_waits_for_lanes_whose_last_stream_is_just_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounds that follow one another do not fall back to libp2p every other time."""
+    """Rounds that follow one another do not fall back to libp2p every other time; a stream beside
+    one that is in use does not wait.
+    """
     monkeypatch.setattr(lanes_module, "_LOOKS", 1000)
 
     async def body(pair: Pair) -> None:
         await pair.on_lanes()
+        lanes, has_asked = pair.first.lanes, asyncio.Event()
+        lend = lanes.lend
+
+        async def lend_and_tell(peer_id: str) -> Bundle | None:
+            has_asked.set()
+            return await lend(peer_id)
+
+        pair.may_close.clear()
         first = await pair.open()
+        beside = await pair.open()
+        assert (type(first), type(beside)) == (LaneStream, BulkStream)
+        lanes.lend = lend_and_tell  # type: ignore[method-assign]
+        ending = asyncio.ensure_future(pair.use(first))
+        while not first._bundle.is_ending:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
         opening = asyncio.ensure_future(pair.open())
-        await pair.use(first)
+        await has_asked.wait()
+        pair.may_close.set()
+        await ending
         second = await opening
+        assert type(second) is LaneStream
         await pair.use(second)
-        assert pair.kinds[-2:] == [LaneStream, LaneStream] == [type(first), type(second)]
+        await pair.use(beside)
 
     _with_pair(tmp_path, body)
 

@@ -21,7 +21,7 @@ def test_generous_until_three_rounds_were_measured() -> None:
 def test_quick_rounds_make_short_deadlines() -> None:
     pace = _pace([0.1] * 8)
     for _ in range(64):
-        pace.add_call(0.002)
+        pace.add_call("b", 0.002)
     assert pace.stall_seconds() < 1.0 and pace.call_seconds < 0.8
     timing = pace.timing()
     assert timing.reduce_wait_seconds == 4.0 and timing.agree_wait_seconds == 1.0
@@ -31,11 +31,24 @@ def test_quick_rounds_make_short_deadlines() -> None:
 def test_calls_that_a_stopped_member_answered_late_do_not_make_others_patient() -> None:
     pace = Pace()
     for number in range(64):
-        pace.add_call(0.7 if number % 4 == 0 else 0.002)
+        pace.add_call("b", 0.7 if number % 4 == 0 else 0.002)
     assert pace.call_seconds < 0.8
     for _ in range(64):
-        pace.add_call(0.2)
+        pace.add_call("b", 0.2)
     assert pace.call_seconds > 1.5
+
+
+def test_a_member_that_always_answers_slowly_is_waited_for_longer() -> None:
+    pace = Pace()
+    for _ in range(64):
+        pace.add_call("b", 0.002)
+    assert pace.call_seconds_of("slow") == pace.call_seconds
+    pace.add_unanswered("slow", 0.75)
+    assert pace.call_seconds_of("slow") == 3.75 and pace.call_seconds_of("b") < 0.8
+    pace.add_call("slow", 0.5)
+    assert pace.call_seconds_of("slow") == 2.75
+    pace.add_unanswered("b", 0.75)  # stopped for once
+    assert pace.call_seconds_of("b") < 0.8
 
 
 def test_slow_and_uneven_rounds_make_long_ones() -> None:
