@@ -59,8 +59,8 @@ class Rendezvous:
             raise MachineError(
                 "the rendezvous needs hivemind, which is not installed here",
                 allowed="the package's [peer] extra, or a rendezvous elsewhere",
-                remedy="pip install 'muster[peer]', or pass --rendezvous MULTIADDRESS of one "
-                "that runs elsewhere",
+                remedy="pip install -c ops/constraints.txt '.[peer]' in Muster's folder, or pass "
+                "--rendezvous MULTIADDRESS of one that runs elsewhere",
                 code=ErrorCode.DEPENDENCY_MISSING,
             )
         require_free(self._host, self._port, what="the rendezvous", flag="--rendezvous-port")

@@ -257,7 +257,11 @@ class Supervisor:
                     os.truncate(child.log_path, 0)
 
     def _record(self) -> None:
-        self._record_children([child.record for child in self.children])
+        """For a later daemon; children end with this one anyway (parent_death.py)."""
+        try:
+            self._record_children([child.record for child in self.children])
+        except MachineError as error:
+            _LOGGER.warning("children were not recorded: %s", error)
 
 
 def rotate_log(path: Path, *, kept: int = KEPT_LOGS) -> None:

@@ -22,7 +22,7 @@ DataDir = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
-RunId = Annotated[str, typer.Option("--run", help="Which run; not needed when there is one.")]
+RunId = Annotated[str, typer.Option("--run", help="Which run; not needed when one is not over.")]
 
 
 def print_json(plain: Any) -> None:

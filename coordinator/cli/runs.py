@@ -48,7 +48,12 @@ def create(
         str, typer.Option("--run-id", help="Lower-case name; default: from the spec.")
     ] = "",
     min_peers: Annotated[
-        int, typer.Option("--min-peers", help="Peers to wait for before the first step.")
+        int,
+        typer.Option(
+            "--min-peers",
+            min=1,
+            help="Peers to wait for before the first step, 20 s at most once one is there.",
+        ),
     ] = 1,
     initial: Annotated[
         Path | None,
@@ -67,6 +72,7 @@ def create(
     from coordinator.identity import write_whole
     from coordinator.operations.requests_admin import CreateRunRequest
     from protos.contract.answer_records import check_objective
+    from protos.contract.model_shape import ModelShape
 
     manifest = verify_dataset(dataset_dir)
     spec = build_spec(
@@ -92,6 +98,7 @@ def create(
     if initial is not None:
         keep_initial(initial, spec.initial_digest, data_dir)
     made = perform(data_dir, "create_run", request, may_create=True)
+    made["num_parameters"] = ModelShape.from_spec(spec.model).num_parameters
     spec_name = f"run_spec-{made['run_id']}.json"  # `muster-peer eval` and others look for it
     write_whole(data_dir / spec_name, spec.to_wire(), mode=0o644)
     _show(made, is_json=is_json)

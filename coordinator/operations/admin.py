@@ -20,7 +20,7 @@ from coordinator.operations.requests_admin import (
     RunRequest,
     RunSummary,
 )
-from coordinator.operations.runs import find_run, summarise_run
+from coordinator.operations.runs import find_run, find_run_to_change, summarise_run
 from coordinator.operations.study_stages import end_studies
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
@@ -259,7 +259,7 @@ def stop_run(
     tx: Transaction, request: RunRequest, /, *, context: OperationContext, now_unix_seconds: float
 ) -> RunSummary:
     """End a run for good; peers learn it with their next heartbeat and leave."""
-    run = find_run(tx, request.run_id)
+    run = find_run_to_change(tx, request.run_id)
     if run.state in FINAL_STATES:
         return summarise_run(tx, run)
     run = replace(run, finish_unix_ms=unix_ms(now_unix_seconds))
@@ -270,7 +270,7 @@ def stop_run(
 
 
 def _active_run(tx: Transaction, run_id: str) -> RunRow:
-    run = find_run(tx, run_id)
+    run = find_run_to_change(tx, run_id)
     if run.state in FINAL_STATES:
         raise RefusedError(
             f"run {run.run_id!r} is {run.state}: {run.state_reason}",
@@ -307,7 +307,7 @@ def evict_peer(
     """End a membership for good. Raises UsageError unless exactly one peer fits by name or by the
     beginning of its id: a name that looks like another's id fits both.
     """
-    run = find_run(tx, request.run_id)
+    run = find_run_to_change(tx, request.run_id)
     wanted = request.peer_id
     found = [
         row

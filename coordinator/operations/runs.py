@@ -1,11 +1,12 @@
 """Which run is meant, and a run in one line."""
 
+from coordinator.domain.run_state import FINAL_STATES
 from coordinator.operations.common import load_book, load_run
 from coordinator.operations.members import load_members
 from coordinator.operations.requests_admin import RunSummary
 from coordinator.store.base import Transaction
 from coordinator.store.rows import RunRow
-from protos.contract.errors import ErrorCode, RefusedError
+from protos.contract.errors import ErrorCode, RefusedError, UsageError
 
 
 def find_run(tx: Transaction, run_id: str) -> RunRow:
@@ -21,6 +22,22 @@ def find_run(tx: Transaction, run_id: str) -> RunRow:
             code=ErrorCode.UNKNOWN_RUN,
         )
     return runs[-1]
+
+
+def find_run_to_change(tx: Transaction, run_id: str) -> RunRow:
+    """The named run, or for "" the only one that is not over, else the newest. Raises RefusedError
+    (UNKNOWN_RUN), and UsageError if several are not over.
+    """
+    active = [run.run_id for run in tx.runs() if run.state not in FINAL_STATES]
+    if run_id or not active:
+        return find_run(tx, run_id)
+    if len(active) > 1:
+        raise UsageError(
+            f"{len(active)} runs are not over: {', '.join(active[:8])}",
+            allowed="one of them, by name",
+            remedy="name it with --run",
+        )
+    return load_run(tx, active[0])
 
 
 def summarise_run(tx: Transaction, run: RunRow) -> RunSummary:

@@ -17,7 +17,7 @@ from coordinator.operations.requests_admin import (
     RevokeTokenResponse,
     TokenSummary,
 )
-from coordinator.operations.runs import find_run
+from coordinator.operations.runs import find_run, find_run_to_change
 from coordinator.store.base import Transaction
 from coordinator.store.rows_membership import TokenRow
 from protos.contract.errors import ErrorCode, RefusedError, UsageError
@@ -91,11 +91,11 @@ def create_token(
     """Make a token; its secret is in the answer and nowhere else. Raises UsageError for numbers
     below 0.
     """
-    run = find_run(tx, request.run_id)
+    run = find_run_to_change(tx, request.run_id)
     if request.max_uses < 0 or not 0 <= request.expire_after_seconds < 1e10:
         raise UsageError(
             f"max_uses {request.max_uses}, expiry in {request.expire_after_seconds} s",
-            allowed="numbers from 0; 0 means without limit",
+            allowed="numbers from 0, an expiry within 300 years; 0 means without limit",
             remedy="correct --max-uses or --expires",
         )
     secret = context.random_bytes(SECRET_BYTES)

@@ -2,7 +2,10 @@
 another and hours of training do not end in a folder that cannot be written.
 """
 
+import contextlib
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from protos.contract.errors import ErrorCode, MachineError, UsageError
@@ -38,3 +41,19 @@ def check_target(folder: Path) -> None:
         "each other",
         remedy="name another folder, or move that one away",
     )
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Make a folder that `check_target` allows; if what is written to it ends early, it is as it
+    was before.
+    """
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if was_there:
+            folder.mkdir(exist_ok=True)
+        raise

@@ -79,7 +79,7 @@ def check_versions() -> Check:
         is_ok=not problems,
         found=", ".join(problems or found),
         allowed=f"torch, hivemind {_HIVEMIND_VERSION}, numpy below 2.4",
-        remedy="pip install 'muster[peer]'",
+        remedy="pip install -c ops/constraints.txt '.[peer]' in Muster's folder",
     )
 
 
@@ -297,7 +297,7 @@ def check_training_speed(config: PeerConfig, *, is_fresh: bool) -> Check:
             is_ok=False,
             found="torch is not installed",
             allowed="torch",
-            remedy="pip install 'muster[peer]'",
+            remedy="pip install -c ops/constraints.txt '.[peer]' in Muster's folder",
         )
     key = {
         "threads": config.threads,

@@ -95,7 +95,7 @@ def import_model(
 
     from peer.checkpoint.hf_import import load_hf_params, read_hf_config, require_vocabulary
     from peer.checkpoint.initial import save_initial
-    from peer.checkpoint.target import check_target
+    from peer.checkpoint.target import check_target, filling
     from protos.contract.chunk_format import token_bytes_table
     from protos.contract.errors import CorruptDataError, ErrorCode, MachineError, UsageError
     from protos.contract.initial_file import INITIAL_FILE, InitialHeader
@@ -122,8 +122,9 @@ def import_model(
     params = load_hf_params(folder, found.model)
     check_target(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "tokenizer.json").write_bytes(tokenizer_json)
+        with filling(out):
+            (out / "tokenizer.json").write_bytes(tokenizer_json)
+            digest = save_initial(out / INITIAL_FILE, header, params)
     except OSError as error:
         raise MachineError(
             f"cannot write {out}: {error.strerror or error}",
@@ -131,7 +132,6 @@ def import_model(
             remedy="choose another folder or free space",
             code=ErrorCode.PERMISSION_DENIED,
         ) from error
-    digest = save_initial(out / INITIAL_FILE, header, params)
     figures: dict[str, Any] = {
         "initial_file": str(out / INITIAL_FILE),
         "initial_digest": digest,

@@ -36,7 +36,7 @@ from peer.home import Home
 from peer.identity import Identity
 from peer.metrics import PeerMetrics
 from protos.contract.channel import JoinString
-from protos.contract.errors import INTERRUPTED_EXIT_CODE, UnavailableError
+from protos.contract.errors import INTERRUPTED_EXIT_CODE, MachineError, UnavailableError
 from protos.contract.ids import PROTOCOL_VERSION
 from protos.contract.telemetry import PEER_INFO
 
@@ -98,7 +98,7 @@ class Daemon:
             if self._client is not None:
                 await self._client.close()
             self._metrics.close()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(MachineError):
                 numbers.save(self._status_path)
 
     async def _join_or_end(self) -> Membership | None:
@@ -178,7 +178,10 @@ class Daemon:
         try:
             await session.start()
             while not self._end.done():
-                session.tick()
+                try:
+                    session.tick()
+                except MachineError as error:  # a full disk: no reason to go without a word
+                    self._on_failure(error)
                 await asyncio.wait({self._end}, timeout=TICK_SECONDS)
             end = self._end.result()
             is_interrupted = await self._drain(session, end.reason)
@@ -195,7 +198,7 @@ class Daemon:
         interrupted = asyncio.create_task(self._now.wait())
         done: set[asyncio.Task[Any]] = set()
         while not done:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(MachineError):
                 self._core.numbers.save(self._status_path)
             done, _ = await asyncio.wait(
                 {draining, interrupted},
@@ -220,6 +223,10 @@ class Daemon:
         self._core.feed(ev.StopRequested(reason=f"{name} received", exit_code=0))
 
     def _on_failure(self, error: BaseException) -> None:
+        """Of a task: what is wrong with the machine ends the session in good order."""
+        if isinstance(error, MachineError):
+            self._core.feed(ev.StopRequested(reason=str(error), exit_code=error.exit_code))
+            return
         _LOGGER.error("a task of the daemon failed", exc_info=error)
         if not self._end.done():
             self._end.set_exception(error)

@@ -253,7 +253,7 @@ def check_machine(config: PeerConfig) -> None:
         raise MachineError(
             f"{' and '.join(missing)} not installed for {sys.executable}",
             allowed="an installation with the extra `peer`",
-            remedy="pip install 'muster[peer]'",
+            remedy="pip install -c ops/constraints.txt '.[peer]' in Muster's folder",
             code=ErrorCode.DEPENDENCY_MISSING,
         )
     names = device_names(config.devices or config.device)

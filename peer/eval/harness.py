@@ -27,7 +27,8 @@ def harness_tasks(
         raise MachineError(
             f"lm-evaluation-harness cannot be imported ({error})",
             allowed="the extra `eval`: lm-eval and transformers",
-            remedy="pip install 'muster[eval]', or leave --tasks out: `--in-context` needs nothing",
+            remedy="pip install -c ops/constraints.txt '.[eval]' in Muster's folder, "
+            "or leave --tasks out: `--in-context` needs nothing",
             code=ErrorCode.DEPENDENCY_MISSING,
         ) from error
     manager = TaskManager(include_path=None if task_folder is None else str(task_folder))

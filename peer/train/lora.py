@@ -38,7 +38,8 @@ class LoraModel:
             raise MachineError(
                 f"peft cannot be imported ({error})",
                 allowed="the extra `lora`: peft and transformers",
-                remedy="pip install 'muster[lora]', or leave --lora out to train all parameters",
+                remedy="pip install -c ops/constraints.txt '.[lora]' in Muster's folder, or "
+                "leave --lora out to train all parameters",
                 code=ErrorCode.DEPENDENCY_MISSING,
             ) from error
         config = LoraConfig(
