@@ -168,7 +168,7 @@ def test_rendezvous_without_hivemind_is_refused(base_install: BaseInstall) -> No
         timeout=60,
     )
     assert done.returncode == 4, done.stderr
-    assert "muster[peer]" in done.stderr and "Traceback" not in done.stderr
+    assert "'.[peer]'" in done.stderr and "Traceback" not in done.stderr
 
 
 def python_312() -> str | None:

@@ -48,12 +48,7 @@ def create(
         str, typer.Option("--run-id", help="Lower-case name; default: from the spec.")
     ] = "",
     min_peers: Annotated[
-        int,
-        typer.Option(
-            "--min-peers",
-            min=1,
-            help="Peers to wait for before the first step, 20 s at most once one is there.",
-        ),
+        int, typer.Option("--min-peers", min=1, help="Peers that the first step waits for (20 s).")
     ] = 1,
     initial: Annotated[
         Path | None,

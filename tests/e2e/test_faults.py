@@ -13,6 +13,7 @@ import pytest
 
 from protos.contract.telemetry import ATTEMPT_PHASES, AttemptOutcome, SessionState
 from tests.e2e.harness import ROOT, Swarm, is_alive, running_swarm, wait_until
+from tests.e2e.test_bad_input import fill, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -269,6 +270,23 @@ def test_asked_to_leave(swarm: Swarm, corpus: Path) -> None:
     check_books(swarm, swarm.wait_for_end(120))
     said = swarm.peers["peer-2"].log.read_text(errors="replace")
     assert said.count("no progress for") >= 2 and said.count("starting it again") >= 2, said
+
+
+def test_a_home_that_fills_up(swarm: Swarm, corpus: Path) -> None:
+    """The peer says so and leaves; nobody waits for it."""
+    (swarm.directory / "homes").mkdir()
+    with small_disk(swarm.directory / "homes/peer-0", 64 * 1024) as disk:
+        start(swarm, corpus, num_peers=2, budget_tokens=60_000)
+        fill(disk)
+        leaving = swarm.peers["peer-0"]
+        assert leaving.popen.wait(timeout=60) == 4, leaving.tail()
+        said = leaving.log.read_text(errors="replace")
+        assert "LEFT: cannot write" in said and "the disk is full" in said, said
+        listed = json.loads(swarm.run_cli("peers", "--data-dir", str(swarm.data_dir), "--json"))
+        states = {peer["name"]: peer["state"] for peer in listed["peers"]}
+        assert states["peer-0"] == "LEFT", states
+        check_books(swarm, swarm.wait_for_end(120))
+        check_no_tracebacks(swarm)
 
 
 def test_operator_pauses_resumes_and_evicts(swarm: Swarm, corpus: Path) -> None:

@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 
-from coordinator.operations import admin
+from coordinator.operations import admin, tokens
 from coordinator.operations.catalogue import OPERATIONS
-from coordinator.operations.requests_admin import CreateRunRequest, ListRunsRequest
+from coordinator.operations.requests_admin import (
+    CreateRunRequest,
+    CreateTokenRequest,
+    EvictPeerRequest,
+    ListRunsRequest,
+    RunRequest,
+)
 from protos.contract.digest import canonical_json
-from protos.contract.errors import ErrorCode, MusterError
+from protos.contract.errors import ErrorCode, MusterError, UsageError
+from protos.contract.telemetry import RunState
 from tests.coordinator.operations.ledger_world import SEQ_LEN, build_manifest
 from tests.coordinator.operations.swarm_world import RUN_ID, SwarmWorld
 
@@ -63,6 +70,24 @@ def test_refusals_name_what_was_found(changes: dict[str, Any], code: ErrorCode, 
     assert caught.value.code is code
     assert words in str(caught.value)
     assert len(world.do(admin.list_runs, ListRunsRequest()).runs) == 1
+
+
+def test_what_changes_a_run_is_told_which_if_several_are_not_over() -> None:
+    world = SwarmWorld.create()
+    assert world.do(admin.pause_run, RunRequest()).run_id == RUN_ID
+    other = create(world, budget_tokens=10 * SEQ_LEN, seed=7).run_id
+    requests = [
+        (admin.pause_run, RunRequest()),
+        (admin.resume_run, RunRequest()),
+        (admin.stop_run, RunRequest()),
+        (admin.evict_peer, EvictPeerRequest(peer_id="a")),
+        (tokens.create_token, CreateTokenRequest()),
+    ]
+    for operation, request in requests:
+        with pytest.raises(UsageError, match=f"2 runs are not over: .*{other}"):
+            world.do(operation, request)
+    assert world.do(admin.stop_run, RunRequest(run_id=other)).state == RunState.STOPPED
+    assert world.do(admin.stop_run, RunRequest()).run_id == RUN_ID
 
 
 def test_the_catalogue_names_functions_that_exist() -> None:

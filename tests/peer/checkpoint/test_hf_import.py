@@ -2,6 +2,7 @@
 decoder does not compute is refused.
 """
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -12,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from peer.checkpoint import initial
 from peer.checkpoint.export import export_model
 from peer.checkpoint.hf_import import load_hf_params, read_hf_config, require_vocabulary
 from peer.checkpoint.initial import initial_params, load_initial, save_initial
 from peer.checkpoint.model_card import credits_from_status, model_card
 from peer.cli.checkpoints import open_checkpoint
 from peer.cli.transfer import export, import_model
+from peer.home import machine_error_from_os_error
 from peer.model.decoder import Decoder, FlatParameters
 from peer.model.init import initial_vector
-from protos.contract.errors import CorruptDataError, MusterError, UsageError
+from protos.contract.errors import CorruptDataError, MachineError, MusterError, UsageError
 from protos.contract.initial_file import InitialHeader, file_digest
 from tests.peer.checkpoint.test_export import TOKENIZER
 from tests.peer.model.tiny import SPEC, VARIANTS, build, random_windows
@@ -77,6 +80,24 @@ def test_a_folder_comes_in_and_goes_out_with_the_same_logits(
         assert float((again(inputs_BT).logits - expected).abs().max()) <= 1e-5
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in card and opened.provenance["initial_digest"] in card
+
+
+def test_an_import_that_cannot_be_written_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "hf")
+
+    def full(*_: object) -> str:
+        raise machine_error_from_os_error(OSError(errno.ENOSPC, "full"), action="write it")
+
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(initial, "save_initial", full)
+        for folder in (tmp_path / "in", tmp_path / "empty"):
+            with pytest.raises(MachineError, match="disk is full"):
+                import_model(tmp_path / "hf", folder, is_json=True)
+            assert not folder.exists() or not list(folder.iterdir())
+    import_model(tmp_path / "hf", tmp_path / "in", is_json=True)
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

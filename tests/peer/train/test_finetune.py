@@ -220,7 +220,7 @@ def test_low_rank_adapters_or_a_clear_refusal(
     except ImportError:
         with pytest.raises(MachineError, match="peft") as refused:
             run()
-        assert "muster[lora]" in refused.value.remedy
+        assert "'.[lora]'" in refused.value.remedy
         return
     run()
     figures = json.loads(capsys.readouterr().out)
