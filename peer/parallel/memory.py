@@ -217,7 +217,8 @@ def _estimate_rank(layout: Layout, setting: Setting, pp_rank: int) -> MemoryTabl
         activations_bytes=round(FP32_BYTES * activations * tokens),
         head_bytes=round(FP32_BYTES * head * tokens),
         temporaries_bytes=round(FP32_BYTES * temporaries),
-        runtime_bytes=_runtime_bytes(setting, head_bytes=FP32_BYTES * head * tokens),
+        runtime_bytes=_runtime_bytes(setting, head_bytes=FP32_BYTES * head * tokens)
+        + (_kept_logits_bytes(layout, setting) if has_last else 0),
         host_bytes=host,
     )
 
@@ -249,6 +250,18 @@ def _runtime_bytes(setting: Setting, *, head_bytes: float) -> int:
     if not setting.is_cpu:
         return DEVICE_RUNTIME_BYTES
     return RUNTIME_BYTES + round(head_bytes / 2)
+
+
+def _kept_logits_bytes(layout: Layout, setting: Setting) -> int:
+    """Logits that are freed and stay with the process: on a CPU up to a block of each micro-batch
+    of a pipeline was measured, between the activations of others. GPipe's are needed anyway.
+    """
+    tokens = layout.micro_batch_sequences * setting.shape.seq_len
+    words = ceil(setting.shape.vocab_size / layout.tp)
+    is_kept = setting.is_cpu and layout.pp > 1 and layout.schedule is not Schedule.GPIPE
+    if not is_kept or tokens * words > MAX_WHOLE_LOGITS:
+        return 0
+    return FP32_BYTES * layout.num_micro_batches * tokens * words
 
 
 def _host_bytes(layout: Layout, setting: Setting) -> int:

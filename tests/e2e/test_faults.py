@@ -193,15 +193,14 @@ def test_diloco_in_fragments_with_overlap_outlives_a_kill(swarm: Swarm, corpus: 
 
 
 def _check_round_is_seen(swarm: Swarm, name: str) -> None:
-    """`muster-peer status` shows all five phases of the newest committed round, and what went to
-    and came from each of the others.
+    """`muster-peer status` shows all five phases of a committed round (a member that is asked in
+    before its own work is done has no FORM), and what went to and came from each of the others.
     """
     home = str(swarm.directory / "homes" / name)
     seen = swarm.run_peer_cli("status", "--home", home)
     committed = [one for one in seen["attempts"] if one["outcome"] == AttemptOutcome.COMMITTED]
-    assert committed, seen["attempts"]
-    phases = {span["phase"] for span in committed[-1]["spans"]}
-    assert phases == set(ATTEMPT_PHASES), committed[-1]
+    phases = [{span["phase"] for span in one["spans"]} for one in committed]
+    assert set(ATTEMPT_PHASES) in phases, seen["attempts"]
     assert seen["peer_id"] not in seen["bytes_by_peer"] and len(seen["bytes_by_peer"]) >= 2
     assert all(sent > 0 and received > 0 for sent, received in seen["bytes_by_peer"].values())
 

@@ -119,6 +119,17 @@ def test_a_wished_micro_batch_is_obeyed_until_memory_was_not_enough() -> None:
     assert (after.micro_batch_sequences, after.turn_sequences) == (4, 8)
 
 
+def test_a_pipelines_freed_logits_stay_with_a_process() -> None:
+    setting = Setting(shape=ModelShape.from_spec(replace(TINY_MODEL, vocab_size=16_384)))
+    layout = Layout(pp=2, micro_batch_sequences=2, num_micro_batches=4)
+    tokens = 4 * layout.micro_batch_sequences * TINY_MODEL.seq_len
+    on_gpu = replace(setting, is_cpu=False)
+    for where, kept_bytes in ((setting, 4 * tokens * 16_384), (on_gpu, 0)):
+        four = estimate(layout, where)
+        eight = estimate(replace(layout, num_micro_batches=8), where)
+        assert eight.runtime_bytes - four.runtime_bytes == kept_bytes
+
+
 def test_splitting_a_model_divides_what_a_rank_holds() -> None:
     setting = Setting(shape=SHAPE_PRESETS["llama2-7b"])
     alone = Layout()
