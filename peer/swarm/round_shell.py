@@ -40,6 +40,8 @@ ROUND_CALL = "round"
 TICK_SECONDS = 0.1
 _FINISH_SECONDS = 3.0
 _MOVES_SECONDS = 1.0
+_LEAST_SILENCE_SECONDS = 0.6
+"""Well above what a reducer lets pass that only says that it waits itself (part_frames.py)."""
 _AGAIN_SECONDS = 0.2
 """From a call that failed to the next, at least."""
 _AGAIN_RATIO = 0.7
@@ -434,7 +436,8 @@ class RoundShell:
         """A reduction has failed, here or elsewhere: whoever is silent here as well is not waited
         for in the next attempt, and whom it has waited for most is late.
         """
-        peer_id, seconds = reduction.silent_peer(self._stall_seconds / 2)
+        patience_seconds = max(_LEAST_SILENCE_SECONDS, self._stall_seconds / 2)
+        peer_id, seconds = reduction.silent_peer(patience_seconds)
         if peer_id and self.place is not None:
             reason = f"has sent nothing for {seconds:.1f} s"
             self._post(self.place, rt.PeerUnreachable(peer_id, reason))
