@@ -8,6 +8,7 @@ in any phase of a round; where answers take longer, later.
 
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from peer.swarm.round_types import RoundTiming
@@ -15,6 +16,7 @@ from peer.swarm.round_types import RoundTiming
 _NUM_ROUNDS = 16
 _NUM_CALLS = 64
 _NUM_LAST_CALLS = 8
+_NUM_FIRST_CALLS = 16
 _LEAST_ROUNDS = 3
 _LEAST_CALLS = 3
 """A member that was restarted may lead its second round."""
@@ -82,10 +84,15 @@ class Pace:
 
     @property
     def call_seconds(self) -> float:
-        """How long to wait for a member's answer to a message, whoever it is."""
-        if len(self._call_seconds) < _LEAST_CALLS:
+        """How long to wait for a member's answer to a message, whoever it is. Of the first answers
+        only the quicker half counts: the others waited for the start of this very process.
+        """
+        calls = sorted(self._call_seconds)
+        if len(calls) < _LEAST_CALLS:
             return _FIRST_CALL_SECONDS
-        return _patience(self._call_seconds, factor=4.0, least=0.75, most=_FIRST_CALL_SECONDS)
+        if len(calls) < _NUM_FIRST_CALLS:
+            calls = calls[: max(_LEAST_CALLS, len(calls) // 2)]
+        return _patience(calls, factor=4.0, least=0.75, most=_FIRST_CALL_SECONDS)
 
     def stall_seconds(self, num_failed: int = 0) -> float:
         """How long a member may send nothing that we wait for, until it counts as stopped; twice as
@@ -142,7 +149,7 @@ def reduce_deadline_seconds(
     return min(MOST_REDUCE_SECONDS, patience * 2.0**num_failed)
 
 
-def _patience(values: deque[float], *, factor: float, least: float, most: float) -> float:
+def _patience(values: Sequence[float], *, factor: float, least: float, most: float) -> float:
     """So many times the median plus four times the median deviation plus a margin."""
     median = statistics.median(values)
     spread = statistics.median(abs(value - median) for value in values)

@@ -38,6 +38,16 @@ def test_calls_that_a_stopped_member_answered_late_do_not_make_others_patient() 
     assert pace.call_seconds > 1.5
 
 
+def test_slow_answers_to_a_process_that_has_just_started_do_not_make_it_patient() -> None:
+    pace = Pace()
+    for seconds in (0.3, 0.2, 0.004, 0.25, 0.003, 0.005):
+        pace.add_call("b", seconds)
+    assert pace.call_seconds < 0.8
+    for _ in range(16):
+        pace.add_call("b", 0.25)
+    assert pace.call_seconds == 1.75
+
+
 def test_a_member_that_always_answers_slowly_is_waited_for_longer() -> None:
     pace = Pace()
     for _ in range(64):
