@@ -78,7 +78,8 @@ class Pace:
         """How long to wait for this member's answer: longer than for others if even the quickest of
         its last ones was slow.
         """
-        own_seconds = min(self._last_calls_by_peer[peer_id], default=0.0)
+        last = self._last_calls_by_peer[peer_id]
+        own_seconds = min(last) if len(last) >= _LEAST_CALLS else 0.0
         seconds = max(self.call_seconds, 4.0 * own_seconds + _MARGIN_SECONDS)
         return min(_FIRST_CALL_SECONDS, seconds)
 

@@ -54,6 +54,9 @@ def test_a_member_that_always_answers_slowly_is_waited_for_longer() -> None:
         pace.add_call("b", 0.002)
     assert pace.call_seconds_of("slow") == pace.call_seconds
     pace.add_unanswered("slow", 0.75)
+    pace.add_unanswered("slow", 0.75)
+    assert pace.call_seconds_of("slow") == pace.call_seconds, "it may as well be gone"
+    pace.add_unanswered("slow", 0.75)
     assert pace.call_seconds_of("slow") == 3.75 and pace.call_seconds_of("b") < 0.8
     pace.add_call("slow", 0.5)
     assert pace.call_seconds_of("slow") == 2.75
