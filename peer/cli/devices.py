@@ -1,7 +1,8 @@
-"""CUDA devices that the owner named, tried before a peer joins with them.
+"""Devices that the owner named, looked at before a peer joins with them.
 
-torch answers, in a process of its own (`python -m peer.cli.devices NAME...`), for the daemon has
-none. Devices that need no driver are not tried, so that joining with a CPU costs nothing more.
+For CUDA devices torch answers, in a process of its own (`python -m peer.cli.devices NAME...`), for
+the daemon has none. Devices that need no driver are not tried, so that joining with a CPU costs
+nothing more; of shares of the CPU the memory is looked at.
 """
 
 import json
@@ -9,8 +10,9 @@ import subprocess
 import sys
 
 from peer.cli.options import print_json
-from peer.config import PeerConfig, child_environment
+from peer.config import PeerConfig, child_environment, format_bytes
 from peer.parallel.layout import device_names
+from peer.parallel.machine_memory import RUNTIME_BYTES, host_memory_bytes, max_cpu_shares
 from protos.contract.errors import ErrorCode, MachineError
 
 _CHECK_SECONDS = 120.0
@@ -24,8 +26,12 @@ def asked_devices(config: PeerConfig) -> list[str]:
 
 
 def require_devices(config: PeerConfig) -> None:
-    """Raise MachineError for a named device that torch cannot use here."""
+    """Raise MachineError for a named device that torch cannot use here, and for more shares of the
+    CPU than its memory can be divided into, whatever the model.
+    """
     names = asked_devices(config)
+    if len(names) > 1 and names[0] == "cpu":
+        _require_memory(len(names), limit_bytes=config.memory_limit_bytes)
     if not names[0].startswith("cuda"):
         return
     command = [sys.executable, "-m", "peer.cli.devices", *names]
@@ -50,6 +56,20 @@ def require_devices(config: PeerConfig) -> None:
         raise MachineError(found, allowed=ALLOWED, remedy="try --device cpu")
     if refusal:
         raise MachineError(**refusal, code=ErrorCode.CAPABILITY_MISSING)
+
+
+def _require_memory(num_shares: int, *, limit_bytes: int | None) -> None:
+    left_bytes = host_memory_bytes()
+    memory_bytes = min(left_bytes, limit_bytes or left_bytes)
+    most = max(1, max_cpu_shares(memory_bytes))
+    if num_shares > most:
+        raise MachineError(
+            f"--devices cpu:{num_shares} with {format_bytes(memory_bytes)} of memory",
+            allowed=f"at most cpu:{most}: each share is a process of "
+            f"{format_bytes(RUNTIME_BYTES)} before it holds any of the model",
+            remedy="lend at most one share per core, or leave --devices out",
+            code=ErrorCode.CAPABILITY_MISSING,
+        )
 
 
 def main(names: list[str]) -> int:

@@ -18,8 +18,6 @@ from peer.cli.options import (
     read_join_text,
 )
 
-_EXIT_MACHINE = 4
-
 
 def doctor(
     join_string: Annotated[
@@ -49,13 +47,15 @@ def doctor(
     is_fresh: Annotated[bool, typer.Option("--fresh", help="Measure again.")] = False,
     is_json: AsJson = False,
 ) -> None:
-    """Check this machine; exit code 4 if something stands in the way."""
+    """Check this machine; exit code 4 if something of it stands in the way, 6 if only the
+    coordinator cannot be reached.
+    """
     from dataclasses import asdict
 
     from peer.config import load_config, quiet_libraries
 
     quiet_libraries()
-    from peer.cli.doctor_checks import all_checks
+    from peer.cli.doctor_checks import all_checks, exit_code_of
     from protos.contract.channel import JoinString
 
     flags = {
@@ -74,14 +74,13 @@ def doctor(
     text = read_join_text(join_string, join_file)
     decoded = JoinString.decode(text) if text else None
     checks = all_checks(config, decoded, has_probe=has_probe, is_fresh=is_fresh)
-    is_ok = all(check.is_ok for check in checks)
+    exit_code = exit_code_of(checks)
     if is_json:
-        print_json({"is_ok": is_ok, "checks": [asdict(check) for check in checks]})
+        print_json({"is_ok": not exit_code, "checks": [asdict(check) for check in checks]})
     else:
         for check in checks:
             print_line(f"{'ok ' if check.is_ok else 'BAD'}  {check.name:<12} {check.found}")
             if not check.is_ok:
                 print_line(f"     {'':<12} allowed: {check.allowed}")
                 print_line(f"     {'':<12} remedy:  {check.remedy}")
-    if not is_ok:
-        raise typer.Exit(_EXIT_MACHINE)
+    raise typer.Exit(exit_code)

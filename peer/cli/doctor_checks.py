@@ -16,7 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from peer.home import (
     load_status,
     write_atomically,
 )
+from peer.parallel.machine_memory import host_memory_bytes
 from protos.contract.channel import JoinString
 from protos.contract.errors import MachineError, MusterError
 from protos.contract.ids import PROTOCOL_VERSION, PeerId
@@ -55,8 +56,20 @@ class Check:
     found: str
     allowed: str = ""
     remedy: str = ""
+    bad_exit_code: int = MachineError.exit_code
+    """Exit code of the command, if this is bad and nothing of this machine is."""
     details: dict[str, object] = field(default_factory=dict)
     """Figures behind `found`, for --json."""
+
+
+def exit_code_of(checks: Sequence[Check]) -> int:
+    """What the command ends with: 0, this machine's code, or, where this machine is ready, that of
+    what it could not reach.
+    """
+    codes = [check.bad_exit_code for check in checks if not check.is_ok]
+    if MachineError.exit_code in codes:
+        return MachineError.exit_code
+    return codes[0] if codes else 0
 
 
 def check_versions() -> Check:
@@ -126,9 +139,8 @@ def check_leftovers(config: PeerConfig) -> Check:
 
 def check_memory(config: PeerConfig) -> Check:
     """Enough memory for the tiny preset."""
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
-    total_bytes = page_bytes * os.sysconf("SC_PHYS_PAGES")
-    available_bytes = _available_memory_bytes() or page_bytes * os.sysconf("SC_AVPHYS_PAGES")
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available_bytes = host_memory_bytes()
     limit_bytes = config.memory_limit_bytes
     usable_bytes = min(available_bytes, limit_bytes or available_bytes)
     limit = f", --memory-limit {format_bytes(limit_bytes)}" if limit_bytes else ""
@@ -139,16 +151,6 @@ def check_memory(config: PeerConfig) -> Check:
         allowed=f"{format_bytes(NEEDED_MEMORY_BYTES)} for the smallest models",
         remedy="end other programs or raise --memory-limit",
     )
-
-
-def _available_memory_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def check_disk(config: PeerConfig) -> Check:
@@ -258,6 +260,7 @@ def check_coordinator(config: PeerConfig, join_string: JoinString | None) -> lis
                 found=error.found,
                 allowed=error.allowed,
                 remedy=error.remedy,
+                bad_exit_code=error.exit_code,
             )
         ]
     is_close = abs(offset_seconds) - uncertainty_seconds <= CLOCK_WARN_SECONDS

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from peer.parallel.machine_memory import host_memory_bytes
 from protos.contract.errors import MachineError
 
 _M_TRIM_THRESHOLD = -1
@@ -30,14 +31,6 @@ _LOST_WORDS = (
     "fallen off the bus",
 )
 """Of CUDA's and NVML's messages (cudaGetErrorString) for a device that is of no use any more."""
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP_FILES = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,27 +123,6 @@ def available_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return host_memory_bytes()
-
-
-def host_memory_bytes() -> int:
-    """Main memory that can still be taken: what the kernel could free counts, and the limit of a
-    container.
-    """
-    left_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                left_bytes = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    for limit, used in _CGROUP_FILES:
-        try:
-            limit_text = limit.read_text().strip()
-            if limit_text.isdecimal():
-                left_bytes = min(left_bytes, int(limit_text) - int(used.read_text()))
-        except OSError:
-            continue
-    return max(0, left_bytes)
 
 
 def measure_flop_per_second(

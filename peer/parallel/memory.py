@@ -19,14 +19,11 @@ from math import ceil
 
 from peer.model.loss import MAX_WHOLE_LOGITS, PIECE_LOGITS
 from peer.parallel.layout import Layout, Schedule, has_replicated_kv, stage_layers, stages_of_rank
+from peer.parallel.machine_memory import RUNTIME_BYTES, SWARM_RUNTIME_BYTES
 from protos.contract.model_shape import FP32_BYTES, ModelShape
 
-RUNTIME_BYTES = 400 * 2**20
-"""A process with torch, before it holds anything."""
 DEVICE_RUNTIME_BYTES = 900 * 2**20
 """Context and libraries on an accelerator."""
-_SWARM_RUNTIME_BYTES = 300 * 2**20
-"""Daemon and swarm process, before they hold anything."""
 _SWARM_VECTORS = 4
 """Own contribution as it travels, parts of others, the average encoded and decoded."""
 
@@ -271,7 +268,7 @@ def _host_bytes(layout: Layout, setting: Setting) -> int:
         vectors += 1  # anchors
     if layout.num_ranks > 1:
         vectors += 1  # canonical buffer
-    host = _SWARM_RUNTIME_BYTES + vectors * setting.shape.vector_bytes
+    host = SWARM_RUNTIME_BYTES + vectors * setting.shape.vector_bytes
     if not setting.is_cpu:
         host += layout.num_ranks * 2 * RUNTIME_BYTES
     return host

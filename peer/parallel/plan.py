@@ -16,13 +16,12 @@ import itertools
 from dataclasses import dataclass, replace
 
 from peer.parallel.layout import Layout, LayoutWish, Schedule, require_possible, why_impossible
+from peer.parallel.machine_memory import MARGIN_RATIO
 from peer.parallel.memory import MemoryTable, Setting, estimate
 from protos.contract.errors import MachineError, UsageError
 from protos.contract.text import counted
 
 GIB = 2**30
-_MARGIN_RATIO = 0.05
-"""Share of a device that is left free."""
 _TURN_SECONDS = 1.0
 """A turn of the loop should take no longer, so that a stop is obeyed at once."""
 _LAYER_SECONDS = 2e-4
@@ -198,7 +197,7 @@ def _with_micro_batches(
 
 def _weigh(layout: Layout, setting: Setting, node: Node, *, round_tokens: int) -> _Candidate:
     table = estimate(layout, setting)
-    usable = [d.memory_bytes * (1 - _MARGIN_RATIO) for d in node.devices[: layout.num_ranks]]
+    usable = [d.memory_bytes * (1 - MARGIN_RATIO) for d in node.devices[: layout.num_ranks]]
     missing = max(table.device_bytes - min(usable), table.host_bytes - node.host_memory_bytes)
     return _Candidate(
         layout,
@@ -294,11 +293,14 @@ def _nothing_fits(
         )
     least = min(candidates, key=lambda candidate: candidate.missing_bytes)
     table = least.table
+    lend = "lend more --devices, "
+    if node.is_cpu:  # its shares divide one memory
+        lend = "lend fewer shares with --devices cpu:N, " if len(node.devices) > 1 else ""
     return MachineError(
         f"{least.missing_bytes / GIB:.2f} GiB are missing for {least.layout.text}: each of "
         f"{least.layout.num_ranks} devices needs {table.device_bytes / GIB:.2f} GiB of "
         f"{node.devices[0].memory_bytes / GIB:.2f}, swarm and shared vectors "
         f"{table.host_bytes / GIB:.2f} GiB of {node.host_memory_bytes / GIB:.2f}",
         allowed="a model whose training step fits the devices and memory that are lent",
-        remedy="raise --memory-limit, lend more --devices, or join a run with a smaller model",
+        remedy=f"raise --memory-limit, {lend}or join a run with a smaller model",
     )

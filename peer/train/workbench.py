@@ -20,12 +20,12 @@ from peer.model.decoder import Decoder, FlatParameters
 from peer.parallel.devices import (
     available_memory_bytes,
     choose_device,
-    host_memory_bytes,
     measure_flop_per_second,
     unused_gpu_note,
 )
 from peer.parallel.faults import GROUP_TIMEOUT_SECONDS
 from peer.parallel.layout import AUTO, Layout, LayoutWish, device_names, parse_layout
+from peer.parallel.machine_memory import host_memory_bytes
 from peer.parallel.memory import Setting, estimate
 from peer.parallel.plan import Device, Node, Plan, plan_layout
 from peer.shared_vectors import SharedVectors

@@ -45,6 +45,17 @@ def test_doctor_tells_before_anybody_joins(tmp_path: Path) -> None:
     assert NOT_HERE in checks["device"]["found"] and checks["device"]["remedy"]
 
 
+def test_join_refuses_more_shares_of_the_cpu_than_its_memory_holds(tmp_path: Path) -> None:
+    home = ("--home", str(tmp_path / "home"), "--memory-limit", "2GiB")
+    refusal = CliRunner().invoke(app, ("join", NOBODY, *home, "--devices", "cpu:99")).exception
+    assert isinstance(refusal, MachineError)
+    assert "cpu:99 with 2.0 GiB" in refusal.found and "at most cpu:4" in refusal.allowed
+    config = PeerConfig(home=tmp_path, memory_limit_bytes=2**31)
+    require_devices(replace(config, devices="cpu:4"))
+    check = check_asked_devices(replace(config, devices="cpu:5"))
+    assert check is not None and not check.is_ok and check.remedy
+
+
 def test_torch_is_asked_for_every_cuda_device_and_for_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
 """What the doctor says of the kernel's network settings (advice with the command, never a fault)
-and of the step.
+and of the step; and what it ends with.
 """
 
 import json
@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from peer.cli.doctor_checks import check_network, check_step_plan, run_probe
+from peer.cli.doctor_checks import (
+    Check,
+    check_coordinator,
+    check_network,
+    check_step_plan,
+    exit_code_of,
+    run_probe,
+)
 from peer.config import PeerConfig
 from peer.home import Home
+from protos.contract.channel import JoinString
 
 
 def _settings(folder: Path, control: str, wmem: str) -> Path:
@@ -93,3 +101,19 @@ def test_the_step_of_a_peer_that_runs_on_several_ranks(tmp_path: Path) -> None:
     assert check_step_plan(config).found == "measured last: of earlier"
     (config.step_cache / "plan-a.json").unlink()
     assert check_step_plan(config).found.startswith("used last: 2 x cpu tp=2")
+
+
+def test_only_what_cannot_be_reached_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    nobody = JoinString(
+        address="127.0.0.1:1",
+        ca_fingerprint="0" * 64,
+        run_id="demo",
+        secret="ab" * 32,
+        expire_unix_seconds=0,
+    )
+    unreached = check_coordinator(PeerConfig(home=tmp_path), nobody)
+    good, bad = (Check(name="disk", is_ok=is_ok, found="some") for is_ok in (True, False))
+    assert [check.is_ok for check in unreached] == [False]
+    assert exit_code_of([good, *unreached]) == 6
+    assert exit_code_of([*unreached, bad]) == exit_code_of([good, bad]) == 4
+    assert exit_code_of([good]) == exit_code_of([]) == 0

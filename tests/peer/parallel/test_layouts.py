@@ -124,19 +124,26 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("is_plain", [True, False], ids=["causal", "masked"])
-def test_gradients_loss_and_norm_are_those_of_one_process(
-    node: LocalRanks, name: str, is_plain: bool
-) -> None:
+def trained_as_one_process(node: LocalRanks, name: str, examples: Examples) -> Reference:
+    """Run a turn in a layout, whose loss must be that of one process; returns what that one has."""
     spec, layout = CASES[name]
-    examples = examples_for(spec, is_plain=is_plain)
     expected = reference(spec, examples)
     size = configure(node, spec, layout)
     node.vector[:size] = expected.params
     node.call("load")
     total_nats, is_finite = node.run(examples)
     assert is_finite and total_nats == pytest.approx(expected.total_nats, rel=2e-6)
+    return expected
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("is_plain", [True, False], ids=["causal", "masked"])
+def test_gradients_loss_and_norm_are_those_of_one_process(
+    node: LocalRanks, name: str, is_plain: bool
+) -> None:
+    spec, layout = CASES[name]
+    expected = trained_as_one_process(node, name, examples_for(spec, is_plain=is_plain))
+    size = expected.params.size
     for _ in range(2):  # before and after the ranks have summed up what the norm needs
         node.vector[:size] = np.nan
         node.call("store_grads")
@@ -153,7 +160,7 @@ def test_gradients_loss_and_norm_are_those_of_one_process(
 @pytest.mark.parametrize("name", ["fsdp", "tp-odd-vocabulary", "pp", "tp-pp"])
 def test_answers_are_trained_as_on_one_device(node: LocalRanks, name: str) -> None:
     """Records beside each other in a window, of which only answers are predicted."""
-    spec, layout = CASES[name]
+    spec, _ = CASES[name]
     tokens = np.random.default_rng(7).integers(1, spec.vocab_size, (NUM_WINDOWS, spec.seq_len + 1))
     tokens[:, [0, 2, 5, 8]] = 0  # begins, answer, begins again, answer
     tokens[:, -1] = 0
@@ -163,12 +170,8 @@ def test_answers_are_trained_as_on_one_device(node: LocalRanks, name: str) -> No
     keys = [(0, 0, window) for window in range(NUM_WINDOWS)]
     examples = builder.build(tokens[:, :-1], tokens[:, 1:], keys)
     assert 0 < examples.num_predicted < examples.num_tokens
-    expected = reference(spec, examples)
-    size = configure(node, spec, layout)
-    node.vector[:size] = expected.params
-    node.call("load")
-    total_nats, is_finite = node.run(examples)
-    assert is_finite and total_nats == pytest.approx(expected.total_nats, rel=2e-6)
+    expected = trained_as_one_process(node, name, examples)
+    size = expected.params.size
     node.call("store_grads")
     errors = relative_by_parameter(spec, node.vector[:size], expected.grads)
     assert max(errors.values()) <= 2e-6, errors
