@@ -222,15 +222,19 @@ def trial_patience(tx: Transaction, duties: Sequence[DutyRecord]) -> dict[str, f
 def find_study(tx: Transaction, study_id: str) -> StudyRow:
     """A study; "" means the newest. Raises UsageError."""
     studies = tx.studies()
-    if not study_id and studies:
-        return studies[-1]
-    found = tx.study(study_id) if study_id else None
+    if not studies:
+        raise UsageError(
+            "there is no study yet",
+            allowed="studies that were created here",
+            remedy="create one with `muster-coordinator study create`",
+        )
+    found = tx.study(study_id) if study_id else studies[-1]
     if found is None:
-        known = ", ".join(study.study_id for study in studies) or "none yet"
         raise UsageError(
             f"study {study_id!r} is not known here",
-            allowed=f"one of: {known}",
-            remedy="see `muster-coordinator study status`, or create one",
+            allowed=f"one of: {', '.join(study.study_id for study in studies)}",
+            remedy="name one of them; `muster-coordinator study status` without --study shows the "
+            "newest",
         )
     return found
 
@@ -319,7 +323,7 @@ def study_observations(
             f"study {study.study_id!r} has no result of a size yet; it is {study.stage}: "
             f"{study.stage_reason}",
             allowed="studies with finished size trials",
-            remedy="wait; see `muster-coordinator study status`",
+            remedy=f"wait; `muster-coordinator study status --study {study.study_id}` shows why",
         )
     return Observations.of(rows)
 

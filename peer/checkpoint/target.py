@@ -3,7 +3,6 @@ another and hours of training do not end in a folder that cannot be written.
 """
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +52,8 @@ def filling(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if was_there:
-            folder.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink()
+        if not was_there:
+            folder.rmdir()
         raise

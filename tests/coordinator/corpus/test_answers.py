@@ -80,6 +80,22 @@ def test_progress_is_told_while_records_are_encoded_once(
     assert BuildStage.TOKENIZER not in [p.stage for p in seen]
 
 
+def test_a_bad_line_of_any_file_is_told_before_anything_is_encoded(tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for number in range(4):
+        write_rows(folder / f"{number}.jsonl", [*ROWS, {"prompt": f"file {number}", "answer": "a"}])
+    for number in range(4):
+        path = folder / f"{number}.jsonl"
+        good = path.read_text()
+        path.write_text(good + '{"prompt": "cut\n')
+        seen: list[BuildProgress] = []
+        with pytest.raises(UsageError, match=f"{path.name}, line 202: not JSON"):
+            build(folder, tmp_path / "out", on_progress=seen.append)
+        assert {p.done_ratio for p in seen} == {0.0}
+        path.write_text(good)
+
+
 def test_a_long_window_gets_a_chunk_that_holds_it(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", ROWS)
     manifest = build(path, tmp_path / "out", chunk_bytes=None, answer_seq_len=40_000)

@@ -40,10 +40,10 @@ def paused(num_peers: int = 2) -> SwarmWorld:
     return world
 
 
-def found(world: SwarmWorld) -> StudyStatus:
+def found(world: SwarmWorld, study_id: str = "") -> StudyStatus:
     with world.store.read() as tx:
         return studies.study_status(
-            tx, StudyRequest(), context=world.context, now_unix_seconds=world.now
+            tx, StudyRequest(study_id=study_id), context=world.context, now_unix_seconds=world.now
         )
 
 
@@ -315,11 +315,16 @@ def test_the_law_of_a_study_serves_the_forecast_of_its_dataset() -> None:
 
 def test_what_cannot_be_studied() -> None:
     world = paused()
-    with pytest.raises(UsageError, match="is not known here"):
-        found(world)
+    for study_id in ("", "other"):
+        with pytest.raises(UsageError, match="there is no study yet") as refused:
+            found(world, study_id)
+        assert "study create" in refused.value.remedy and "status" not in refused.value.remedy
     with pytest.raises(UsageError, match="--heldout-tokens 66.* 1 to 65"):
         world.do(studies.create_study, replace(SMALL, heldout_tokens=66))
     world.do(studies.create_study, SMALL)
+    with pytest.raises(UsageError, match="'other' is not known here; one of: study-1") as refused:
+        found(world, "other")
+    assert "study status` without --study" in refused.value.remedy
     with pytest.raises(UsageError, match="exists already"):
         world.do(studies.create_study, replace(SMALL, study_id="study-1"))
     with pytest.raises(UsageError, match="study id"):
