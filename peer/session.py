@@ -21,12 +21,12 @@ from peer import session_events as ev
 from peer.lease_holdings import LeaseHoldings
 from peer.session_link import CoordinatorLink
 from peer.session_state import OpenDuty, Position, SessionFacts, derive_state
-from protos.contract.errors import MachineError, RunFailedError, UsageError
+from protos.contract.errors import CorruptDataError, MachineError, RunFailedError, UsageError
 from protos.contract.telemetry import RoundOutcome, RoundPhase, SessionState
 
 MAX_DEATHS = 3
 """Deaths of one child within DEATH_WINDOW_SECONDS that are answered by starting it again."""
-UNFIT_EXIT_CODES = (UsageError.exit_code, MachineError.exit_code)
+UNFIT_EXIT_CODES = (UsageError.exit_code, MachineError.exit_code, CorruptDataError.exit_code)
 """A child that ends with one of them before it was ever ready would do so again."""
 DEATH_WINDOW_SECONDS = 600.0
 

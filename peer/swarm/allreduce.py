@@ -66,14 +66,21 @@ class Streams(Protocol):
 
 class ReduceError(Exception):
     """The attempt cannot be averaged; `peer_id` is whose fault it looks like, `is_down` if it looks
-    dead, `is_invalid` if what it sent breaks the rules.
+    dead, `is_invalid` if what it sent breaks the rules; `told_by` has given up before us.
     """
 
     def __init__(
-        self, reason: str, *, peer_id: str = "", is_down: bool = False, is_invalid: bool = False
+        self,
+        reason: str,
+        *,
+        peer_id: str = "",
+        told_by: str = "",
+        is_down: bool = False,
+        is_invalid: bool = False,
     ) -> None:
         super().__init__(reason)
-        self.peer_id, self.is_down, self.is_invalid = peer_id, is_down, is_invalid
+        self.peer_id, self.told_by = peer_id, told_by
+        self.is_down, self.is_invalid = is_down, is_invalid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,8 +242,8 @@ class Reduction:
         """The member for whose bytes we have waited longest, and how long; ("", 0.0) if nobody is
         that late.
 
-        Whoever owes us pieces of its own is blamed first: a reducer may be late only because it
-        waits for that one. Nobody is, as long as we have been stopped ourselves.
+        Whoever owes us pieces of its own is blamed first; a reducer that only waits itself says so,
+        and is not silent. Nobody is, as long as we have been stopped ourselves.
         """
         now = time.monotonic()
         if now - self._tick_seconds > MAX_TICK_SECONDS:
@@ -247,10 +254,10 @@ class Reduction:
             last_seconds = stream.progress_seconds if stream is not None else 0.0
             late_seconds = now - max(since_seconds, last_seconds, self._heed_seconds)
             (reduced if is_reduced else parts).append((late_seconds, peer_id))
-        for late, patience_seconds in ((parts, stall_seconds), (reduced, 1.5 * stall_seconds)):
-            if late:
-                seconds, peer_id = max(late)
-                return (peer_id, seconds) if seconds >= patience_seconds else ("", 0.0)
+        for late in (parts, reduced):
+            seconds, peer_id = max(late, default=(0.0, ""))
+            if seconds >= stall_seconds:
+                return peer_id, seconds
         return "", 0.0
 
     def tick(self) -> None:
@@ -460,7 +467,7 @@ class Reduction:
                 result.digests[batch.begin_piece : batch.end_piece] = digests
             stream.acknowledge()
         except Refused as error:
-            raise ReduceError(f"{reducer}: {error}") from error
+            raise ReduceError(f"{reducer}: {error}", told_by=reducer) from error
         except (ValueError, CorruptDataError) as error:
             reason = f"reduced pieces of {reducer}: {error}"
             raise ReduceError(reason, peer_id=reducer, is_invalid=True) from error

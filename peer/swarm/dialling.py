@@ -71,16 +71,27 @@ class Dialler:
             self._has_collided.setdefault(name, name not in self._met)
 
     async def meet(
-        self, identity: PeerID, maddrs: list[Multiaddr], *, timeout_seconds: float
+        self,
+        identity: PeerID,
+        maddrs: list[Multiaddr],
+        *,
+        timeout_seconds: float,
+        patience_seconds: float | None = None,
     ) -> None:
-        """Have a connection to a member, whoever makes it; callers share one. Raises DialError."""
+        """Have a connection to a member, whoever makes it; callers share one. Raises DialError.
+
+        After `patience_seconds` this caller is told that there is none yet, and the dial goes on.
+        """
         name = str(identity.to_base58())
         meeting = self._meetings.get(name)
         if meeting is None:
             work = self._meet(identity, maddrs, timeout_seconds=timeout_seconds)
             meeting = self._meetings[name] = asyncio.ensure_future(work)
             meeting.add_done_callback(lambda done: self._ended(name, done))
-        await asyncio.shield(meeting)
+        try:
+            await asyncio.wait_for(asyncio.shield(meeting), patience_seconds)
+        except TimeoutError as error:
+            raise DialError(f"no connection within {patience_seconds:.1f} s") from error
 
     def _ended(self, name: str, meeting: "asyncio.Future[None]") -> None:
         del self._meetings[name]

@@ -17,6 +17,7 @@ from peer.swarm import round_types as rt
 from peer.swarm.catch_up import CatchUp
 from peer.swarm.config_message import SwarmConfig
 from peer.swarm.coordinator_questions import Place
+from peer.swarm.delivery import ROUND_CALL
 from peer.swarm.dht import Dht
 from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
@@ -24,9 +25,9 @@ from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
 from peer.swarm.reports import Reporter
-from peer.swarm.round_shell import ROUND_CALL, TICK_SECONDS, RoundShell
+from peer.swarm.round_shell import TICK_SECONDS, RoundShell
 from peer.swarm.state_server import StateServer
-from peer.swarm.transport import PeerCallError, Transport
+from peer.swarm.transport import Transport
 from peer.swarm.turns import tell_turns
 from peer.swarm.vote_file import VoteFile
 from protos.contract.telemetry import AttemptOutcome, RoundOutcome
@@ -205,8 +206,8 @@ class SwarmNode:
         self, peer_id: str, message: rounds_pb2.RoundMessage
     ) -> rounds_pb2.RoundAck:
         """A member's message: queued; the answer says how far we are."""
-        replica = self._replica
-        place = (message.incarnation, message.outer_step)
+        self._shell.contacts.heard(peer_id, time.monotonic())
+        replica, place = self._replica, (message.incarnation, message.outer_step)
         is_old = replica.is_current and place <= replica.position
         if not is_old:
             self._post(place, rt.Received(peer_id, message))
@@ -225,13 +226,7 @@ class SwarmNode:
         message = rounds_pb2.RoundMessage(
             incarnation=place[0], outer_step=place[1], certificate=certificate
         )
-        self._tasks.start(self._send_once(peer_id, message))
-
-    async def _send_once(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
-        try:
-            await self._transport.call(peer_id, ROUND_CALL, message, rounds_pb2.RoundAck)
-        except PeerCallError as error:
-            logger.debug("certificate to %s: %s", peer_id, error)
+        self._tasks.start(self._shell.delivery.tell(peer_id, message))
 
     async def _handle_next(self) -> None:
         """One event, or a tick when nothing comes."""

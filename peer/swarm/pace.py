@@ -2,12 +2,12 @@
 
 Nothing here affects what is agreed, only how long a member waits before it goes on without another.
 The limits around what was measured are wide: below them a busy machine would look dead, above them
-nobody would wait for a person's answer. On a quiet loopback a stopped member is found within 1.5 s
+nobody would wait for a person's answer. On a quiet loopback a stopped member is found within 1.7 s
 in any phase of a round; where answers take longer, later.
 """
 
 import statistics
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,17 +15,15 @@ from peer.swarm.round_types import RoundTiming
 
 _NUM_ROUNDS = 16
 _NUM_CALLS = 64
-_NUM_LAST_CALLS = 8
 _NUM_FIRST_CALLS = 16
 _LEAST_ROUNDS = 3
-_LEAST_CALLS = 3
-"""A member that was restarted may lead its second round."""
 _FIRST = RoundTiming(form_wait_seconds=30.0, reduce_wait_seconds=60.0, is_guessed=True)
 """Of averaging, this is for a reduction in which nothing moves: nobody knows the links yet."""
-_FIRST_CALL_SECONDS = 4.0
+FIRST_CALL_SECONDS = 4.0
 _FIRST_STALL_SECONDS = 15.0
-_MARGIN_SECONDS = 0.75
+MARGIN_SECONDS = 0.75
 """Of every patience, for a process that has to wait for a core."""
+_MOST_DOUBLINGS = 16
 MOST_REDUCE_SECONDS = 3600.0
 """For the bytes of one attempt, also if they still move."""
 
@@ -40,9 +38,6 @@ class Pace:
         self._wait_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._round_seconds: deque[float] = deque(maxlen=_NUM_ROUNDS)
         self._call_seconds: deque[float] = deque(maxlen=_NUM_CALLS)
-        self._last_calls_by_peer: defaultdict[str, deque[float]] = defaultdict(
-            lambda: deque(maxlen=_NUM_LAST_CALLS)
-        )
 
     def add(self, *, form_seconds: float, reduce_seconds: float, agree_seconds: float) -> None:
         """Remember a committed round: from the own contribution to the group, from there to the
@@ -60,28 +55,14 @@ class Pace:
         """Remember the longest wait for the next bytes of a reduction that succeeded."""
         self._wait_seconds.append(seconds)
 
-    def add_call(self, peer_id: str, seconds: float) -> None:
+    def add_call(self, seconds: float) -> None:
         """Remember how long a member took to answer a message."""
         self._call_seconds.append(seconds)
-        self._last_calls_by_peer[peer_id].append(seconds)
-
-    def add_unanswered(self, peer_id: str, seconds: float) -> None:
-        """Remember that a member took longer than this, or does not answer at all."""
-        self._last_calls_by_peer[peer_id].append(seconds)
 
     @property
     def is_learnt(self) -> bool:
         """True once deadlines follow from rounds; before, who misses one may still be quick."""
         return len(self._form_seconds) >= _LEAST_ROUNDS
-
-    def call_seconds_of(self, peer_id: str) -> float:
-        """How long to wait for this member's answer: longer than for others if even the quickest of
-        its last ones was slow.
-        """
-        last = self._last_calls_by_peer[peer_id]
-        own_seconds = min(last) if len(last) >= _LEAST_CALLS else 0.0
-        seconds = max(self.call_seconds, 4.0 * own_seconds + _MARGIN_SECONDS)
-        return min(_FIRST_CALL_SECONDS, seconds)
 
     @property
     def call_seconds(self) -> float:
@@ -89,20 +70,21 @@ class Pace:
         only the quicker half counts: the others waited for the start of this very process.
         """
         calls = sorted(self._call_seconds)
-        if len(calls) < _LEAST_CALLS:
-            return _FIRST_CALL_SECONDS
+        if not calls:
+            return FIRST_CALL_SECONDS
         if len(calls) < _NUM_FIRST_CALLS:
-            calls = calls[: max(_LEAST_CALLS, len(calls) // 2)]
-        return _patience(calls, factor=4.0, least=0.75, most=_FIRST_CALL_SECONDS)
+            calls = calls[: max(1, len(calls) // 2)]
+        return _patience(calls, factor=4.0, least=0.75, most=FIRST_CALL_SECONDS)
 
     def stall_seconds(self, num_failed: int = 0) -> float:
         """How long a member may send nothing that we wait for, until it counts as stopped; twice as
         long after each reduction of the step that failed.
         """
         seconds = _FIRST_STALL_SECONDS
-        if len(self._wait_seconds) >= _LEAST_ROUNDS:
-            seconds = _patience(self._wait_seconds, factor=2.0, least=0.9, most=60.0)
-        return min(60.0, seconds * 2.0**num_failed)
+        if self._wait_seconds:
+            factor = 2.0 if len(self._wait_seconds) >= _LEAST_ROUNDS else 4.0
+            seconds = _patience(self._wait_seconds, factor=factor, least=0.9, most=60.0)
+        return min(60.0, seconds * 2.0 ** min(num_failed, _MOST_DOUBLINGS))
 
     @property
     def _least_wait_seconds(self) -> float:
@@ -147,11 +129,11 @@ def reduce_deadline_seconds(
     and twice as long after each reduction of the step that failed.
     """
     patience = max(timing.reduce_wait_seconds, 2.0 * expected_seconds + 2.0)
-    return min(MOST_REDUCE_SECONDS, patience * 2.0**num_failed)
+    return min(MOST_REDUCE_SECONDS, patience * 2.0 ** min(num_failed, _MOST_DOUBLINGS))
 
 
 def _patience(values: Sequence[float], *, factor: float, least: float, most: float) -> float:
     """So many times the median plus four times the median deviation plus a margin."""
     median = statistics.median(values)
     spread = statistics.median(abs(value - median) for value in values)
-    return min(most, max(least, factor * median + 4.0 * spread + _MARGIN_SECONDS))
+    return min(most, max(least, factor * median + 4.0 * spread + MARGIN_SECONDS))

@@ -18,7 +18,7 @@ from protos.contract.digest import Float32Vector, piece_digest
 _DIGEST_BYTES = 32
 _MAX_REASON_BYTES = 2000
 _REFUSAL, _PIECES, _WAITING = b"\0", b"\1", b"\2"
-_WAITING_SECONDS = 0.5
+_WAITING_SECONDS = 0.3
 """Between two bytes that say that a reducer waits."""
 
 

@@ -53,6 +53,7 @@ class AgreeSide:
         """The attempt has got as far as voting."""
         core = self._core
         core.phase, self.failed = RoundPhase.AGREE, set()
+        self._lost_since_seconds = None
         wait_seconds = core.timing.agree_wait_seconds + backoff_seconds(core.attempt)
         self.deadline_seconds = self._host.now_seconds + wait_seconds
         core.show(RoundPhase.AGREE, reason)
@@ -62,10 +63,10 @@ class AgreeSide:
 
         Whoever is first waits as long as the others' bytes may take: an exchange would cut them off
         before their votes, and the next attempt would go the same way. No longer than votes take if
-        a member has failed, or if those that can be reached are no quorum; not at all if votes of
-        all but the failed would be none (the leader lets them fetch its bytes). And while a member
+        a member has failed, or if those that can be reached are no quorum; not at all if the rest
+        could make none, either (but the leader lets the failed fetch its bytes). And while a member
         cannot be reached that has not voted, only for a moment: others may wait for its bytes, and
-        can fetch ours instead.
+        can fetch ours instead. So too while nobody can be reached who holds bytes to fetch.
         """
         core, host = self._core, self._host
         vote, own = core.record.highest_vote, core.setup.own_peer_id
@@ -77,8 +78,10 @@ class AgreeSide:
         is_hopeless = bool(self.failed) or not core.votes.is_quorum(can_vote)
         if is_hopeless or bytes_deadline_seconds == float("inf"):
             return self.deadline_seconds
-        missing = core.last_members & core.votes.half_votes.keys() - can_vote - voted
-        if vote is None or not missing:
+        gone = core.last_members & core.votes.half_votes.keys() - can_vote - voted
+        holders = self._awaited_holders()
+        is_lost = holders <= core.unreachable if holders else vote is not None and bool(gone)
+        if not is_lost:
             self._lost_since_seconds = None
         elif self._lost_since_seconds is None:
             self._lost_since_seconds = host.now_seconds
@@ -88,6 +91,15 @@ class AgreeSide:
             lost_seconds = self._lost_since_seconds + moment_seconds
             bytes_deadline_seconds = min(bytes_deadline_seconds, lost_seconds)
         return max(self.deadline_seconds, bytes_deadline_seconds)
+
+    def _awaited_holders(self) -> set[str]:
+        """Who holds bytes that this member still fetches for a vote."""
+        return {
+            holder
+            for digest, proposal in self._proposal_by_digest.items()
+            if digest not in self._held_digests and self._core.may_vote(proposal.attempt)
+            for holder in proposal.holders
+        }
 
     def hold(self, averaged_digest: bytes) -> None:
         """These averaged bytes are held already."""

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from peer.swarm.accusations import Accusations
 from peer.swarm.latecomers import MAX_LATE_ATTEMPTS
 from peer.swarm.round_types import (
+    Acked,
     Behind,
     ContributionRefused,
     Effect,
@@ -36,6 +37,7 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 _MAX_ATTEMPTS_AHEAD = 1000
 _LAST_ATTEMPT = 2**31
 """Attempts are uint32 on the wire; far below its end nothing is listened to any more."""
+_MOST_FIRST_TO_FAIL = 4
 
 
 class RoundCore:
@@ -65,6 +67,8 @@ class RoundCore:
         self.attempt = 0
         self.phase = RoundPhase.FORM
         self.unreachable: set[str] = set()
+        self._first_to_fail: dict[int, str] = {}
+        """By attempt of this step, who ended it and proved nobody's fault."""
         self.accusations = Accusations(num_members=len(self.roster))
         self.last_contributors: frozenset[str] = frozenset()
         """Members that brought something into the last group that was averaged here."""
@@ -180,14 +184,40 @@ class RoundCore:
         """Members that no group waits for, and no attempt follows."""
         return self.accusations.left_out | self.unreachable
 
+    def hear_ack(self, event: Acked) -> None:
+        """A member lives, and says which state it holds."""
+        self.unreachable.discard(event.sender)
+        place = (event.ack.incarnation, event.ack.outer_step + 1)
+        self.is_from_later(event.sender, *place)
+        if place == (self.setup.incarnation, self.setup.outer_step):
+            self.at_step.add(event.sender)
+
     def hear_accusation(self, accuser: str, accused: str, reason: str) -> None:
         """A member says whose bytes ended an attempt; if it is us, what we bring is dropped."""
         if accused in self.entry_by_peer:
             self.accusations.add(accuser, accused, reason, group=self.last_contributors)
         self.drop_refused_own()
 
+    def hear_failure(
+        self, sender: str, attempt: int, refusal: rounds_pb2.RoundRefusal, *, is_first: bool
+    ) -> None:
+        """A member has given an attempt up; `is_first` if we have not."""
+        self.hear_accusation(sender, refusal.accused_peer_id, refusal.reason)
+        if is_first and attempt == self.attempt and not refusal.accused_peer_id:
+            self._note_first_to_fail(attempt, sender)
+
+    def _note_first_to_fail(self, attempt: int, peer_id: str) -> None:
+        """Whoever ends attempts again and again, and proves nobody's fault, counts as late: it may
+        be its own.
+        """
+        self._first_to_fail[attempt] = peer_id
+        if list(self._first_to_fail.values()).count(peer_id) >= _MOST_FIRST_TO_FAIL:
+            self.note_late(attempt, frozenset((peer_id,)))
+
     def judge_failure(self, event: ReduceFailed) -> str:
         """Draw the conclusions from a reduction that failed here; returns whom to accuse."""
+        if event.told_by:
+            self._note_first_to_fail(event.attempt, event.told_by)
         if not event.peer_id:
             return ""
         if event.is_down:

@@ -37,8 +37,8 @@ class Outcomes(Protocol):
     def consider(self, proposal: Proposal) -> None:
         """Fetch, check, vote."""
 
-    def supersede(self, attempt: int, reason: str) -> None:
-        """Go on to a later attempt."""
+    def follow(self, sender: str, attempt: int, reason: str) -> None:
+        """Go on to a later attempt that a member asks for, if we can be spared in this one."""
 
 
 class LeaderSide:
@@ -77,15 +77,16 @@ class LeaderSide:
         return is_leader
 
     def is_passed_over(self, attempt: int) -> bool:
-        """True if nobody should wait for an attempt's leader: unreachable or accused, or left out
+        """True if nobody should wait for an attempt's leader: unreachable, accused or left out,
         while another may lead. Slowness alone does not pass over a leader that has been heard in
         the attempt: two that leave each other out would overtake one another without end.
         """
         core, peer_id = self._core, self.leader(attempt)
-        if peer_id not in core.left_out or attempt in self._heard_attempts:
-            return peer_id in core.not_awaited
         leaders = {entry.peer_id for entry in possible_leaders(core.roster)}
-        return bool(leaders - core.left_out - core.not_awaited)
+        is_gone = peer_id in core.not_awaited and bool(leaders - core.not_awaited)
+        if peer_id not in core.left_out or attempt in self._heard_attempts:
+            return is_gone
+        return is_gone or bool(leaders - core.left_out - core.not_awaited)
 
     def enter(self, now_seconds: float) -> None:
         """The member's attempt has changed: begin to lead it if it is ours."""
@@ -133,8 +134,7 @@ class LeaderSide:
             core.refuse(sender, attempt=attempt, kind=_INVALID, reason=problem)
         elif attempt > core.attempt:
             self._later_joins[sender] = (attempt, join)
-            if core.phase is RoundPhase.FORM:
-                self._outcomes.supersede(attempt, f"{sender} asks for attempt {attempt}")
+            self._outcomes.follow(sender, attempt, f"{sender} asks for attempt {attempt}")
         elif attempt < core.attempt or self.proposer is None:
             later = max(core.attempt, core.record.led_attempt + 1)
             reason = f"attempt {attempt} is over, {later} is next"

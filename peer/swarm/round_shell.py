@@ -18,8 +18,10 @@ from peer.swarm import round_types as rt
 from peer.swarm.allreduce import ReduceError, Reduction
 from peer.swarm.buffer_pool import BufferPool
 from peer.swarm.codecs import EncodedVector
+from peer.swarm.contacts import Contacts
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.coordinator_questions import CoordinatorQuestions, Place, Post
+from peer.swarm.delivery import Delivery
 from peer.swarm.latecomers import Latecomers, late_in_failed
 from peer.swarm.pace import MOST_REDUCE_SECONDS, Pace
 from peer.swarm.reduction_desk import ReductionDesk
@@ -27,25 +29,20 @@ from peer.swarm.replica import Replica
 from peer.swarm.round_state import RoundMachine
 from peer.swarm.state_transfer import fetch_averaged
 from peer.swarm.timeline import TimelineRecorder
-from peer.swarm.transport import PeerCallError, Transport
+from peer.swarm.transport import Transport
 from peer.swarm.vote_file import VoteFile
 from protos.contract.digest import num_pieces
 from protos.contract.signing import SigningKey
 from protos.contract.telemetry import AttemptOutcome, RoundPhase
-from protos.muster.v1 import common_pb2, rounds_pb2
+from protos.muster.v1 import common_pb2
 
 logger = logging.getLogger(__name__)
 
-ROUND_CALL = "round"
 TICK_SECONDS = 0.1
 _FINISH_SECONDS = 3.0
 _MOVES_SECONDS = 1.0
 _LEAST_SILENCE_SECONDS = 0.6
 """Well above what a reducer lets pass that only says that it waits itself (part_frames.py)."""
-_AGAIN_SECONDS = 0.2
-"""From a call that failed to the next, at least."""
-_AGAIN_RATIO = 0.7
-"""Patience with a member that has not answered the last call, against the usual."""
 
 
 class RoundShell:
@@ -68,6 +65,8 @@ class RoundShell:
         self.votes = votes
         self.machine: RoundMachine | None = None
         self.pace = Pace()
+        self.contacts = Contacts(self.pace)
+        self.delivery = Delivery(transport, self.contacts, post)
         self._latecomers = Latecomers()
         self._committed_seconds = time.monotonic()
         self.on_phase: Callable[[RoundPhase, int], None] | None = None
@@ -85,9 +84,9 @@ class RoundShell:
         self._current: Reduction | None = None
         self._stall_seconds = self.pace.stall_seconds()
         self._buffers = BufferPool()
-        self._fetching: set[bytes] = set()
+        self._fetching: set[tuple[bytes, tuple[str, ...]]] = set()
+        """Averaged digests, and who was asked for them."""
         self._tasks = tasks
-        self._failures_by_peer: dict[str, int] = {}
         self.questions = CoordinatorQuestions(channel, own_peer_id=key.peer_id, post=post)
         self._timeline = TimelineRecorder(incarnation=0, outer_step=0)
         self._unix_offset_seconds = time.time() - time.monotonic()
@@ -133,6 +132,7 @@ class RoundShell:
         pieces = num_pieces(replica.contribution.size)
         self._own, self.seconds_by_phase = None, {}
         self.committed, self.behind, self.refused_reason = None, None, ""
+        self.contacts.keep_only({entry.peer_id for entry in directive.roster})
         self._fetching.clear()
         self._timeline = TimelineRecorder(
             incarnation=meta.incarnation, outer_step=meta.outer_step + 1
@@ -208,13 +208,13 @@ class RoundShell:
                 await asyncio.to_thread(self.votes.write, effect.record)
             case rt.Send():
                 for peer_id in effect.peer_ids:
-                    self._tasks.start(self._deliver(peer_id, effect.message))
+                    self._tasks.start(self.delivery.deliver(peer_id, effect.message))
             case rt.StartReduce():
                 self._start_reduction(effect)
             case rt.AbortReduce():
                 self._abort_reduction(effect.reason)
             case rt.FetchBytes():
-                self._tasks.start(self._fetch(effect))
+                self._tasks.start(self._fetch(effect, self._place()))
             case rt.AskCoordinatorExchange() | rt.SubmitVotes():
                 self.questions.ask(effect, self._place())
             case rt.Commit():
@@ -224,6 +224,7 @@ class RoundShell:
                 self.behind = effect
             case rt.ContributionRefused():
                 self.refused_reason = effect.reason
+                self._own = self._own_encoded = None
             case rt.AttemptDiscarded():
                 self._tell_discarded(effect)
             case rt.PhaseChanged():
@@ -236,6 +237,7 @@ class RoundShell:
             attempt=effect.attempt,
             reason=effect.reason,
         )
+        self._post(self._place(), rt.TimingLearnt(self.pace.timing()))
         if self._timeline.phase is not None:
             self.end_attempt(AttemptOutcome.DISCARDED, attempt=effect.attempt, reason=effect.reason)
 
@@ -297,46 +299,6 @@ class RoundShell:
             )
         self._channel.send("attempt_timeline", **timeline.to_plain())
 
-    # Messages ---------------------------------------------------------------------------------
-
-    async def _deliver(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
-        """Call a member; twice in a row without success it is unreachable.
-
-        After a refusal the second call comes a moment later; after silence, at once and with less
-        patience: the first has waited for long.
-        """
-        place = (message.incarnation, message.outer_step)
-        begin_seconds = time.monotonic()
-        has_failed = peer_id in self._failures_by_peer
-        is_connected = self._transport.is_connected(peer_id)
-        patience_seconds = self.pace.call_seconds_of(peer_id)
-        timeout_seconds = patience_seconds * (_AGAIN_RATIO if has_failed else 1.0)
-        try:
-            ack = await self._transport.call(
-                peer_id,
-                ROUND_CALL,
-                message,
-                rounds_pb2.RoundAck,
-                timeout_seconds=timeout_seconds,
-            )
-        except PeerCallError as error:
-            logger.debug("message to %s: %s", peer_id, error)
-            if error.is_down:
-                self.pace.add_unanswered(peer_id, time.monotonic() - begin_seconds)
-                failures = self._failures_by_peer.get(peer_id, 0) + 1
-                self._failures_by_peer[peer_id] = failures
-                if failures >= 2:
-                    self._post(place, rt.PeerUnreachable(peer_id, str(error)))
-                else:
-                    spent_seconds = time.monotonic() - begin_seconds
-                    await asyncio.sleep(max(0.0, _AGAIN_SECONDS - spent_seconds))
-                    await self._deliver(peer_id, message)
-            return
-        self._failures_by_peer.pop(peer_id, None)
-        if is_connected:  # dialling says nothing of how quick a member answers
-            self.pace.add_call(peer_id, time.monotonic() - begin_seconds)
-        self._post(place, rt.Acked(peer_id, ack))
-
     # Averaging --------------------------------------------------------------------------------
 
     def _start_reduction(self, effect: rt.StartReduce) -> None:
@@ -362,7 +324,7 @@ class RoundShell:
         self._current = reduction
         self._reduction = self._tasks.start(self._reduce(reduction, effect.attempt))
         if not self.pace.is_learnt:
-            self._tasks.start(self._watch_moves(reduction, effect.attempt))
+            self._tasks.start(self._watch_moves(reduction))
 
     async def _reduce(self, reduction: Reduction, attempt: int) -> None:
         place = self._place()
@@ -375,6 +337,7 @@ class RoundShell:
                 attempt,
                 str(error),
                 error.peer_id,
+                told_by=error.told_by,
                 is_down=error.is_down,
                 is_invalid=error.is_invalid,
             )
@@ -383,7 +346,8 @@ class RoundShell:
         finally:
             watching.cancel()
         self._transport.link_meter.end()
-        self.pace.add_wait(reduction.longest_wait_seconds)
+        if reduction.longest_wait_seconds > 0.0:  # a member alone learns nothing of others
+            self.pace.add_wait(reduction.longest_wait_seconds)
         await asyncio.to_thread(self._replica.hold_averaged, averaged)
         self._post(place, rt.ReduceDone(attempt, averaged.averaged_digest))
 
@@ -406,11 +370,11 @@ class RoundShell:
                 reduction.fail(ReduceError(reason, peer_id=peer_id, is_down=True))
                 return
 
-    async def _watch_moves(self, reduction: Reduction, attempt: int) -> None:
+    async def _watch_moves(self, reduction: Reduction) -> None:
         """No round was measured yet, so an attempt lasts as long as bytes move, also those that
         others still fetch from here after our own are complete.
         """
-        place, num_moved = self._place(), 0
+        place, attempt, num_moved = reduction.place[:2], reduction.place[2], 0
         end_seconds = reduction.begin_seconds + MOST_REDUCE_SECONDS
         while place == self.place and self._current is reduction and not reduction.has_failed:
             if time.monotonic() >= end_seconds:
@@ -462,11 +426,16 @@ class RoundShell:
         if late:
             logger.warning("left out for some steps, the link is too slow: %s", ", ".join(late))
 
-    async def _fetch(self, effect: rt.FetchBytes) -> None:
-        digest, place = effect.averaged_digest, self._place()
-        if digest in self._fetching:
+    async def _fetch(self, effect: rt.FetchBytes, place: Place) -> None:
+        digest, fetch = effect.averaged_digest, (effect.averaged_digest, effect.holders)
+        if fetch in self._fetching:
             return
-        self._fetching.add(digest)
+
+        def silent(peer_id: str, begin_seconds: float, reason: str) -> None:
+            if not self.contacts.is_heard_since(peer_id, begin_seconds):
+                self._post(place, rt.PeerUnreachable(peer_id, reason))
+
+        self._fetching.add(fetch)
         try:
             averaged = self._replica.averaged(digest)
             if averaged is None:
@@ -477,10 +446,12 @@ class RoundShell:
                     digest,
                     codec_name=self._replica.codec.name,
                     num_values=self._replica.contribution_values(place[1]),
+                    on_silent=silent,
                 )
                 if averaged is None:
                     return
-                await asyncio.to_thread(self._replica.hold_averaged, averaged)
+                if self._replica.averaged(digest) is None:  # others may have been asked meanwhile
+                    await asyncio.to_thread(self._replica.hold_averaged, averaged)
             self._post(place, rt.BytesFetched(digest))
         finally:
-            self._fetching.discard(digest)
+            self._fetching.discard(fetch)

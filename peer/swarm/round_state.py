@@ -42,6 +42,7 @@ from peer.swarm.round_types import (
     RoundSetup,
     RoundTiming,
     StartReduce,
+    TimingLearnt,
 )
 from protos.muster.v1 import common_pb2, rounds_pb2
 
@@ -134,7 +135,9 @@ class RoundMachine:
             case Received():
                 self._on_message(event.sender, event.message)
             case Acked():
-                self._on_ack(event)
+                self._core.hear_ack(event)
+            case TimingLearnt():
+                self._core.timing = event.timing
             case Contributed():
                 self._core.own = event.own
                 self._core.drop_refused_own()
@@ -275,12 +278,24 @@ class RoundMachine:
         self._leader.join_own()
         self._send_join()
 
+    def follow(self, sender: str, attempt: int, reason: str) -> None:
+        """Go on to an attempt that a member asks for; while we average only if we have no measured
+        patience of our own, and it was in the group, so that it has given the group up.
+        """
+        core = self._core
+        has_left = core.timing.is_guessed and sender in core.last_members
+        if core.phase is RoundPhase.FORM or (has_left and core.phase is RoundPhase.REDUCE):
+            self.supersede(attempt, reason)
+
     def _send_join(self) -> None:
         """Ask the leader in; without anything to bring, only make it begin."""
         core = self._core
         leader = self.leader_peer_id
         if leader == core.setup.own_peer_id or core.phase is not RoundPhase.FORM:
             return
+        if leader in core.unreachable:  # and so are the others: any of them may be back
+            others = tuple(core.unreachable - {leader})
+            core.send(others, attempt=core.attempt, nudge=rounds_pb2.Nudge())
         if core.own is not None:
             core.send((leader,), attempt=core.attempt, join_group=own_join(core))
         elif core.attempt > 0:
@@ -332,34 +347,21 @@ class RoundMachine:
             case "nudge":
                 self._on_nudge(sender, attempt)
 
-    def _on_ack(self, event: Acked) -> None:
-        core, ack = self._core, event.ack
-        core.unreachable.discard(event.sender)
-        core.is_from_later(event.sender, ack.incarnation, ack.outer_step + 1)
-        place = (ack.incarnation, ack.outer_step + 1)
-        if place == (core.setup.incarnation, core.setup.outer_step):
-            core.at_step.add(event.sender)
-
     def _on_nudge(self, sender: str, attempt: int) -> None:
         core = self._core
         if attempt > core.attempt and self._leader.is_own(attempt):
-            if core.phase is RoundPhase.FORM:
-                self.supersede(attempt, f"{sender} asks for attempt {attempt}")
+            self.follow(sender, attempt, f"{sender} asks for attempt {attempt}")
         elif attempt > core.attempt and sender == self._leader.leader(attempt):
-            if core.phase is RoundPhase.FORM:
-                self.supersede(attempt, f"{sender} leads attempt {attempt}")
+            self.follow(sender, attempt, f"{sender} leads attempt {attempt}")
         elif attempt == core.attempt and core.own is not None:
             self._send_join()
 
     def _on_exchange_request(self, sender: str, attempt: int) -> None:
         """Answering is a promise: written first, never to vote in a lower attempt."""
         core = self._core
-        if attempt < core.record.promised_attempt:
-            promised = core.record.promised_attempt
-            reason = f"attempt {promised} is promised"
-            core.refuse(
-                sender, attempt=attempt, kind=_SUPERSEDED, reason=reason, to_attempt=promised
-            )
+        if attempt < (later := core.record.promised_attempt):
+            reason = f"attempt {later} is promised"
+            core.refuse(sender, attempt=attempt, kind=_SUPERSEDED, reason=reason, to_attempt=later)
             return
         if not core.has_own_vote:
             return
@@ -373,16 +375,14 @@ class RoundMachine:
         if kind in (rounds_pb2.REFUSAL_KIND_RESYNC, rounds_pb2.REFUSAL_KIND_NOT_A_MEMBER):
             setup = core.setup
             core.emit(Behind(sender, setup.incarnation, setup.outer_step, refusal.reason))
-        elif kind == _SUPERSEDED:
-            if core.phase is RoundPhase.FORM:
-                later = min(refusal.attempt, core.max_attempt)
-                self.supersede(later, f"{sender}: {refusal.reason}")
+        elif kind == _SUPERSEDED and core.phase is RoundPhase.FORM:
+            self.supersede(min(refusal.attempt, core.max_attempt), f"{sender}: {refusal.reason}")
         elif kind == rounds_pb2.REFUSAL_KIND_INVALID:
             if sender == self._leader.leader(attempt) and core.own is not None:
                 core.own = None
                 core.emit(ContributionRefused(f"{sender}: {refusal.reason}"))
         elif kind == _FAILED:
-            core.hear_accusation(sender, refusal.accused_peer_id, refusal.reason)
+            core.hear_failure(sender, attempt, refusal, is_first=self.is_reducing)
             if attempt != core.attempt:
                 return
             if core.phase is RoundPhase.AGREE:
@@ -416,7 +416,7 @@ class RoundMachine:
             return
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
         core.last_members, core.last_contributors = frozenset(members), contributors_of(group)
-        self._is_in_group_before = True
+        self._is_in_group_before, self.attempt_begin_seconds = True, self.now_seconds
         links, size = links_of(group.members, core.entry_by_peer), core.setup.vector_bytes
         self._allow_bytes(expected_seconds(links, group.reducer_piece_ends, vector_bytes=size))
         core.show(RoundPhase.REDUCE, f"averaging with {len(members)} members, attempt {attempt}")

@@ -158,6 +158,13 @@ class ReduceDone:
 
 
 @dataclass(frozen=True, slots=True)
+class TimingLearnt:
+    """How long to wait from now on: members have answered since the step began."""
+
+    timing: RoundTiming
+
+
+@dataclass(frozen=True, slots=True)
 class ReduceMoved:
     """Bytes of the attempt's reduction have moved, to or from this member."""
 
@@ -172,6 +179,8 @@ class ReduceFailed:
     reason: str
     peer_id: str = ""
     """Whose fault it looks like, if anybody's."""
+    told_by: str = ""
+    """A member that had given the attempt up before."""
     is_down: bool = False
     """That member looks dead."""
     is_invalid: bool = False
@@ -239,6 +248,7 @@ Event = (
     Received
     | Acked
     | Contributed
+    | TimingLearnt
     | ReduceDone
     | ReduceMoved
     | ReduceFailed

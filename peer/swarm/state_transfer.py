@@ -8,8 +8,9 @@ fetches it, state_server.py serves it). Only members are answered (transport.py)
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 STATE_INFO_CALL = "state_info"
 AVERAGED_STREAM = "averaged"
 SNAPSHOT_STREAM = "snapshot"
+_HEADER_SECONDS = 3.0
+"""Longest wait for a donor's first answer, until every other was asked."""
 _PIECE_SECONDS = 20.0
 """Longest wait for one piece before another donor is tried."""
 
@@ -165,19 +168,35 @@ async def fetch_averaged(
     *,
     codec_name: str,
     num_values: int,
+    on_silent: Callable[[str, float, str], None] = lambda *_: None,
 ) -> AveragedVector | None:
-    """Averaged bytes from any holder, every piece checked; None if nobody could give them."""
-    for peer_id in holders:
+    """Averaged bytes from any holder, every piece checked; None if nobody could give them.
+
+    Each is given a moment to answer, then, if nobody has, longer. Calls `on_silent` with who does
+    not answer at all, the monotonic seconds of when it was asked, and the reason.
+    """
+    turns = deque((peer, _HEADER_SECONDS) for peer in holders)
+    while turns:
+        peer_id, answer_seconds = turns.popleft()
         stream: Stream | None = None
+        begin_seconds = time.monotonic()
         try:
             stream = await transport.open_stream(peer_id, AVERAGED_STREAM)
             request = state_pb2.AveragedRequest(averaged_digest=averaged_digest)
             await stream.send_message(request)
             return await _receive_averaged(
-                stream, averaged_digest, codec_name=codec_name, num_values=num_values
+                stream,
+                averaged_digest,
+                codec_name=codec_name,
+                num_values=num_values,
+                answer_seconds=answer_seconds,
             )
         except (PeerCallError, StreamError, TimeoutError, CorruptDataError) as error:
             logger.info("averaged bytes from %s refused: %s", peer_id, error)
+            if isinstance(error, PeerCallError) and error.is_down:
+                on_silent(peer_id, begin_seconds, str(error))
+                if answer_seconds < _PIECE_SECONDS:
+                    turns.append((peer_id, _PIECE_SECONDS))
         finally:
             if stream is not None:
                 stream.close()
@@ -185,9 +204,19 @@ async def fetch_averaged(
 
 
 async def _receive_averaged(
-    stream: Stream, averaged_digest: bytes, *, codec_name: str, num_values: int
+    stream: Stream,
+    averaged_digest: bytes,
+    *,
+    codec_name: str,
+    num_values: int,
+    answer_seconds: float = _PIECE_SECONDS,
 ) -> AveragedVector:
-    header = await asyncio.wait_for(stream.read_message(state_pb2.AveragedHeader), _PIECE_SECONDS)
+    try:
+        header = await asyncio.wait_for(
+            stream.read_message(state_pb2.AveragedHeader), answer_seconds
+        )
+    except TimeoutError as error:
+        raise PeerCallError(f"no answer within {answer_seconds:.0f} s", is_down=True) from error
     if header.refusal_reason:
         raise StreamError(header.refusal_reason)
     digests = tuple(header.piece_digests)

@@ -3,9 +3,10 @@ anything is sent.
 
 The folder is that of one run: numbers of incarnations say nothing across runs. Each line is a
 record of one outer step with its checksum; the last line of a step counts. A torn last line, from a
-crash while writing, is cut off at start: nothing that it says was ever sent. Files of older
-incarnations are removed when a newer incarnation begins, and the file is rewritten when it has
-grown, keeping the newest steps.
+crash while writing, is cut off at start: nothing that it says was ever sent. A line before it that
+is damaged held what was sent, so the file is refused: a forgotten vote could be cast twice. Files
+of older incarnations are removed when a newer incarnation begins, and the file is rewritten when it
+has grown, keeping the newest steps.
 """
 
 import hashlib
@@ -14,9 +15,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from peer.swarm.durable_file import sync_folder
 from peer.swarm.round_types import RoundRecord
-from protos.contract.errors import ErrorCode, MachineError
+from protos.contract.errors import CorruptDataError, ErrorCode, MachineError
 from protos.muster.v1 import common_pb2, rounds_pb2
 
 _MAX_FILE_BYTES = 8 * 2**20
@@ -27,7 +30,9 @@ class VoteFile:
     """Records of one incarnation."""
 
     def __init__(self, folder: Path, *, incarnation: int) -> None:
-        """Open or create the file; drops what older incarnations have left."""
+        """Open or create the file; drops what older incarnations have left. Raises CorruptDataError
+        if another line than the last is damaged.
+        """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path = folder / f"votes-{incarnation}.jsonl"
         self._incarnation = incarnation
@@ -71,13 +76,25 @@ class VoteFile:
             data = self._path.read_bytes()
         except FileNotFoundError:
             return 0
+        *lines, rest = data.split(b"\n")
         num_good_bytes = 0
-        for line in data.splitlines(keepends=True):
-            record = _record_from_line(line, incarnation=self._incarnation)
-            if record is None:
+        for number, line in enumerate(lines, start=1):
+            body = _checked_body(line)
+            if body is None and number == len(lines) and not rest:
                 break
+            try:
+                record = _record_from_body(body, incarnation=self._incarnation)
+            except (ValueError, KeyError, TypeError, DecodeError) as error:
+                raise CorruptDataError(
+                    f"{self._path} is damaged in line {number} of {len(lines)}: {error}",
+                    allowed="the votes and promises that this peer has written; only the last line "
+                    "may be torn",
+                    remedy="check this disk, and join as a new peer with another --home and an "
+                    "unused token: with the old key, a vote that this file forgot could be cast "
+                    "twice",
+                ) from error
             self._record_by_step[record.outer_step] = record
-            num_good_bytes += len(line)
+            num_good_bytes += len(line) + 1
         return num_good_bytes
 
     def _rewrite(self) -> None:
@@ -113,10 +130,16 @@ def _line(record: RoundRecord) -> bytes:
     return hashlib.sha256(body).hexdigest()[:16].encode() + b" " + body + b"\n"
 
 
-def _record_from_line(line: bytes, *, incarnation: int) -> RoundRecord | None:
-    checksum, _, body = line.rstrip(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or hashlib.sha256(body).hexdigest()[:16].encode() != checksum:
-        return None
+def _checked_body(line: bytes) -> bytes | None:
+    """What a line says; None if that is not what was written."""
+    checksum, _, body = line.partition(b" ")
+    return body if hashlib.sha256(body).hexdigest()[:16].encode() == checksum else None
+
+
+def _record_from_body(body: bytes | None, *, incarnation: int) -> RoundRecord:
+    """Raises ValueError, KeyError, TypeError, DecodeError for what no `_line` says."""
+    if body is None:
+        raise ValueError("its checksum is another")
     plain = json.loads(body)
     vote, directive = bytes.fromhex(plain["highest_vote"]), bytes.fromhex(plain["next_directive"])
     return RoundRecord(

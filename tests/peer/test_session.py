@@ -323,11 +323,15 @@ def test_out_of_memory_before_the_first_micro_batch_is_refused(training: Timelin
     assert [action.exit_code for action in training.take(ev.BeginDrain)] == [4]
 
 
-def test_a_child_that_this_machine_cannot_run_ends_the_session_at_once() -> None:
+@pytest.mark.parametrize(
+    ("reason", "exit_code"), [("the port is taken", 4), ("the votes are damaged", 5)]
+)
+def test_a_child_that_this_machine_cannot_run_ends_the_session_at_once(
+    reason: str, exit_code: int
+) -> None:
     timeline = Timeline()
-    event = ev.ChildDied(child=ChildName.SWARM, reason="the port is taken", exit_code=4)
-    timeline.feed(event)
-    assert [action.exit_code for action in timeline.take(ev.BeginDrain)] == [4]
+    timeline.feed(ev.ChildDied(child=ChildName.SWARM, reason=reason, exit_code=exit_code))
+    assert timeline.take(ev.BeginDrain) == [ev.BeginDrain(reason=reason, exit_code=exit_code)]
 
 
 def test_a_child_that_could_run_before_is_started_again(training: Timeline) -> None:

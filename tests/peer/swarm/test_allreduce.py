@@ -3,6 +3,7 @@ is wrong.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +267,18 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -
         assert reduction.silent_peer(0.9) == ("", 0.0)
         pass_time(reduction, 2)
         assert reduction.silent_peer(0.9)[0] == "b"
+
+    asyncio.run(body())
+
+
+def test_a_stopped_reducer_is_found_while_another_member_still_sends() -> None:
+    async def body() -> None:
+        reduction, now = _reduction(_LostStreams(), "a"), time.monotonic()
+        reduction.begin_seconds = reduction._heed_seconds = now - 60.0
+        reduction._awaited = {("b", True): (None, now - 55.0), ("c", False): (None, now)}
+        assert reduction.silent_peer(5.0)[0] == "b"
+        reduction._awaited["c", False] = (None, now - 50.0)
+        assert reduction.silent_peer(5.0)[0] == "c"
 
     asyncio.run(body())
 

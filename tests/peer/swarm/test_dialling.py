@@ -83,3 +83,15 @@ def test_the_higher_identity_is_dialled() -> None:
         assert network.num_dials == 0 and network.num_looks == 3, "both wait for one connection"
 
     asyncio.run(run())
+
+
+def test_a_caller_without_patience_is_told_and_the_dial_goes_on() -> None:
+    async def run() -> None:
+        dialler, network = _dialler(LOW, HIGH, COLLISION)
+        with pytest.raises(DialError, match="within 0.0 s"):
+            await dialler.meet(HIGH, [], timeout_seconds=5.0, patience_seconds=0.01)
+        assert not network.is_connected
+        await _meet(dialler, HIGH)
+        assert network.is_connected and network.num_dials == 2
+
+    asyncio.run(run())

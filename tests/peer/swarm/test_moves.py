@@ -23,7 +23,9 @@ def _shell(reduction: Any, posted: list[rt.Event]) -> Any:
 
 
 def _reduction(begin_seconds: float) -> Any:
-    return SimpleNamespace(num_moved=0, has_failed=False, begin_seconds=begin_seconds)
+    return SimpleNamespace(
+        place=(1, 7, 2), num_moved=0, has_failed=False, begin_seconds=begin_seconds
+    )
 
 
 async def _let_others_run() -> None:
@@ -38,7 +40,7 @@ def test_every_look_that_finds_pieces_moved_is_told(monkeypatch: pytest.MonkeyPa
     async def body() -> None:
         reduction = _reduction(time.monotonic())
         shell = _shell(reduction, posted)
-        watching = asyncio.ensure_future(RoundShell._watch_moves(shell, reduction, 2))
+        watching = asyncio.ensure_future(RoundShell._watch_moves(shell, reduction))
         await _let_others_run()
         assert posted == [], "nothing has moved"
         for number in (1, 2):
@@ -58,7 +60,7 @@ def test_an_hour_is_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
         reduction = _reduction(time.monotonic() - MOST_REDUCE_SECONDS)
         reduction.num_moved = 1
         shell = _shell(reduction, posted)
-        await asyncio.wait_for(RoundShell._watch_moves(shell, reduction, 0), 5.0)
+        await asyncio.wait_for(RoundShell._watch_moves(shell, reduction), 5.0)
 
     asyncio.run(body())
     assert posted == []

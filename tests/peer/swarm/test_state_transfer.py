@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from peer.model.init import initial_vector
-from peer.swarm import piece_plan
+from peer.swarm import piece_plan, state_transfer
 from peer.swarm.catch_up import CatchUp, DownloadPause
 from peer.swarm.incoming_state import IncomingState
 from peer.swarm.piece_plan import PieceLayout
@@ -386,3 +386,39 @@ def test_serving_takes_few_hundredths_of_the_machine_and_half_of_the_upload() ->
     free = serving_bytes_per_second(num_cpus=2, upload_limit_mbit=None)
     assert free == 2 * serving_bytes_per_second(num_cpus=1, upload_limit_mbit=None)
     assert serving_bytes_per_second(num_cpus=2, upload_limit_mbit=8.0) == 500_000
+
+
+def test_a_silent_holder_does_not_hold_up_the_bytes_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is asked once more at the end, for longer, and named each time."""
+    monkeypatch.setattr(state_transfer, "_HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(state_transfer, "_PIECE_SECONDS", 0.1)
+    wire, asked, silent = Wire(), [], []
+
+    async def scenario() -> None:
+        end = asyncio.Event()
+
+        async def says_nothing(sender: str, stream: Stream) -> None:
+            asked.append("a")
+            await end.wait()
+
+        async def refuses(sender: str, stream: Stream) -> None:
+            asked.append("b")
+            await stream.send_message(state_pb2.AveragedHeader(refusal_reason="not held"))
+
+        wire.handler_by_peer = {"a": says_nothing, "b": refuses}
+        found = await state_transfer.fetch_averaged(
+            wire,  # type: ignore[arg-type]
+            ["a", "b", "gone"],
+            b"digest",
+            codec_name="fp32",
+            num_values=1,
+            on_silent=lambda peer_id, begin_seconds, reason: silent.append(peer_id),
+        )
+        assert found is None
+        end.set()
+        await asyncio.gather(*wire.tasks)
+
+    asyncio.run(scenario())
+    assert asked == ["a", "b", "a"] and silent == ["a", "gone", "a", "gone"]

@@ -1,0 +1,81 @@
+"""What calls to a member come to: an answer, or the word that it is gone, and one more call."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from peer.swarm import round_types as rt
+from peer.swarm.contacts import Contacts
+from peer.swarm.delivery import Delivery
+from peer.swarm.pace import Pace
+from peer.swarm.transport import PeerCallError
+from protos.muster.v1 import rounds_pb2
+
+PLACE = (1, 7)
+MESSAGE = rounds_pb2.RoundMessage(incarnation=1, outer_step=7, nudge=rounds_pb2.Nudge())
+
+
+class _Member:
+    """Answers calls that wait for so long; what others wait for passes at once."""
+
+    def __init__(self, answer_seconds: float, *, clock: list[float]) -> None:
+        self._answer_seconds, self._clock = answer_seconds, clock
+        self.timeouts: list[float] = []
+
+    def is_connected(self, peer_id: str) -> bool:
+        return True
+
+    async def call(self, *_: Any, timeout_seconds: float) -> rounds_pb2.RoundAck:
+        self.timeouts.append(timeout_seconds)
+        await asyncio.sleep(0)
+        self._clock[0] += min(self._answer_seconds, timeout_seconds)
+        if self._answer_seconds > timeout_seconds:
+            raise PeerCallError("no answer", is_down=True)
+        return rounds_pb2.RoundAck()
+
+
+def _delivered(
+    monkeypatch: pytest.MonkeyPatch, answer_seconds: float, *, num_messages: int = 1
+) -> tuple[list[float], list[rt.Event]]:
+    """How long each call waited, and what was told of them."""
+    clock, told = [100.0], []
+    time = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("peer.swarm.delivery.time", time)
+    member, pace = _Member(answer_seconds, clock=clock), Pace()
+    pace.add_call(0.0)
+
+    def post(place: tuple[int, int], event: rt.Event) -> None:
+        assert place == PLACE
+        told.append(event)
+
+    async def scenario() -> None:
+        calls = Delivery(member, Contacts(pace), post)  # type: ignore[arg-type]
+        for _ in range(num_messages):
+            await calls.deliver("b", MESSAGE)
+
+    asyncio.run(scenario())
+    return member.timeouts, told
+
+
+def test_an_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeouts, told = _delivered(monkeypatch, 0.01)
+    assert timeouts == [0.75] and [type(event) for event in told] == [rt.Acked]
+
+
+def test_two_calls_in_a_row_and_the_member_is_gone_but_waited_for_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timeouts, told = _delivered(monkeypatch, 1000.0)
+    assert timeouts == [0.75, pytest.approx(0.525), 4.0]
+    assert [type(event) for event in told] == [rt.PeerUnreachable]
+
+
+def test_a_slow_member_is_heard_again_and_given_longer_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timeouts, told = _delivered(monkeypatch, 1.0, num_messages=3)
+    assert timeouts[:3] == [0.75, pytest.approx(0.525), 4.0]
+    assert len(timeouts) == 5 and min(timeouts[3:]) > 2.0
+    assert [type(event) for event in told] == [rt.PeerUnreachable, rt.Acked, rt.Acked, rt.Acked]
