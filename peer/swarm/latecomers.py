@@ -11,6 +11,11 @@ from collections.abc import Collection, Mapping
 
 MAX_LATE_ATTEMPTS = 2
 """Of one step, after which a member is left out of it; one, if it is tried again."""
+LEAST_SILENCE_SECONDS = 0.6
+"""Less than that proves nothing, also in a reduction that another has given up: below the least
+patience of whoever gave it up (pace.py), so that both remember whom they have waited for, and well
+above what a reducer lets pass that only says that it waits itself (part_frames.py).
+"""
 _MAX_LEVEL = 6
 _LEAST_SECONDS = 1.0
 _LEAST_GAIN = 1.25
@@ -72,7 +77,7 @@ def late_in_failed(
     late_seconds_by_peer: Mapping[str, float], *, elapsed_seconds: float
 ) -> frozenset[str]:
     """For whom a reduction was mostly waiting that was given up after so long."""
-    least_seconds = max(_LEAST_SECONDS, elapsed_seconds / 2)
+    least_seconds = max(LEAST_SILENCE_SECONDS, elapsed_seconds / 2)
     return frozenset(p for p, late in late_seconds_by_peer.items() if late >= least_seconds)
 
 

@@ -22,7 +22,7 @@ from peer.swarm.contacts import Contacts
 from peer.swarm.contribution_check import LeaseRules, SignedChecks
 from peer.swarm.coordinator_questions import CoordinatorQuestions, Place, Post
 from peer.swarm.delivery import Delivery
-from peer.swarm.latecomers import Latecomers, late_in_failed
+from peer.swarm.latecomers import LEAST_SILENCE_SECONDS, Latecomers, late_in_failed
 from peer.swarm.pace import MOST_REDUCE_SECONDS, Pace
 from peer.swarm.reduction_desk import ReductionDesk
 from peer.swarm.replica import Replica
@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = 0.1
 _FINISH_SECONDS = 3.0
 _MOVES_SECONDS = 1.0
-_LEAST_SILENCE_SECONDS = 0.6
-"""Well above what a reducer lets pass that only says that it waits itself (part_frames.py)."""
 
 
 class RoundShell:
@@ -400,7 +398,7 @@ class RoundShell:
         """A reduction has failed, here or elsewhere: whoever is silent here as well is not waited
         for in the next attempt, and whom it has waited for most is late.
         """
-        patience_seconds = max(_LEAST_SILENCE_SECONDS, self._stall_seconds / 2)
+        patience_seconds = max(LEAST_SILENCE_SECONDS, self._stall_seconds / 2)
         peer_id, seconds = reduction.silent_peer(patience_seconds)
         if peer_id and self.place is not None:
             reason = f"has sent nothing for {seconds:.1f} s"

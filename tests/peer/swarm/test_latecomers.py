@@ -1,6 +1,7 @@
 """Who holds the swarm up is left out for longer and longer, and comes back when it is in time."""
 
-from peer.swarm.latecomers import Latecomers, late_in_failed
+from peer.swarm.latecomers import LEAST_SILENCE_SECONDS, Latecomers, late_in_failed
+from peer.swarm.pace import Pace
 
 TOKENS = {"a": 100, "b": 100, "slow": 100}
 
@@ -57,3 +58,13 @@ def test_a_failed_reduction_blames_whom_it_mostly_waited_for() -> None:
     late = {"a": 0.4, "b": 1.2, "slow": 3.0}
     assert late_in_failed(late, elapsed_seconds=4.0) == {"slow"}
     assert late_in_failed({"slow": 0.4}, elapsed_seconds=0.4) == frozenset()
+
+
+def test_all_who_waited_for_a_silent_member_remember_it() -> None:
+    """Whoever is quickest to give up tells the others, who have waited almost as long."""
+    pace = Pace()
+    for _ in range(3):
+        pace.add_wait(0.001)
+    seconds = pace.stall_seconds() - 0.1
+    assert seconds > LEAST_SILENCE_SECONDS
+    assert late_in_failed({"silent": seconds}, elapsed_seconds=seconds) == {"silent"}
