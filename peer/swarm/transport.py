@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import hivemind.p2p.p2p_daemon as p2p_daemon
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.utils.multiaddr import Multiaddr
@@ -336,7 +336,7 @@ class Transport:
                 self.p2p.call_protobuf_handler(identity, self.protocol(name), message, answer_type),
                 timeout_seconds,
             )
-        except P2PHandlerError as error:
+        except (P2PHandlerError, DecodeError) as error:
             raise PeerCallError(
                 f"{peer_id} refused: {short_reason(error)}", is_down=False
             ) from error
