@@ -76,12 +76,19 @@ class Contacts:
             self._pace.add_call(now_seconds - begin_seconds)
 
     def failed(
-        self, peer_id: str, *, begin_seconds: float, now_seconds: float, timeout_seconds: float
+        self,
+        peer_id: str,
+        *,
+        begin_seconds: float,
+        now_seconds: float,
+        timeout_seconds: float,
+        has_dialled: bool,
     ) -> bool:
         """A call was refused, or not answered in time; returns whether the member counts as gone.
 
         Calls that were under way together count once, and none does if the member was heard in the
-        meantime. One that took as long as two, to dial, counts as two.
+        meantime. One that took as long as two, to dial, counts as two; without a dial only we can
+        have been stopped for so long.
         """
         contact, spent_seconds = self._of(peer_id), now_seconds - begin_seconds
         if spent_seconds >= timeout_seconds:
@@ -91,7 +98,7 @@ class Contacts:
         if begin_seconds >= contact.last_failure_seconds:
             if not contact.num_failures:
                 contact.first_failure_seconds = now_seconds
-            is_long = spent_seconds >= (1.0 + _AGAIN_RATIO) * timeout_seconds
+            is_long = has_dialled and spent_seconds >= (1.0 + _AGAIN_RATIO) * timeout_seconds
             contact.num_failures += 2 if is_long else 1
             contact.last_failure_seconds = now_seconds
         return contact.num_failures >= _MOST_FAILURES

@@ -38,6 +38,7 @@ class Delivery:
         for number in range(_NUM_CALLS):
             begin_seconds = time.monotonic()
             timeout_seconds = self._contacts.patience_seconds(peer_id)
+            has_dialled = not self._transport.is_connected(peer_id)
             error = await self._call(peer_id, message, timeout_seconds)
             if error is None or not error.is_down:
                 return
@@ -47,6 +48,7 @@ class Delivery:
                 begin_seconds=begin_seconds,
                 now_seconds=begin_seconds + spent_seconds,
                 timeout_seconds=timeout_seconds,
+                has_dialled=has_dialled,
             ):
                 self._post(place, rt.PeerUnreachable(peer_id, str(error)))
                 if spent_seconds >= timeout_seconds and peer_id not in self._awaited:

@@ -21,12 +21,20 @@ def _answer(contacts: Contacts, peer_id: str, seconds: float, *, at_seconds: flo
     )
 
 
-def _fail(contacts: Contacts, peer_id: str, begin_seconds: float, *, after_seconds: float) -> bool:
+def _fail(
+    contacts: Contacts,
+    peer_id: str,
+    begin_seconds: float,
+    *,
+    after_seconds: float,
+    has_dialled: bool = False,
+) -> bool:
     return contacts.failed(
         peer_id,
         begin_seconds=begin_seconds,
         now_seconds=begin_seconds + after_seconds,
         timeout_seconds=contacts.patience_seconds(peer_id),
+        has_dialled=has_dialled,
     )
 
 
@@ -89,7 +97,15 @@ def test_who_has_spoken_since_a_failure_is_given_the_whole_patience() -> None:
 
 def test_a_dial_that_takes_as_long_as_two_calls_counts_as_two() -> None:
     contacts = _contacts()
-    assert _fail(contacts, "b", 1.0, after_seconds=5.0)
+    assert _fail(contacts, "b", 1.0, after_seconds=5.0, has_dialled=True)
+
+
+def test_a_call_that_outlived_its_patience_because_we_were_stopped_counts_as_one() -> None:
+    """All others would be gone for a process that has just woken up."""
+    contacts = _contacts()
+    assert not _fail(contacts, "b", 1.0, after_seconds=600.0)
+    assert contacts.patience_seconds("b") == 0.7 * PATIENCE_SECONDS
+    assert _silence(contacts, "b", 602.0)
 
 
 def test_a_member_that_is_gone_is_found_as_quickly_in_every_step() -> None:

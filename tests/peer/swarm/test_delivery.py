@@ -20,8 +20,12 @@ MESSAGE = rounds_pb2.RoundMessage(incarnation=1, outer_step=7, nudge=rounds_pb2.
 class _Member:
     """Answers calls that wait for so long; what others wait for passes at once."""
 
-    def __init__(self, answer_seconds: float, *, clock: list[float]) -> None:
+    def __init__(
+        self, answer_seconds: float, *, clock: list[float], stopped_seconds: float = 0.0
+    ) -> None:
+        """`stopped_seconds`: how long the caller is stopped during its first call."""
         self._answer_seconds, self._clock = answer_seconds, clock
+        self._stopped_seconds = stopped_seconds
         self.timeouts: list[float] = []
 
     def is_connected(self, peer_id: str) -> bool:
@@ -30,20 +34,27 @@ class _Member:
     async def call(self, *_: Any, timeout_seconds: float) -> rounds_pb2.RoundAck:
         self.timeouts.append(timeout_seconds)
         await asyncio.sleep(0)
-        self._clock[0] += min(self._answer_seconds, timeout_seconds)
-        if self._answer_seconds > timeout_seconds:
+        spent_seconds = min(self._answer_seconds, timeout_seconds) + self._stopped_seconds
+        self._clock[0] += spent_seconds
+        self._stopped_seconds = 0.0
+        if max(self._answer_seconds, spent_seconds) > timeout_seconds:
             raise PeerCallError("no answer", is_down=True)
         return rounds_pb2.RoundAck()
 
 
 def _delivered(
-    monkeypatch: pytest.MonkeyPatch, answer_seconds: float, *, num_messages: int = 1
+    monkeypatch: pytest.MonkeyPatch,
+    answer_seconds: float,
+    *,
+    num_messages: int = 1,
+    stopped_seconds: float = 0.0,
 ) -> tuple[list[float], list[rt.Event]]:
     """How long each call waited, and what was told of them."""
     clock, told = [100.0], []
     time = SimpleNamespace(monotonic=lambda: clock[0])
     monkeypatch.setattr("peer.swarm.delivery.time", time)
-    member, pace = _Member(answer_seconds, clock=clock), Pace()
+    member = _Member(answer_seconds, clock=clock, stopped_seconds=stopped_seconds)
+    pace = Pace()
     pace.add_call(0.0)
 
     def post(place: tuple[int, int], event: rt.Event) -> None:
@@ -70,6 +81,13 @@ def test_two_calls_in_a_row_and_the_member_is_gone_but_waited_for_once_more(
     timeouts, told = _delivered(monkeypatch, 1000.0)
     assert timeouts == [0.75, pytest.approx(0.525), 4.0]
     assert [type(event) for event in told] == [rt.PeerUnreachable]
+
+
+def test_whoever_was_stopped_itself_takes_nobody_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its timers have all run out when it wakes up, also those of answers that have come."""
+    timeouts, told = _delivered(monkeypatch, 0.01, stopped_seconds=10.0)
+    assert timeouts == [0.75, pytest.approx(0.525)]
+    assert [type(event) for event in told] == [rt.Acked]
 
 
 def test_a_slow_member_is_heard_again_and_given_longer_then(
