@@ -31,6 +31,7 @@ from peer.swarm.lane_stream import LaneStream
 from peer.swarm.lanes import FAR_SECONDS, NO_BUNDLE, Lanes
 from peer.swarm.link_meter import LinkMeter
 from peer.swarm.member_stream import Stream
+from peer.swarm.open_calls import OpenCalls
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
 from peer.swarm.timeline import PairWay
 from protos.contract.addresses import problem_of_address
@@ -144,6 +145,7 @@ class Transport:
                 else None,  # p2pd: auto relay only
             )
             p2p = await start_whole(starting, undo=P2P.shutdown)
+            p2p._client.control._pending_calls = OpenCalls()  # hivemind's own let it go deaf
         except (P2PDaemonError, OSError) as error:
             raise MachineError(
                 f"the p2p daemon did not start on {host}:{listen_port}: {error}",
