@@ -63,10 +63,11 @@ class AgreeSide:
 
         Whoever is first waits as long as the others' bytes may take: an exchange would cut them off
         before their votes, and the next attempt would go the same way. No longer than votes take if
-        a member has failed, or if those that can be reached are no quorum; not at all if the rest
-        could make none, either (but the leader lets the failed fetch its bytes). And while a member
-        cannot be reached that has not voted, only for a moment: others may wait for its bytes, and
-        can fetch ours instead. So too while nobody can be reached who holds bytes to fetch.
+        a member has failed, or if those that can be reached or have voted are no quorum; not at all
+        if the rest could make none, either (but the leader lets the failed fetch its bytes). And
+        while a member cannot be reached that has not voted, only for a moment: others may wait for
+        its bytes, and can fetch ours instead. So too while nobody can be reached who holds bytes to
+        fetch.
         """
         core, host = self._core, self._host
         vote, own = core.record.highest_vote, core.setup.own_peer_id
@@ -75,7 +76,7 @@ class AgreeSide:
         rest = (can_vote - self.failed) | voted | {own, COORDINATOR_VOTER}
         if self.failed and host.leader_peer_id != own and not core.votes.is_quorum(rest):
             return host.now_seconds
-        is_hopeless = bool(self.failed) or not core.votes.is_quorum(can_vote)
+        is_hopeless = bool(self.failed) or not core.votes.is_quorum(can_vote | voted)
         if is_hopeless or bytes_deadline_seconds == float("inf"):
             return self.deadline_seconds
         gone = core.last_members & core.votes.half_votes.keys() - can_vote - voted

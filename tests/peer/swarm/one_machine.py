@@ -26,13 +26,14 @@ def machine_of(
     left_out: frozenset[str] = frozenset(),
     timing: rt.RoundTiming = TIMING,
     hidden: frozenset[str] = frozenset(),
+    peers: tuple[str, ...] = PEERS,
 ) -> RoundMachine:
     """A member's machine of step 1, which has just begun; the hidden accept no connections."""
     roster = [
         common_pb2.RosterEntry(
             peer_id=p, has_vote=True, round_tokens=10, can_accept_connections=p not in hidden
         )
-        for p in PEERS
+        for p in peers
     ]
     directive = common_pb2.Directive(
         incarnation=1, directive_number=1, roster=roster, is_paused=is_paused

@@ -21,7 +21,7 @@ from tests.peer.swarm.one_machine import (
     own_of,
     value_of,
 )
-from tests.peer.swarm.round_simulation import TIMING, Simulation, World
+from tests.peer.swarm.round_simulation import TIMING, Checks, Simulation, World
 
 
 def test_who_was_late_twice_is_not_asked_again_in_this_step() -> None:
@@ -111,6 +111,31 @@ def test_who_has_averaged_gives_up_at_once_when_too_few_others_can_vote() -> Non
     assert any(s.message.WhichOneof("body") == "repropose" for s in of_kind(effects, rt.Send))
     machine.handle(rt.PeerUnreachable(own, "no answer"), now_seconds=0.3)
     assert machine.attempt == 0
+
+
+@pytest.mark.parametrize("has_voted", [True, False])
+def test_a_vote_counts_also_when_its_voter_is_gone_since(has_voted: bool) -> None:
+    """Of four one is gone, and one since its vote: the last one's vote makes a quorum. An exchange
+    would forbid it, and could not find a quorum itself.
+    """
+    peers = (*PEERS, "peer3")
+    timing = replace(TIMING, reduce_wait_seconds=_BYTES_SECONDS, agree_wait_seconds=1.0)
+    own = machine_of(PEERS[0], peers=peers).leader_peer_id
+    last, voter, gone = (p for p in peers if p != own)
+    machine = machine_of(own, timing=timing, peers=peers)
+    machine.handle(rt.PeerUnreachable(gone, "no answer"), now_seconds=0.0)
+    machine.handle(rt.Contributed(own_of(own)), now_seconds=0.0)
+    machine.handle(join_of(last), now_seconds=0.0)
+    effects = machine.handle(join_of(voter), now_seconds=0.0)
+    assert members_of(effects) == {own, last, voter}
+    effects = machine.handle(rt.ReduceDone(0, b"averaged"), now_seconds=0.1)
+    (vote,) = (s.message.vote for s in of_kind(effects, rt.Send) if s.message.HasField("vote"))
+    if has_voted:
+        of_voter = Checks(voter, machine.setup.directive).sign_vote(vote.value, 0)
+        machine.handle(rt.Received(voter, message_of(vote=of_voter)), now_seconds=0.2)
+    machine.handle(rt.PeerUnreachable(voter, "no answer"), now_seconds=0.3)
+    machine.handle(rt.Tick(), now_seconds=0.9 * _BYTES_SECONDS)
+    assert (machine.attempt == 0) == has_voted
 
 
 def test_the_slow_are_asked_when_nobody_else_has_work() -> None:
