@@ -398,15 +398,16 @@ class RoundShell:
         """A reduction has failed, here or elsewhere: whoever is silent here as well is not waited
         for in the next attempt, and whom it has waited for most is late.
         """
+        incarnation, outer_step, attempt = reduction.place
         patience_seconds = max(LEAST_SILENCE_SECONDS, self._stall_seconds / 2)
         peer_id, seconds = reduction.silent_peer(patience_seconds)
-        if peer_id and self.place is not None:
+        if peer_id:
             reason = f"has sent nothing for {seconds:.1f} s"
-            self._post(self.place, rt.PeerUnreachable(peer_id, reason))
+            self._post((incarnation, outer_step), rt.PeerUnreachable(peer_id, reason))
         elapsed_seconds = time.monotonic() - reduction.begin_seconds
         late = late_in_failed(reduction.late_seconds_by_peer, elapsed_seconds=elapsed_seconds)
-        if late and self.place is not None:
-            self._post(self.place, rt.PeersLate(reduction.place[2], late))
+        if late:
+            self._post((incarnation, outer_step), rt.PeersLate(attempt, late))
 
     def _learn_who_is_late(self) -> None:
         """A step is certified: what that says of slow members."""

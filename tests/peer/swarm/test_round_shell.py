@@ -1,6 +1,7 @@
 """What the shell does when a step ends, or a contribution, in the middle of something else."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,3 +96,18 @@ def test_who_is_refused_and_has_no_more_work_joins_as_an_idle_member() -> None:
         assert shell.own is not None and not shell.has_work
 
     asyncio.run(scenario())
+
+
+def test_who_was_silent_in_a_step_that_has_ended_is_not_late_in_the_next() -> None:
+    """A reduction that fails as its step ends is told of when the next one has begun."""
+    shell, places = _shell([]), set()
+    shell._post = lambda place, event: places.add(place)
+    shell._stall_seconds = 0.9
+    reduction = SimpleNamespace(
+        place=(1, 0, 3),
+        silent_peer=lambda patience_seconds: (LEADER, 1.0),
+        late_seconds_by_peer={LEADER: 1.0},
+        begin_seconds=time.monotonic() - 1.0,
+    )
+    shell._note_silent(reduction)
+    assert shell.place == (1, 1) and places == {(1, 0)}
