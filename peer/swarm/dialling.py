@@ -40,6 +40,8 @@ class Dialler:
         """Identity -> whether its last failed dial may have been a collision."""
         self._met: set[str] = set()
         self._meetings: dict[str, asyncio.Future[None]] = {}
+        self._dials: set[asyncio.Future[None]] = set()
+        """Not ended yet; asyncio itself would forget them."""
 
     def is_first(self, identity: PeerID) -> bool:
         """True if it is ours to dial."""
@@ -48,11 +50,18 @@ class Dialler:
     async def connect(
         self, identity: PeerID, maddrs: list[Multiaddr], *, timeout_seconds: float
     ) -> None:
-        """Connect once. Raises DialError."""
+        """Connect once. Raises DialError.
+
+        p2pd is heard to the end also when that takes too long for us: hivemind closes its
+        connection to p2pd only then.
+        """
         suffix = Multiaddr(f"/p2p/{identity.to_base58()}")
         plain = [m.decapsulate(suffix) if "p2p" in m else m for m in maddrs]
+        dial = asyncio.ensure_future(self._client.connect(identity, plain))
+        self._dials.add(dial)
+        dial.add_done_callback(self._dials.discard)
         try:
-            await asyncio.wait_for(self._client.connect(identity, plain), timeout_seconds)
+            await asyncio.wait_for(asyncio.shield(dial), timeout_seconds)
         except TimeoutError as error:
             raise DialError(f"no connection within {timeout_seconds:.1f} s") from error
         except (P2PDaemonError, OSError, EOFError, ValueError) as error:
