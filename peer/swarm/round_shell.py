@@ -395,17 +395,18 @@ class RoundShell:
         self._reduction = None
 
     def _note_silent(self, reduction: Reduction) -> None:
-        """A reduction has failed, here or elsewhere: whoever is silent here as well is not waited
-        for in the next attempt, and whom it has waited for most is late.
+        """A reduction has failed, here or elsewhere: whoever is silent here as well is late and not
+        waited for in the next attempt, and whom it has waited for most is late, too.
         """
         incarnation, outer_step, attempt = reduction.place
         patience_seconds = max(LEAST_SILENCE_SECONDS, self._stall_seconds / 2)
-        peer_id, seconds = reduction.silent_peer(patience_seconds)
-        if peer_id:
-            reason = f"has sent nothing for {seconds:.1f} s"
-            self._post((incarnation, outer_step), rt.PeerUnreachable(peer_id, reason))
         elapsed_seconds = time.monotonic() - reduction.begin_seconds
         late = late_in_failed(reduction.late_seconds_by_peer, elapsed_seconds=elapsed_seconds)
+        peer_id, seconds = reduction.silent_peer(patience_seconds)
+        if peer_id:
+            late |= {peer_id}
+            reason = f"has sent nothing for {seconds:.1f} s"
+            self._post((incarnation, outer_step), rt.PeerUnreachable(peer_id, reason))
         if late:
             self._post((incarnation, outer_step), rt.PeersLate(attempt, late))
 

@@ -98,16 +98,31 @@ def test_who_is_refused_and_has_no_more_work_joins_as_an_idle_member() -> None:
     asyncio.run(scenario())
 
 
+def _silent_leader(*, outer_step: int, late_seconds: float) -> Any:
+    """A reduction of attempt 3 in which the leader has sent nothing for a second."""
+    return SimpleNamespace(
+        place=(1, outer_step, 3),
+        silent_peer=lambda patience_seconds: (LEADER, 1.0),
+        late_seconds_by_peer={LEADER: late_seconds},
+        begin_seconds=time.monotonic() - 1.0,
+    )
+
+
 def test_who_was_silent_in_a_step_that_has_ended_is_not_late_in_the_next() -> None:
     """A reduction that fails as its step ends is told of when the next one has begun."""
     shell, places = _shell([]), set()
     shell._post = lambda place, event: places.add(place)
     shell._stall_seconds = 0.9
-    reduction = SimpleNamespace(
-        place=(1, 0, 3),
-        silent_peer=lambda patience_seconds: (LEADER, 1.0),
-        late_seconds_by_peer={LEADER: 1.0},
-        begin_seconds=time.monotonic() - 1.0,
-    )
-    shell._note_silent(reduction)
+    shell._note_silent(_silent_leader(outer_step=0, late_seconds=1.0))
     assert shell.place == (1, 1) and places == {(1, 0)}
+
+
+def test_who_is_silent_is_late_also_while_others_still_send() -> None:
+    """Time is booked on the late only while at least as many others have delivered; a member that
+    is quicker to give up counts the silence alone, so we do, too.
+    """
+    shell, told = _shell([]), []
+    shell._post = lambda place, event: told.append(event)
+    shell._stall_seconds = 0.9
+    shell._note_silent(_silent_leader(outer_step=1, late_seconds=0.0))
+    assert rt.PeersLate(3, frozenset((LEADER,))) in told
