@@ -153,6 +153,11 @@ def links_of(
     ]
 
 
+def members_of(group: rounds_pb2.FormGroup) -> frozenset[str]:
+    """Who averages in a group."""
+    return frozenset(member.contribution.peer_id for member in group.members)
+
+
 def contributors_of(group: rounds_pb2.FormGroup) -> frozenset[str]:
     """Members that bring something into a group."""
     contributions = [member.contribution for member in group.members]

@@ -14,7 +14,7 @@ from peer.swarm.reduce_slices import expected_seconds
 from peer.swarm.round_agree import AgreeSide
 from peer.swarm.round_core import RoundCore, backoff_seconds
 from peer.swarm.round_leader import LeaderSide, own_join, problem_with_group, proposal_from
-from peer.swarm.round_proposer import contributors_of, links_of
+from peer.swarm.round_proposer import contributors_of, links_of, members_of
 from peer.swarm.round_types import (
     AbortReduce,
     Acked,
@@ -383,7 +383,8 @@ class RoundMachine:
                 core.emit(ContributionRefused(f"{sender}: {refusal.reason}"))
         elif kind == _FAILED:
             core.hear_failure(sender, attempt, refusal, is_first=self.is_reducing)
-            if attempt != core.attempt:
+            is_outside = self._group is not None and sender not in members_of(self._group)
+            if attempt != core.attempt or is_outside:
                 return
             if core.phase is RoundPhase.AGREE:
                 self._agree.failed.add(sender)
@@ -411,11 +412,11 @@ class RoundMachine:
             tell = tuple(peer for peer in tell if peer != core.setup.own_peer_id)
             self._fail_attempt(f"group refused: {problem}", tell, accused)
             return
-        members = {member.contribution.peer_id for member in group.members}
+        members = members_of(group)
         if core.setup.own_peer_id not in members:
             return
         self._group, core.phase, self.is_reducing = group, RoundPhase.REDUCE, True
-        core.last_members, core.last_contributors = frozenset(members), contributors_of(group)
+        core.last_members, core.last_contributors = members, contributors_of(group)
         self._is_in_group_before, self.attempt_begin_seconds = True, self.now_seconds
         links, size = links_of(group.members, core.entry_by_peer), core.setup.vector_bytes
         self._allow_bytes(expected_seconds(links, group.reducer_piece_ends, vector_bytes=size))
@@ -440,7 +441,7 @@ class RoundMachine:
         self.enter_agree(f"averaged, attempt {event.attempt}")
         core.cast_vote(proposal)
         self._agree.check_certificate((proposal.attempt, proposal.value))
-        members = {member.contribution.peer_id for member in self._group.members}
+        members = members_of(self._group)
         outside = tuple(p for p in core.others if p not in members)
         if self._leader.is_own(event.attempt) and not core.votes.is_quorum(members):
             for peer_id in outside:
@@ -450,7 +451,7 @@ class RoundMachine:
         core, group = self._core, self._group
         if event.attempt == core.attempt and self.is_reducing:
             accused = core.judge_failure(event)
-            members = {m.contribution.peer_id for m in group.members} if group else set()
+            members = members_of(group) if group else frozenset()
             tell = tuple(p for p in core.others if p in members)
             self._fail_attempt(event.reason, tell, accused)
         elif event.is_invalid:  # whoever broke the attempt was the first to end it

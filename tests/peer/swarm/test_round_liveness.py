@@ -113,6 +113,21 @@ def test_who_has_averaged_gives_up_at_once_when_too_few_others_can_vote() -> Non
     assert machine.attempt == 0
 
 
+@pytest.mark.parametrize("has_averaged", [True, False])
+def test_only_members_of_a_group_end_its_attempt(has_averaged: bool) -> None:
+    """Leaving a member out is of no use if it can go on ending attempts."""
+    member, outsider = OTHERS
+    failed = rounds_pb2.RoundRefusal(kind=rounds_pb2.REFUSAL_KIND_ATTEMPT_FAILED, reason="so")
+    for sender in (outsider, member):
+        machine = machine_of(LEADER, left_out=frozenset((outsider,)))
+        machine.handle(rt.Contributed(own_of(LEADER)), now_seconds=0.0)
+        assert members_of(machine.handle(join_of(member), now_seconds=0.0)) == {LEADER, member}
+        if has_averaged:
+            machine.handle(rt.ReduceDone(0, b"averaged"), now_seconds=0.1)
+        effects = machine.handle(rt.Received(sender, message_of(refusal=failed)), now_seconds=0.2)
+        assert bool(of_kind(effects, rt.Send)) == (sender == member)
+
+
 @pytest.mark.parametrize("has_voted", [True, False])
 def test_a_vote_counts_also_when_its_voter_is_gone_since(has_voted: bool) -> None:
     """Of four one is gone, and one since its vote: the last one's vote makes a quorum. An exchange
