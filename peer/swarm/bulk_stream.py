@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from peer.swarm.upload_pacer import UploadPacer
+
 MAX_HEADER_BYTES = 16 * 2**20
 _WRITE_BYTES = 2**20
 _READ_BYTES = 2**18
@@ -38,25 +40,21 @@ class BulkStream:
         fd: int,
         *,
         head: bytes,
-        reserve: Callable[[int], float],
+        upload_pacer: UploadPacer,
         count: Callable[[int, int], None],
-        slice_bytes: int | None = None,
     ) -> None:
         """Takes over a copy of `fd`; `head` are bytes that were read from it already.
 
-        `reserve(num_bytes)` gives the seconds to wait before sending (the owner's upload limit), at
-        most `slice_bytes` at a time, so that a pause is short; `count(sent_bytes, received_bytes)`
-        books traffic.
+        `upload_pacer` keeps the owner's limit; `count(sent_bytes, received_bytes)` books traffic.
         """
         self._socket = socket.socket(fileno=os.dup(fd))
         self._socket.setblocking(True)
-        self._slice_bytes = slice_bytes or _WRITE_BYTES
         look = struct.pack("ll", 0, int(1e6 * LOOK_SECONDS))
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, look)
         self._head = memoryview(head)
-        self._reserve, self._count = reserve, count
+        self._upload_pacer, self._count = upload_pacer, count
         self._is_closed = False
         self.progress_seconds = time.monotonic()
         """When bytes last came in, on the monotonic clock."""
@@ -67,9 +65,10 @@ class BulkStream:
         """Send raw bytes at the pace that the owner allows. Raises StreamError."""
         view = memoryview(data).cast("B")
         try:
-            for begin in range(0, len(view), self._slice_bytes):
-                part = view[begin : begin + self._slice_bytes]
-                wait_seconds = self._reserve(len(part))
+            size = self._upload_pacer.slice_bytes or _WRITE_BYTES
+            for begin in range(0, len(view), size):
+                part = view[begin : begin + size]
+                wait_seconds = self._upload_pacer.reserve(len(part))
                 if wait_seconds > 0:
                     time.sleep(wait_seconds)
                 self._write(part)

@@ -17,6 +17,8 @@ ROUND_CALL = "round"
 _NUM_CALLS = 2
 _AGAIN_SECONDS = 0.2
 """From a call that failed to the next, at least."""
+_SMALL_BYTES, _LEAST_BYTES_PER_SECOND = 16_384, 250_000
+"""A larger message may take longer: those that form a group carry a digest for every piece."""
 
 
 class Delivery:
@@ -37,7 +39,7 @@ class Delivery:
         place = (message.incarnation, message.outer_step)
         for number in range(_NUM_CALLS):
             begin_seconds = time.monotonic()
-            timeout_seconds = self._contacts.patience_seconds(peer_id)
+            timeout_seconds = self._contacts.patience_seconds(peer_id) + _way_seconds(message)
             has_dialled = not self._transport.is_connected(peer_id)
             error = await self._call(peer_id, message, timeout_seconds)
             if error is None or not error.is_down:
@@ -67,7 +69,7 @@ class Delivery:
     async def _call_patiently(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
         self._awaited.add(peer_id)
         try:
-            await self._call(peer_id, message, FIRST_CALL_SECONDS)
+            await self._call(peer_id, message, FIRST_CALL_SECONDS + _way_seconds(message))
         finally:
             self._awaited.discard(peer_id)
 
@@ -93,3 +95,9 @@ class Delivery:
         )
         self._post((message.incarnation, message.outer_step), rt.Acked(peer_id, ack))
         return None
+
+
+def _way_seconds(message: rounds_pb2.RoundMessage) -> float:
+    """What the bytes of a large message take on a slow link."""
+    num_bytes: int = message.ByteSize()
+    return max(0, num_bytes - _SMALL_BYTES) / _LEAST_BYTES_PER_SECOND

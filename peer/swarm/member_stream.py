@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from peer.swarm.bulk_stream import MAX_HEADER_BYTES, BulkStream, StreamError
+from peer.swarm.upload_pacer import UploadPacer
 
 _WRITE_BYTES = 2**18
 
@@ -15,12 +16,7 @@ _M = TypeVar("_M", bound=Message)
 class StreamHost(Protocol):
     """What a stream needs of its transport."""
 
-    @property
-    def slice_bytes(self) -> int | None:
-        """Most bytes to send at a time; None: any number."""
-
-    def reserve(self, num_bytes: int) -> float:
-        """Seconds to wait before sending so much."""
+    upload_pacer: UploadPacer
 
     def count(self, peer_id: str, *, sent_bytes: int = 0, received_bytes: int = 0) -> None:
         """Book bytes exchanged with a member."""
@@ -54,10 +50,11 @@ class Stream:
         """Send raw bytes at the pace that the owner allows."""
         view = memoryview(data).cast("B")
         try:
-            size = min(_WRITE_BYTES, self._transport.slice_bytes or _WRITE_BYTES)
+            pacer = self._transport.upload_pacer
+            size = pacer.slice_bytes or _WRITE_BYTES
             for begin in range(0, len(view), size):
                 part = view[begin : begin + size]
-                await asyncio.sleep(self._transport.reserve(len(part)))
+                await asyncio.sleep(pacer.reserve(len(part)))
                 self._transport.count(self._peer_id, sent_bytes=len(part))
                 self._writer.write(part)
                 await self._writer.drain()

@@ -76,6 +76,13 @@ class LeaderSide:
             self._heard_attempts.add(attempt)
         return is_leader
 
+    def may_supersede(self, sender: str, attempt: int) -> bool:
+        """True if the sender may say that our attempt is over: it leads it, or we have asked it
+        ourselves as leader; and nothing has come of it yet.
+        """
+        is_current = attempt == self._core.attempt and self._core.phase is RoundPhase.FORM
+        return is_current and (sender == self.leader(attempt) or self.is_own(attempt))
+
     def is_passed_over(self, attempt: int) -> bool:
         """True if nobody should wait for an attempt's leader: unreachable, accused or left out,
         while another may lead. Slowness alone does not pass over a leader that has been heard in

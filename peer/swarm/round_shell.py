@@ -179,7 +179,8 @@ class RoundShell:
         `encoded` is what it brings, if it has ranges.
         """
         if own is not None:
-            meter, limit = self._transport.link_meter, self._transport.upload_limit_bytes_per_second
+            meter = self._transport.link_meter
+            limit = self._transport.upload_pacer.bytes_per_second
             upload = meter.upload_bytes_per_second
             own = replace(
                 own,

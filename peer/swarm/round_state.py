@@ -375,7 +375,7 @@ class RoundMachine:
         if kind in (rounds_pb2.REFUSAL_KIND_RESYNC, rounds_pb2.REFUSAL_KIND_NOT_A_MEMBER):
             setup = core.setup
             core.emit(Behind(sender, setup.incarnation, setup.outer_step, refusal.reason))
-        elif kind == _SUPERSEDED and core.phase is RoundPhase.FORM:
+        elif kind == _SUPERSEDED and self._leader.may_supersede(sender, attempt):
             self.supersede(min(refusal.attempt, core.max_attempt), f"{sender}: {refusal.reason}")
         elif kind == rounds_pb2.REFUSAL_KIND_INVALID:
             if sender == self._leader.leader(attempt) and core.own is not None:

@@ -34,6 +34,7 @@ from peer.swarm.member_stream import Stream
 from peer.swarm.open_calls import OpenCalls
 from peer.swarm.socket_folder import claim_socket_folder, release_socket_folder
 from peer.swarm.timeline import PairWay
+from peer.swarm.upload_pacer import UploadPacer
 from protos.contract.addresses import problem_of_address
 from protos.contract.errors import ErrorCode, MachineError
 from protos.contract.ids import PROTOCOL_VERSION
@@ -43,10 +44,12 @@ __all__ = ["PeerCallError", "Stream", "StreamError", "StreamHandler", "Transport
 
 logger = logging.getLogger(__name__)
 
-_LEAST_WAIT_SECONDS = 0.005
 _LEAST_DIAL_SECONDS = 0.75
-_LEAST_SLICE, _MOST_SLICE = 2**10, 2**16
+_MOST_MESSAGE_BYTES = 32 * 2**20
+"""A group carries 34 bytes for each piece of each member: enough for 64 with a billion values."""
 _START_SECONDS = 30.0
+_FRAME_BYTES = 1024
+"""What p2pd's protocol adds to a message, at most."""
 _P2PD_IDLE_SECONDS = 20
 _LANE_CALL = "lane"
 _RELAYED = "p2p-circuit"
@@ -91,8 +94,7 @@ class Transport:
         self.link_meter = LinkMeter()
         self._lock = threading.Lock()
         self._prefix = prefix
-        self._bytes_per_second = upload_limit_mbit * 125_000 if upload_limit_mbit else None
-        self._next_send_seconds = 0.0
+        self.upload_pacer = UploadPacer(upload_limit_mbit)
         self._peer_by_p2p: dict[str, str] = {}
         self._p2p_by_peer: dict[str, PeerID] = {}
         self._addresses = AddressBook()
@@ -134,6 +136,7 @@ class Transport:
                 announce_maddrs=list(announce) or None,
                 identity_path=str(identity_path),
                 idle_timeout=_P2PD_IDLE_SECONDS,
+                persistent_conn_max_msg_size=_MOST_MESSAGE_BYTES,
                 startup_timeout=_START_SECONDS,
                 check_if_identity_free=False,
                 nat_port_map=is_public,
@@ -331,6 +334,9 @@ class Transport:
         """
         is_known = peer_id in self._rtt_by_peer
         patience_seconds = max(_LEAST_DIAL_SECONDS, 1.5 * timeout_seconds) if is_known else None
+        if (num_bytes := message.ByteSize()) > _MOST_MESSAGE_BYTES - _FRAME_BYTES:
+            reason = f"a message of {num_bytes} bytes; at most {_MOST_MESSAGE_BYTES} can be sent"
+            raise PeerCallError(reason, is_down=False)
         identity = await self._ensure_connected(peer_id, patience_seconds=patience_seconds)
         begin_seconds = time.monotonic()
         try:
@@ -350,7 +356,7 @@ class Transport:
             self._connected.discard(peer_id)
             self._dialler.note_failure(identity, str(error))
             raise PeerCallError(short_reason(error), is_down=True) from error
-        self.count(peer_id, sent_bytes=message.ByteSize(), received_bytes=answer.ByteSize())
+        self.count(peer_id, sent_bytes=num_bytes, received_bytes=answer.ByteSize())
         seconds = time.monotonic() - begin_seconds
         self._rtt_by_peer[peer_id] = min(seconds, self._rtt_by_peer.get(peer_id, seconds))
         return answer
@@ -438,9 +444,7 @@ class Transport:
             peer_id, sent_bytes=sent, received_bytes=received
         )
         if bundle is None:
-            return BulkStream(
-                fd, head=head, slice_bytes=self.slice_bytes, reserve=self.reserve, count=count
-            )
+            return BulkStream(fd, head=head, upload_pacer=self.upload_pacer, count=count)
         return LaneStream(
             fd,
             bundle=bundle,
@@ -448,8 +452,7 @@ class Transport:
             on_end=lambda bundle, is_clean: self.lanes.give_back(
                 peer_id, bundle, is_own=stream.is_opener, is_clean=is_clean
             ),
-            slice_bytes=self.slice_bytes,
-            reserve=self.reserve,
+            upload_pacer=self.upload_pacer,
             count=count,
         )
 
@@ -472,29 +475,3 @@ class Transport:
         addresses = [str(a) for peer in peers if peer.peer_id == identity for a in peer.addrs]
         hosts = [a.split("/")[2] for a in addresses if a.startswith("/ip4/") and _RELAYED not in a]
         return list(itertools.islice(dict.fromkeys(hosts), _MOST_HOSTS))
-
-    @property
-    def upload_limit_bytes_per_second(self) -> float | None:
-        """What the owner allows; None: no limit."""
-        return self._bytes_per_second
-
-    @property
-    def slice_bytes(self) -> int | None:
-        """Most bytes to send at a time below the owner's limit: about a tenth of a second, so that
-        nobody takes the pauses for the end; None without a limit.
-        """
-        limit = self._bytes_per_second
-        return None if limit is None else int(min(_MOST_SLICE, max(_LEAST_SLICE, limit / 10)))
-
-    def reserve(self, num_bytes: int) -> float:
-        """Seconds to wait before sending so much, to keep below the owner's upload limit; from any
-        thread.
-        """
-        if self._bytes_per_second is None:
-            return 0.0
-        with self._lock:
-            now = time.monotonic()
-            self._next_send_seconds = max(self._next_send_seconds, now)
-            wait_seconds = self._next_send_seconds - now
-            self._next_send_seconds += num_bytes / self._bytes_per_second
-        return wait_seconds if wait_seconds > _LEAST_WAIT_SECONDS else 0.0

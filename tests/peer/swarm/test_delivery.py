@@ -83,6 +83,16 @@ def test_two_calls_in_a_row_and_the_member_is_gone_but_waited_for_once_more(
     assert [type(event) for event in told] == [rt.PeerUnreachable]
 
 
+def test_a_message_of_many_bytes_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that forms a group of many members with large contributions."""
+    join = rounds_pb2.JoinGroup(piece_digests=[bytes(32)] * 15_000)
+    large = rounds_pb2.RoundMessage(incarnation=1, outer_step=7, join_group=join)
+    monkeypatch.setattr("tests.peer.swarm.test_delivery.MESSAGE", large)
+    timeouts, told = _delivered(monkeypatch, 2.0)
+    assert timeouts == [pytest.approx(0.75 + (large.ByteSize() - 16_384) / 250_000)]
+    assert [type(event) for event in told] == [rt.Acked]
+
+
 def test_whoever_was_stopped_itself_takes_nobody_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its timers have all run out when it wakes up, also those of answers that have come."""
     timeouts, told = _delivered(monkeypatch, 0.01, stopped_seconds=10.0)

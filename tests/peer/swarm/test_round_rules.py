@@ -185,6 +185,19 @@ def test_attempts_far_ahead_are_not_followed() -> None:
     assert "refused: attempt" in of_kind(effects, rt.PhaseChanged)[0].reason
 
 
+def test_only_who_leads_an_attempt_or_was_asked_in_it_says_that_it_is_over() -> None:
+    refusal = rounds_pb2.RoundRefusal(kind=rounds_pb2.REFUSAL_KIND_SUPERSEDED, attempt=7)
+    for own, sender, expected in ((OTHERS[0], OTHERS[1], 0), (OTHERS[0], LEADER, 7)):
+        machine = machine_of(own)
+        machine.handle(rt.Received(sender, message_of(refusal=refusal)), now_seconds=0.0)
+        assert machine.attempt == expected
+    leader = machine_of(LEADER)
+    leader.handle(rt.Received(OTHERS[0], message_of(refusal=refusal)), now_seconds=0.0)
+    assert leader.attempt == 7
+    leader.handle(rt.Received(LEADER, message_of(refusal=refusal)), now_seconds=0.1)
+    assert leader.attempt == 7, "it speaks of an attempt that is over"
+
+
 def test_reason_of_a_refused_proposal_stays_visible() -> None:
     machine = machine_of(OTHERS[0])
     repropose = rounds_pb2.Repropose(value=value_of("another"))

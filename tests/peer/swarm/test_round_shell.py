@@ -12,6 +12,7 @@ from peer.swarm import round_shell
 from peer.swarm import round_types as rt
 from peer.swarm.offers import Offers
 from peer.swarm.round_shell import RoundShell
+from peer.swarm.upload_pacer import UploadPacer
 from protos.muster.v1 import rounds_pb2
 from tests.peer.swarm.one_machine import LEADER, OTHERS, machine_of, message_of, own_of
 
@@ -28,7 +29,7 @@ def _shell(failures: list[BaseException]) -> Any:
     shell.delivery = SimpleNamespace(deliver=_delivered)
     shell._transport = SimpleNamespace(
         link_meter=SimpleNamespace(upload_bytes_per_second=0.0, download_bytes_per_second=0.0),
-        upload_limit_bytes_per_second=None,
+        upload_pacer=UploadPacer(None),
         moved_by_peer=dict,
     )
     shell.on_phase = None

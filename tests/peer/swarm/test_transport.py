@@ -1,6 +1,7 @@
 """What a call to a member comes to, whatever it answers; p2pd is played."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hivemind.p2p import PeerID
 
 from peer.swarm.transport import PeerCallError, Transport
 from protos.muster.v1 import rounds_pb2
+from tests.peer.swarm.p2p_hosts import introduce, start_host
 
 OWN, OTHER = (PeerID(b"\x12\x20" + bytes([i]) * 32) for i in (1, 200))
 
@@ -25,14 +27,20 @@ class _P2pd:
         return answer_type.FromString(self._answer)
 
 
-def _call(answer: bytes) -> rounds_pb2.RoundAck:
+def _call(answer: bytes, *, num_digests: int = 0) -> rounds_pb2.RoundAck:
     async def call() -> rounds_pb2.RoundAck:
         p2pd: Any = _P2pd(answer)
         transport = Transport(p2pd, prefix="test", upload_limit_mbit=None)
         transport.set_members({"b": OTHER.to_base58()})
-        return await transport.call("b", "round", rounds_pb2.RoundMessage(), rounds_pb2.RoundAck)
+        message = _message(num_digests)
+        return await transport.call("b", "round", message, rounds_pb2.RoundAck)
 
     return asyncio.run(call())
+
+
+def _message(num_digests: int) -> rounds_pb2.RoundMessage:
+    join = rounds_pb2.JoinGroup(piece_digests=[bytes(32)] * num_digests)
+    return rounds_pb2.RoundMessage(join_group=join)
 
 
 def test_an_answer_that_is_none_is_the_members_failure_not_ours() -> None:
@@ -41,3 +49,32 @@ def test_an_answer_that_is_none_is_the_members_failure_not_ours() -> None:
     with pytest.raises(PeerCallError, match="refused") as found:
         _call(b"\xff")
     assert not found.value.is_down
+
+
+def test_a_message_that_is_too_large_says_nothing_of_whom_it_is_for() -> None:
+    with pytest.raises(PeerCallError, match="at most 33554432 can be sent") as found:
+        _call(b"", num_digests=1_000_000)
+    assert not found.value.is_down
+
+
+@pytest.mark.slow
+def test_a_group_of_many_members_with_large_contributions_arrives(tmp_path: Path) -> None:
+    """20 MB; p2pd and its client would take 4 MiB if nobody told them."""
+    message = _message(600_000)
+
+    async def scenario() -> None:
+        hosts = {name: await start_host(tmp_path / name) for name in "ab"}
+        await introduce(hosts)
+
+        async def size(peer_id: str, found: Message) -> Message:
+            return rounds_pb2.RoundAck(outer_step=found.ByteSize())
+
+        await hosts["b"].serve_messages("round", size, rounds_pb2.RoundMessage)
+        ack = await hosts["a"].call(
+            "b", "round", message, rounds_pb2.RoundAck, timeout_seconds=60.0
+        )
+        assert ack.outer_step == message.ByteSize()
+        for host in hosts.values():
+            await host.close()
+
+    asyncio.run(scenario())

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from peer.swarm.state_server import StateServer
 from peer.swarm.transport import PeerCallError, Stream, StreamError
+from peer.swarm.upload_pacer import UploadPacer
 from protos.muster.v1 import state_pb2
 
 Handler = Callable[[str, Stream], Awaitable[None]]
@@ -14,16 +15,13 @@ Handler = Callable[[str, Stream], Awaitable[None]]
 class Wire:
     """Transport between members of one process: real streams over socket pairs, opened by name."""
 
-    slice_bytes = None
+    upload_pacer = UploadPacer(None)
 
     def __init__(self) -> None:
         self.handler_by_peer: dict[str, Handler] = {}
         self.server_by_peer: dict[str, StateServer] = {}
         self.received_bytes = 0
         self.tasks: list[asyncio.Task[None]] = []
-
-    def reserve(self, num_bytes: int) -> float:
-        return 0.0
 
     def count(self, peer_id: str, *, sent_bytes: int = 0, received_bytes: int = 0) -> None:
         if peer_id != "newcomer":
