@@ -30,6 +30,8 @@ class Setting:
     """Address of each peer; loopback if empty."""
     is_one_connection: bool = False
     """Muster only: no lanes."""
+    upload_limit_mbit: float = 0.0
+    """Muster only: what the owner allows; 0 for no limit."""
     prefixes: tuple[tuple[str, ...], ...] = ()
     """Command before each peer's own, such as `ip netns exec NAME`."""
 
@@ -77,6 +79,7 @@ class Peer:
             "num_values": setting.num_values,
             "codec": setting.codec,
             "is_one_connection": setting.is_one_connection,
+            "upload_limit_mbit": setting.upload_limit_mbit,
             "timeout_seconds": setting.timeout_seconds,
             "matchmaking_seconds": setting.matchmaking_seconds,
         }

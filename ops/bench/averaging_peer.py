@@ -95,6 +95,7 @@ class MusterPeer:
             prefix="bench",
             host=self.config["host"],
             listen_port=0,
+            upload_limit_mbit=self.config["upload_limit_mbit"],
         )
         self.p2pd_pid: int = self.transport.p2p._child.pid
         self.buffers = BufferPool()
