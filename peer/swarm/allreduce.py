@@ -185,8 +185,10 @@ class Reduction:
 
     async def run(self) -> AveragedVector:
         """Average. Raises ReduceError. Other members may still be served after it has returned."""
-        for sender in self._sum.slots if self._has_run(self._own_peer_id) else ():
-            self._awaited.setdefault((sender, False), (None, time.monotonic()))
+        senders = self._sum.slots if self._has_run(self._own_peer_id) else ()
+        awaited = [(peer, False) for peer in senders] + [(peer, True) for peer in self._reducers]
+        for key in awaited:
+            self._awaited.setdefault(key, (None, time.monotonic()))
         tasks = [asyncio.ensure_future(self._exchange_with(peer)) for peer in self._reducers]
         tasks.append(asyncio.ensure_future(self._in_thread(self._sum_own)))
         failing = asyncio.ensure_future(self._failed.wait())

@@ -271,6 +271,26 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(body())
 
 
+def test_a_stopped_reducer_is_found_before_its_stream_is_open() -> None:
+    """Whoever reduces nothing waits for nobody's part, and a stream may take seconds to fail."""
+
+    class Streams:
+        async def open_stream(self, peer_id: str, name: str) -> Stream:
+            await asyncio.Event().wait()
+            raise AssertionError("never")
+
+    async def body() -> None:
+        reduction = _reduction(Streams(), "a", group=_group(FP32, ends=(0, 2, PIECES)))
+        run = asyncio.ensure_future(reduction.run())
+        await asyncio.sleep(0)
+        assert reduction.silent_peer(1e-9)[0] in ("b", "c")
+        reduction.fail(ReduceError("c is silent", peer_id="c"))
+        with pytest.raises(ReduceError, match="silent"):
+            await run
+
+    asyncio.run(body())
+
+
 def test_a_stopped_reducer_is_found_while_another_member_still_sends() -> None:
     async def body() -> None:
         reduction, now = _reduction(_LostStreams(), "a"), time.monotonic()
@@ -297,11 +317,11 @@ class _LostStreams:
         pass
 
 
-def _reduction(host: Streams, peer: str) -> Reduction:
+def _reduction(host: Streams, peer: str, *, group: rounds_pb2.FormGroup | None = None) -> Reduction:
     return Reduction(
         host,
         place=(1, 1, 0),
-        group=_group(FP32),
+        group=group or _group(FP32),
         tokens_by_peer=TOKENS,
         own_peer_id=peer,
         codec=FP32,
