@@ -3,7 +3,8 @@
 A record's subkey is a peer_id, which is the hash of an Ed25519 key; its value is that key, a
 signature by it over key, subkey, value and expiry, and the value. So a record proves itself, also
 to a rendezvous that knows no roster: nobody can write another's record, replace it, or let an old
-one live longer. Anything else is refused, because the DHT carries nothing else.
+one live longer. Anything else is refused, because the DHT carries nothing else; so is a
+value that does not parse, which would end the search of everybody who looks the key up.
 """
 
 import dataclasses
@@ -43,6 +44,8 @@ class OwnRecordsOnly(RecordValidatorBase):  # type: ignore[misc]
         if record.subkey != MSGPackSerializer.dumps(str(peer_id_from_public_key(public_key))):
             return False
         plain = dataclasses.replace(record, value=self.strip_value(record))
+        if not _parses(plain.value):
+            return False
         signature = record.value[_KEY_BYTES:_HEAD_BYTES]
         return has_valid_signature(public_key, Tag.PRESENCE, _payload(plain), signature)
 
@@ -50,6 +53,15 @@ class OwnRecordsOnly(RecordValidatorBase):  # type: ignore[misc]
         """The value alone."""
         value: bytes = record.value
         return value[_HEAD_BYTES:]
+
+
+def _parses(value: bytes) -> bool:
+    """True if a reader gets through it."""
+    try:
+        MSGPackSerializer.loads(value)
+    except (AssertionError, LookupError, RecursionError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _payload(record: DHTRecord) -> bytes:

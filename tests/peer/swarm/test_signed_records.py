@@ -7,7 +7,9 @@ import dataclasses
 import time
 from pathlib import Path
 
+import pytest
 from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
 from hivemind.utils import MSGPackSerializer
 
@@ -49,10 +51,34 @@ def test_only_the_owner_writes_its_record() -> None:
         assert not rule.validate(dataclasses.replace(good, **change)), change
 
 
+@pytest.mark.parametrize(
+    "value", [b"\xc1", b"\x81\x01", b"\x81\x90\x01", b"\xc7\x01\x50\x07", b"\xc7\x01\x40\x07"]
+)
+def test_a_value_that_no_reader_gets_through_is_refused_though_its_owner_signed_it(
+    value: bytes,
+) -> None:
+    """The search would never end, for nobody: one record would hide all others."""
+    plain = DHTRecord(b"k", MSGPackSerializer.dumps(str(STRANGER.peer_id)), value, 1e9)
+    rule = OwnRecordsOnly(STRANGER)
+    assert not rule.validate(dataclasses.replace(plain, value=rule.sign_value(plain)))
+
+
 def record_of(key: SigningKey, addresses: tuple[str, ...]) -> PresenceRecord:
     return PresenceRecord(
         peer_id=key.peer_id, p2p_peer_id="Qm", addresses=addresses, incarnation=1, outer_step=1
     )
+
+
+async def _store_what_nobody_reads(node: DHTNode, key: str, expiration_time: float) -> None:
+    """Under the stranger's own name, rightly signed."""
+    subkey = MSGPackSerializer.dumps(str(STRANGER.peer_id))
+    key_id = DHTID.generate(source=key)
+    plain = DHTRecord(key_id.to_bytes(), subkey, b"\xc1", expiration_time)
+    value = OwnRecordsOnly(STRANGER).sign_value(plain)
+    for peer in list(node.protocol.routing_table.uid_to_peer_id.values()):
+        await node.protocol.call_store(
+            peer, [key_id], [value], [expiration_time], subkeys=[str(STRANGER.peer_id)]
+        )
 
 
 async def _poison(folder: Path) -> None:
@@ -72,6 +98,7 @@ async def _poison(folder: Path) -> None:
     for value in (false, OWNER.public_key + bytes(64) + copied):
         await stranger.store(key, value, expiration_time=later, subkey=OWNER.peer_id)
     await stranger.store(key, false, expiration_time=later)
+    await _store_what_nobody_reads(stranger, key, later)
     for dht in (owner, reader):
         found = await dht.lookup()
         assert {peer: record.addresses for peer, record in found.items()} == {OWNER.peer_id: TRUE}
