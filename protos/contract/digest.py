@@ -106,11 +106,15 @@ class StateMeta:
             cursors = {
                 str(k): (int(v[0]), int(v[1])) for k, v in plain.pop("lease_cursor_by_peer").items()
             }
-            return cls(lease_cursor_by_peer=cursors, **plain)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            meta = cls(lease_cursor_by_peer=cursors, **plain)
+            is_canonical = meta.to_json() == data
+        except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"state meta is not what StateMeta.to_json writes: {error!r}"
             ) from error
+        if not is_canonical:
+            raise ValueError("state meta is not canonical: StateMeta.to_json writes it otherwise")
+        return meta
 
 
 def state_digest(meta: StateMeta, vectors: Sequence[Float32Vector]) -> bytes:

@@ -65,8 +65,22 @@ def test_meta_survives_its_json() -> None:
     assert StateMeta.from_json(META.to_json()) == META
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"lease_cursor_by_peer":{"a":[1]}}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"lease_cursor_by_peer":{"a":[1]}}',
+        b'{"lease_cursor_by_peer":{"a":{"b":1}}}',
+        b'{"lease_cursor_by_peer":{"a":[1e999,1]}}',
+        META.to_json().replace(b'"outer_step":5', b'"outer_step":NaN'),
+        META.to_json() + b" ",
+        b"[" * 100_000,
+    ],
+)
 def test_bad_meta_is_refused(data: bytes) -> None:
+    """By ValueError alone: a donor's meta must not end the process that reads it."""
     with pytest.raises(ValueError):
         StateMeta.from_json(data)
 
