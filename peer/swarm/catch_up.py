@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _MOST_PAUSE_SECONDS = 60.0
 _MAX_TRIES = 3
 """Of downloading a state that its donors have left meanwhile."""
+_MOST_DIRECTIVES = 256
+"""Of one answer, whose signatures are checked: a donor shows one for each certificate it keeps."""
 _MAX_PASSES = 16
 """Of asking members in a row; the swarm moves on while a state travels, but slower than this."""
 
@@ -124,7 +126,7 @@ class CatchUp:
             record = replica.open_record(info.incarnation_record)
             if record is not None and record.incarnation > replica.incarnation:
                 self.newer_record = info.incarnation_record
-            for signed in (info.directive, *info.directives):
+            for signed in (info.directive, *info.directives[:_MOST_DIRECTIVES]):
                 replica.learn_directive(signed)
         return infos
 

@@ -33,6 +33,8 @@ AVERAGED_STREAM = "averaged"
 SNAPSHOT_STREAM = "snapshot"
 _HEADER_SECONDS = 3.0
 """Longest wait for a donor's first answer, until every other was asked."""
+_MOST_ATTESTATIONS = 8
+"""Of one member, whose signatures are checked; it shows those of its last states."""
 _PIECE_SECONDS = 20.0
 """Longest wait for one piece before another donor is tried."""
 
@@ -102,7 +104,7 @@ def newest_proven_state(
     key_by_peer = {entry.peer_id: entry.public_key for entry in directive.roster}
     backers: dict[tuple[int, bytes], set[str]] = {}
     for peer_id, info in infos.items():
-        for signed in info.attestations:
+        for signed in info.attestations[:_MOST_ATTESTATIONS]:
             if not has_valid_signature(
                 key_by_peer.get(peer_id, b""), Tag.ATTESTATION, signed.payload, signed.signature
             ):

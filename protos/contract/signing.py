@@ -102,6 +102,8 @@ def check_certificate(
     if contributions_digest(certificate.contributions) != value.contributions_digest:
         return "contributions do not match the digest in the value"
     keys = public_key_by_voter(directive.roster, coordinator_public_key)
+    if len(certificate.votes) > len(keys):
+        return f"{len(certificate.votes)} votes; there are {len(keys)} voters"
     payload = vote_payload(certificate.value, certificate.attempt)
     for vote in certificate.votes:
         key = keys.get(vote.voter)

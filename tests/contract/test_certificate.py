@@ -158,6 +158,12 @@ def test_quorum_of_valid_votes_is_a_proof() -> None:
     assert reason_of(certificate_of(value_of(), KEYS[:1]), 1) == ""
 
 
+def test_more_votes_than_voters_are_not_looked_at() -> None:
+    """Each takes a tenth of a millisecond, and a message has room for a hundred thousand."""
+    repeated = certificate_of(value_of(), KEYS[:1] * 5)
+    assert "5 votes; there are 4 voters" in reason_of(repeated)
+
+
 def test_what_is_no_proof_is_refused_with_the_reason() -> None:
     good = certificate_of(value_of(), KEYS[:2])
     assert "no quorum" in reason_of(certificate_of(value_of(), KEYS[:1], has_coordinator=True))
