@@ -315,22 +315,22 @@ class CatchUp:
 
     def _problem_of_directive(self, meta: StateMeta, signed: common_pb2.Signed) -> str:
         """What is wrong with the directive that a donor shows with a state; "" if nothing."""
-        replica = self._replica
+        replica, place = self._replica, f"{meta.incarnation}/{meta.outer_step}"
+        try:
+            incarnation = common_pb2.Directive.FromString(signed.payload).incarnation
+        except DecodeError as error:
+            return f"its directive does not parse ({error})"
         content = open_directive(
             signed,
             run_id=replica.run_id,
-            incarnation=meta.incarnation,
+            incarnation=incarnation,
             coordinator_public_key=replica.coordinator_public_key,
         )
-        if content is None and meta.incarnation == replica.incarnation:
-            return f"its directive for state {meta.incarnation}/{meta.outer_step} is not valid"
-        if content is None:  # of another incarnation than the state, by a donor's account
-            try:
-                common_pb2.Directive.FromString(signed.payload)
-            except DecodeError as error:
-                return f"its directive does not parse ({error})"
-        if content is not None and content.directive_number != meta.directive_number:
-            return f"state {meta.incarnation}/{meta.outer_step} names another directive"
+        is_own = incarnation == meta.incarnation  # a later one goes with the base it began from
+        if content is None or not (is_own or meta.incarnation != replica.incarnation):
+            return f"its directive for state {place} is not valid"
+        if is_own and content.directive_number != meta.directive_number:
+            return f"state {place} names another directive"
         return ""
 
     async def _resume(self, header: state_pb2.SnapshotHeader, meta: StateMeta) -> bool:

@@ -293,6 +293,20 @@ def test_of_one_answer_only_so_many_signatures_are_checked(
     assert 0 < num_checked[0] < 1000
 
 
+def test_a_directive_that_nobody_signed_does_not_come_with_a_base_either(hub: Hub) -> None:
+    """Its numbers go into shared memory, which takes none above 2^64: the process would end."""
+    replica = _replica(hub, hub.daemons[0])
+    assert replica.meta is not None and replica.directive is not None
+    catch_up = CatchUp(replica, None, own_peer_id="own")  # type: ignore[arg-type]
+    roster = [common_pb2.RosterEntry(round_tokens=2**64 - 1) for _ in range(2)]
+    large = common_pb2.Directive(run_id=RUN_ID, incarnation=1, roster=roster)
+    forged = common_pb2.Signed(payload=large.SerializeToString())
+    base = replace(replica.meta, incarnation=7)
+    assert "is not valid" in catch_up._problem_of_directive(base, forged)
+    assert catch_up._problem_of_directive(base, replica.directive) == ""
+    assert catch_up._problem_of_directive(replica.meta, replica.directive) == ""
+
+
 def _averaged(vector: Float32Vector) -> AveragedVector:
     """fp32 bytes as they are, checked by nobody yet."""
     data = memoryview(vector.tobytes())
