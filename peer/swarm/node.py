@@ -8,7 +8,6 @@ step, and reports what happens to the daemon. Order of reports after a step: `st
 import asyncio
 import logging
 import time
-from collections import deque
 
 from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel, ChannelClosed, Message
@@ -20,6 +19,7 @@ from peer.swarm.coordinator_questions import Place
 from peer.swarm.delivery import ROUND_CALL
 from peer.swarm.dht import Dht
 from peer.swarm.offers import Offers
+from peer.swarm.early_events import EarlyEvents
 from peer.swarm.presence import keep_presence
 from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.reduction_desk import ReductionDesk
@@ -70,7 +70,7 @@ class SwarmNode:
             folder=config.home,
         )
         self._queue: asyncio.Queue[_Item] = asyncio.Queue(_MAX_QUEUED)
-        self._early: deque[tuple[Place, rt.Event]] = deque(maxlen=_MAX_EARLY)
+        self._early = EarlyEvents()
         self._reporter = Reporter(channel, self._replica, transport, own_peer_id=self._own_peer_id)
         self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
         self._catch_up.on_progress = self._reporter.sync_progress
@@ -243,7 +243,7 @@ class SwarmNode:
         if current == place:
             await self._shell.handle(event)
         elif current is None or place > current:
-            self._early.append((place, event))
+            self._early.keep(place, event)
             is_ahead = current is not None or place > self._next_place()
             if isinstance(event, rt.Received) and is_ahead:
                 self._note_behind()
@@ -373,10 +373,8 @@ class SwarmNode:
             self._tell_state()  # loaded from disk and still the newest: nothing else would tell it
         await self._offers.renew()
         place = self._shell.place
-        early, self._early = self._early, deque(maxlen=_MAX_EARLY)
-        for item in early:
-            if place is not None and item[0] >= place:
-                self._post(*item)
+        for item in self._early.take(place) if place is not None else ():
+            self._post(*item)
 
     async def _settle_base(self) -> None:
         record = self._replica.record_content
