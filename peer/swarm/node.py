@@ -13,13 +13,14 @@ from peer.background import BackgroundTasks
 from peer.ipc import AsyncChannel, ChannelClosed, Message
 from peer.shared_vectors import SharedVectors
 from peer.swarm import round_types as rt
+from peer.swarm.ahead_claims import AheadClaims
 from peer.swarm.catch_up import CatchUp
 from peer.swarm.config_message import SwarmConfig
 from peer.swarm.coordinator_questions import Place
 from peer.swarm.delivery import ROUND_CALL
 from peer.swarm.dht import Dht
-from peer.swarm.offers import Offers
 from peer.swarm.early_events import EarlyEvents
+from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
 from peer.swarm.record_file import load_record, run_folder_name, save_record
 from peer.swarm.reduction_desk import ReductionDesk
@@ -36,8 +37,6 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 logger = logging.getLogger(__name__)
 
 _MAX_QUEUED = 4096
-_MAX_EARLY = 256
-_BEHIND_PATIENCE_SECONDS = 0.3
 _SETTLE_SECONDS = 1.0
 _ASK_CHECKPOINT_SECONDS = 5.0
 
@@ -83,7 +82,7 @@ class SwarmNode:
         self._target_step = config.outer_step
         self._certificates: dict[int, rounds_pb2.Certificate] = {}
         self._checkpoint_path: str | None = None
-        self._behind_since_seconds: float | None = None
+        self._ahead = AheadClaims()
         self._next_settle_seconds = 0.0
         self._next_ask_checkpoint_seconds = 0.0
         self._saved_position = (-1, -1)
@@ -118,7 +117,7 @@ class SwarmNode:
         replica.learn_directive(config.directive)
         await asyncio.to_thread(self._load_local)
         if replica.is_current:  # others may have gone on meanwhile, and be idle now: ask them
-            self._behind_since_seconds = 0.0
+            self._ahead.look_soon(0.0)
         self._update_members()
         await self._server.start()
         self._tasks.start(self._server.sweep(), name="sweep")
@@ -246,15 +245,11 @@ class SwarmNode:
             self._early.keep(place, event)
             is_ahead = current is not None or place > self._next_place()
             if isinstance(event, rt.Received) and is_ahead:
-                self._note_behind()
+                self._ahead.heard(event.sender, time.monotonic())
 
     def _next_place(self) -> Place:
         incarnation, outer_step = self._replica.position
         return (incarnation, outer_step + 1)
-
-    def _note_behind(self) -> None:
-        if self._behind_since_seconds is None:
-            self._behind_since_seconds = time.monotonic()
 
     # Daemon -----------------------------------------------------------------------------------
 
@@ -345,15 +340,13 @@ class SwarmNode:
                 self._next_settle_seconds = now + _SETTLE_SECONDS
                 await self._settle_base()
             return
-        since = self._behind_since_seconds
-        is_behind = since is not None and now - since >= _BEHIND_PATIENCE_SECONDS
         is_short = replica.position[1] < self._target_step
         if shell.machine is None and not is_short and self._begin_directive() is not None:
             await self._begin_round()
-        elif is_due and (shell.machine is None or is_behind):
+        elif is_due and (shell.machine is None or self._ahead.is_due(now)):
             self._next_settle_seconds = now + _SETTLE_SECONDS
-            self._behind_since_seconds = None
-            await self._go_forward(is_short=is_short)
+            is_found = await self._go_forward(is_short=is_short)
+            self._ahead.looked(time.monotonic(), is_found=is_found)
 
     def _begin_directive(self) -> common_pb2.Directive | None:
         """The directive in force, if this member is in its roster and somebody may vote."""
@@ -385,8 +378,10 @@ class SwarmNode:
         elif self._catch_up.newer_record is None:
             self._ask_checkpoint(record.to_outer_step)
 
-    async def _go_forward(self, *, is_short: bool) -> None:
-        """Ask members, use certificates and checkpoints, until there is nothing newer."""
+    async def _go_forward(self, *, is_short: bool) -> bool:
+        """Ask members, use certificates and checkpoints, until there is nothing newer; True if
+        there was something.
+        """
         replica = self._replica
         before = (replica.position, replica.state_digest)
         if is_short:
@@ -398,13 +393,15 @@ class SwarmNode:
             self._reporter.phase("SYNC", self._catch_up.problem)
         if replica.position[1] < self._target_step and not await self._try_checkpoint():
             self._ask_checkpoint(self._target_step)
-        if (replica.position, replica.state_digest) != before:
+        is_found = (replica.position, replica.state_digest) != before
+        if is_found:
             self._shell.end()
             await self._publish_new_state("caught up with the swarm")
         elif self._shell.machine is None and not is_short:
             self._reporter.phase("IDLE", "not in the roster in force yet")
             if not self._reporter.has_state:
                 self._tell_state()  # loaded from disk, still the newest: nothing else tells it
+        return is_found or self._catch_up.newer_record is not None
 
     async def _use_certificates(self) -> None:
         replica = self._replica
@@ -448,8 +445,8 @@ class SwarmNode:
             reason, shell.refused_reason = shell.refused_reason, ""
             self._offers.lost(reason)
         if shell.behind is not None:
+            self._ahead.heard(shell.behind.peer_id, time.monotonic())
             shell.behind = None
-            self._note_behind()
         if shell.committed is not None:
             commit, shell.committed = shell.committed, None
             await self._apply(commit)
@@ -478,7 +475,7 @@ class SwarmNode:
             self._certificates[value.outer_step] = commit.certificate
             self._next_settle_seconds = 0.0
             return
-        self._behind_since_seconds = None
+        self._ahead.clear()
         self._after_state()
         self._reporter.outcome(
             RoundOutcome.COMMITTED if is_in else RoundOutcome.RESYNC,
