@@ -25,6 +25,7 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 _RESYNC = rounds_pb2.REFUSAL_KIND_RESYNC
 _SUPERSEDED = rounds_pb2.REFUSAL_KIND_SUPERSEDED
 _INVALID = rounds_pb2.REFUSAL_KIND_INVALID
+_DIGEST_BYTES = 32
 _LEADING_BODIES = frozenset(("exchange_request", "form_group", "repropose", "nudge"))
 
 
@@ -158,6 +159,8 @@ class LeaderSide:
         wanted = core.setup.num_pieces if join.contribution.ranges else 0
         if len(join.piece_digests) != wanted:
             return f"{len(join.piece_digests)} piece digests; {wanted} are needed"
+        if any(len(digest) > _DIGEST_BYTES for digest in join.piece_digests):
+            return f"a piece digest of more than {_DIGEST_BYTES} bytes"
         return core.checks.check_contribution(join.contribution).reason
 
     def _answer_join(self, sender: str, join: rounds_pb2.JoinGroup) -> None:
@@ -173,7 +176,7 @@ class LeaderSide:
     def _admit(self, peer_id: str, join: rounds_pb2.JoinGroup) -> None:
         proposer = self.proposer
         if proposer is not None and proposer.group is None:
-            proposer.joins[peer_id] = join
+            proposer.joins[peer_id] = _for_group(join)
             verdict = self._core.checks.check_contribution(join.contribution)
             proposer.tokens_by_peer[peer_id] = verdict.num_tokens
 
@@ -344,6 +347,17 @@ def own_join(core: RoundCore) -> rounds_pb2.JoinGroup:
         upload_bytes_per_second=int(own.upload_bytes_per_second) if own is not None else 0,
         download_bytes_per_second=int(own.download_bytes_per_second) if own is not None else 0,
     )
+
+
+def _for_group(join: rounds_pb2.JoinGroup) -> rounds_pb2.JoinGroup:
+    """A join without what only its leader reads, or nobody: a group carries those of all members,
+    and one that is too large to be sent would hold all of them up.
+    """
+    bare = rounds_pb2.JoinGroup()
+    bare.CopyFrom(join)
+    bare.ClearField("newest_directive")
+    bare.DiscardUnknownFields()
+    return bare
 
 
 def problem_with_group(core: RoundCore, group: rounds_pb2.FormGroup) -> tuple[str, str]:
