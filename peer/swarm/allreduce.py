@@ -162,6 +162,7 @@ class Reduction:
         self._waiting: set[str] = set()
         """Reducers that said last that they wait for somebody."""
         self.late_seconds_by_peer: defaultdict[str, float] = defaultdict(float)
+        self.waiting_seconds_by_peer: defaultdict[str, float] = defaultdict(float)
         self.tokens_by_peer = tokens_by_peer
         self.num_moved = 0
         """Pieces that have come in or left, of anybody: unchanged as long as nothing moves."""
@@ -280,6 +281,8 @@ class Reduction:
             open_reducers = {peer for peer, is_reduced in awaited if is_reduced}
             late = open_reducers - self._waiting
             num_done = len(set(self._reducers) - open_reducers)
+            if len(open_reducers) == 1 and not late:  # to the end it says that it waits itself
+                self.waiting_seconds_by_peer[min(open_reducers)] += seconds
         num_done += len(self._sent_to) == len(self._reducers)
         if num_done >= len(late):
             for peer_id in late:

@@ -19,6 +19,7 @@ from peer.swarm.round_types import (
     ContributionRefused,
     Effect,
     OwnContribution,
+    PeersLate,
     Persist,
     PhaseChanged,
     Proposal,
@@ -68,7 +69,7 @@ class RoundCore:
         self.phase = RoundPhase.FORM
         self.unreachable: set[str] = set()
         self._first_to_fail: dict[int, str] = {}
-        """By attempt of this step, who ended it and proved nobody's fault."""
+        """By attempt of this step, who ended it or held it up, and proved nobody's fault."""
         self.accusations = Accusations(num_members=len(self.roster))
         self.last_contributors: frozenset[str] = frozenset()
         """Members that brought something into the last group that was averaged here."""
@@ -168,6 +169,12 @@ class RoundCore:
     @property
     def late(self) -> frozenset[str]:
         """Members that were late in so many attempts of this step that they are left out of it."""
+    def hear_late(self, event: PeersLate) -> None:
+        """A reduction was given up that has waited for members."""
+        self.note_late(event.attempt, event.peer_ids)
+        if event.only_waiting and event.attempt not in self._first_to_fail:
+            self._note_first_to_fail(event.attempt, event.only_waiting)
+
         return frozenset(
             peer_id
             for peer_id, attempts in self._late_attempts_by_peer.items()
@@ -207,8 +214,8 @@ class RoundCore:
             self._note_first_to_fail(attempt, sender)
 
     def _note_first_to_fail(self, attempt: int, peer_id: str) -> None:
-        """Whoever ends attempts again and again, and proves nobody's fault, counts as late: it may
-        be its own.
+        """Whoever ends attempts again and again, or says in them that it waits for others until
+        they are over, and proves nobody's fault, counts as late: it may be its own.
         """
         self._first_to_fail[attempt] = peer_id
         if list(self._first_to_fail.values()).count(peer_id) >= _MOST_FIRST_TO_FAIL:

@@ -408,8 +408,10 @@ class RoundShell:
             late |= {peer_id}
             reason = f"has sent nothing for {seconds:.1f} s"
             self._post((incarnation, outer_step), rt.PeerUnreachable(peer_id, reason))
-        if late:
-            self._post((incarnation, outer_step), rt.PeersLate(attempt, late))
+        waiting = late_in_failed(reduction.waiting_seconds_by_peer, elapsed_seconds=elapsed_seconds)
+        if late or waiting:
+            only_waiting = "" if late else min(waiting)
+            self._post((incarnation, outer_step), rt.PeersLate(attempt, late, only_waiting))
 
     def _learn_who_is_late(self) -> None:
         """A step is certified: what that says of slow members."""

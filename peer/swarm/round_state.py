@@ -154,7 +154,7 @@ class RoundMachine:
             case PeerUnreachable():
                 self._core.unreachable.add(event.peer_id)
             case PeersLate():
-                self._core.note_late(event.attempt, event.peer_ids)
+                self._core.hear_late(event)
             case CoordinatorExchanged():
                 self._on_coordinator_exchanged(event)
             case CoordinatorVoted():

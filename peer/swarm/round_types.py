@@ -208,6 +208,8 @@ class PeersLate:
 
     attempt: int
     peer_ids: frozenset[str]
+    only_waiting: str = ""
+    """The one reducer that did not deliver and said to the end that it waits itself."""
 
 
 @dataclass(frozen=True, slots=True)

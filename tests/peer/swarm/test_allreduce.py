@@ -303,6 +303,30 @@ def test_a_stopped_reducer_is_found_while_another_member_still_sends() -> None:
     asyncio.run(body())
 
 
+def test_a_reducer_that_alone_says_to_the_end_that_it_waits_is_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It could hold up every attempt by that, and nobody would be late."""
+    clock = [100.0]
+    time = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("peer.swarm.allreduce.time", time)
+
+    async def body() -> None:
+        for others, expected in ((set(), {"b": pytest.approx(2.0)}), ({"c"}, {})):
+            reduction = _reduction(_LostStreams(), "a")
+            reduction._sent_to = set(reduction._reducers)
+            for reducer in {"b", *others}:
+                reduction._awaited[reducer, True] = (None, clock[0])
+                reduction._note_waiting(reducer, True)
+            for _ in range(20):
+                clock[0] += 0.1
+                reduction.tick()
+            assert reduction.late_seconds_by_peer == {}
+            assert reduction.waiting_seconds_by_peer == expected
+
+    asyncio.run(body())
+
+
 async def _wait(end: asyncio.Event) -> None:
     await end.wait()
 

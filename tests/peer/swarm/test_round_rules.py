@@ -236,3 +236,14 @@ def test_accused_member_drops_what_it_brings() -> None:
     assert "not finite" in of_kind(effects, rt.ContributionRefused)[0].reason
     again = machine.handle(rt.Contributed(own_of(own)), now_seconds=0.2)
     assert of_kind(again, rt.ContributionRefused)
+
+
+def test_who_holds_up_attempts_by_saying_that_it_waits_is_late_in_the_end() -> None:
+    machine = machine_of(LEADER)
+    for attempt in range(4):
+        assert machine.late == frozenset()
+        event = rt.PeersLate(attempt, frozenset(), OTHERS[0])
+        for _ in range(2):
+            machine.handle(event, now_seconds=float(attempt))
+    machine.handle(rt.PeersLate(4, frozenset(), OTHERS[0]), now_seconds=9.0)
+    assert machine.late == {OTHERS[0]}

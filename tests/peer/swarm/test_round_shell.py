@@ -99,12 +99,17 @@ def test_who_is_refused_and_has_no_more_work_joins_as_an_idle_member() -> None:
     asyncio.run(scenario())
 
 
-def _silent_leader(*, outer_step: int, late_seconds: float) -> Any:
-    """A reduction of attempt 3 in which the leader has sent nothing for a second."""
+def _silent_leader(
+    *, outer_step: int, late_seconds: float, silent: tuple[str, float] = (LEADER, 1.0)
+) -> Any:
+    """A reduction of attempt 3 in which the leader has sent nothing for a second, and another
+    member has said all along that it waits.
+    """
     return SimpleNamespace(
         place=(1, outer_step, 3),
-        silent_peer=lambda patience_seconds: (LEADER, 1.0),
+        silent_peer=lambda patience_seconds: silent,
         late_seconds_by_peer={LEADER: late_seconds},
+        waiting_seconds_by_peer={OTHERS[1]: 1.0},
         begin_seconds=time.monotonic() - 1.0,
     )
 
@@ -127,3 +132,11 @@ def test_who_is_silent_is_late_also_while_others_still_send() -> None:
     shell._stall_seconds = 0.9
     shell._note_silent(_silent_leader(outer_step=1, late_seconds=0.0))
     assert rt.PeersLate(3, frozenset((LEADER,))) in told
+
+
+def test_who_alone_says_that_it_waits_is_told_of_if_nobody_was_late() -> None:
+    shell, told = _shell([]), []
+    shell._post = lambda place, event: told.append(event)
+    shell._stall_seconds = 0.9
+    shell._note_silent(_silent_leader(outer_step=1, late_seconds=0.0, silent=("", 0.0)))
+    assert told == [rt.PeersLate(3, frozenset(), OTHERS[1])]
