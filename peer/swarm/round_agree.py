@@ -4,6 +4,7 @@ Votes of every attempt are kept, and any certificate ends the step. The rules of
 in round_core.py.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 from peer.swarm.round_core import RoundCore, backoff_seconds
@@ -110,7 +111,7 @@ class AgreeSide:
         """Vote for a proposal once its bytes are here, if every check passes."""
         core = self._core
         value = rounds_pb2.RoundValue.FromString(proposal.value)
-        problem = core.check_proposal(proposal)
+        problem = core.check_proposal(proposal) or self._problem_with_rival(proposal)
         if problem:
             core.refused_proposal = f"proposal of attempt {proposal.attempt} refused: {problem}"
             core.show(core.phase, "no vote")
@@ -120,6 +121,8 @@ class AgreeSide:
                     Behind(self._host.leader_peer_id, setup.incarnation, setup.outer_step, problem)
                 )
             return
+        known = dict.fromkeys(h for h in proposal.holders if h in core.entry_by_peer)
+        proposal = replace(proposal, holders=tuple(known))
         self.remember_contributions(proposal.value, proposal.contributions)
         self._proposal_by_digest[value.averaged_digest] = proposal
         if value.averaged_digest in self._held_digests:
@@ -128,6 +131,14 @@ class AgreeSide:
             if core.phase is RoundPhase.FORM:
                 self._host.enter_agree(f"fetching the bytes of attempt {proposal.attempt}")
             core.emit(FetchBytes(value.averaged_digest, tuple(proposal.holders)))
+
+    def _problem_with_rival(self, proposal: Proposal) -> str:
+        """A leader proposes one value in its attempt: else it could have us fetch without end."""
+        is_rival = any(
+            other.attempt == proposal.attempt and other.value != proposal.value
+            for other in self._proposal_by_digest.values()
+        )
+        return "another value was proposed in this attempt before" if is_rival else ""
 
     def fetch_pending(self) -> None:
         """Ask again for bytes of proposals that could still be voted for."""

@@ -3,6 +3,7 @@
 import pytest
 
 from peer.swarm import round_types as rt
+from protos.contract.certificate import contributions_digest
 from protos.muster.v1 import common_pb2, rounds_pb2
 from tests.peer.swarm.one_machine import (
     LEADER,
@@ -247,3 +248,44 @@ def test_who_holds_up_attempts_by_saying_that_it_waits_is_late_in_the_end() -> N
             machine.handle(event, now_seconds=float(attempt))
     machine.handle(rt.PeersLate(4, frozenset(), OTHERS[0]), now_seconds=9.0)
     assert machine.late == {OTHERS[0]}
+
+
+def _repropose(digest: bytes, *holders: str) -> rounds_pb2.Repropose:
+    ranges = [rounds_pb2.LeasedRange(end_window=10)]
+    held = rounds_pb2.Contribution(peer_id=OTHERS[1], ranges=ranges)
+    contributions = rounds_pb2.Contributions(contributions=[held]).SerializeToString()
+    value = rounds_pb2.RoundValue(
+        run_id="sim",
+        incarnation=1,
+        outer_step=1,
+        roster_directive_number=1,
+        averaged_digest=digest,
+        contributions_digest=contributions_digest(contributions),
+        previous_state_digest=b"state 0",
+        next_directive_number=1,
+    )
+    directive = common_pb2.Directive(incarnation=1, directive_number=1)
+    return rounds_pb2.Repropose(
+        value=value.SerializeToString(),
+        contributions=contributions,
+        next_directive=common_pb2.Signed(payload=directive.SerializeToString()),
+        holders=holders,
+    )
+
+
+def test_bytes_are_fetched_of_members_alone_and_of_one_value_in_an_attempt() -> None:
+    """Else a leader could have us ask millions of names, or fetch value after value."""
+    own = OTHERS[0]
+    attempt = next(a for a in range(1, 50) if leader_at(a) == LEADER)
+    machine = machine_of(own)
+
+    def asked(digest: bytes, *holders: str) -> set[tuple[str, ...]]:
+        message = message_of(attempt=attempt, repropose=_repropose(digest, *holders))
+        effects = machine.handle(rt.Received(LEADER, message), now_seconds=0.1)
+        found = of_kind(effects, rt.FetchBytes)
+        return {fetch.holders for fetch in found if fetch.averaged_digest == digest}
+
+    strangers = [f"nobody {number}" for number in range(1000)]
+    assert asked(b"1", *strangers, LEADER, LEADER) == {(LEADER,)}
+    assert asked(b"2", LEADER) == set()
+    assert asked(b"1", OTHERS[1]) == {(OTHERS[1],)}
