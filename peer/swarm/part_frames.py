@@ -25,6 +25,9 @@ _WAITING_SECONDS = 0.3
 class Refused(Exception):
     """The other side gives the attempt up, with its reason."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason[:_MAX_REASON_BYTES])
+
 
 def send_batch(
     stream: BulkStream,

@@ -39,6 +39,8 @@ _MAX_ATTEMPTS_AHEAD = 1000
 _LAST_ATTEMPT = 2**31
 """Attempts are uint32 on the wire; far below its end nothing is listened to any more."""
 _MOST_FIRST_TO_FAIL = 4
+MAX_REASON_CHARS = 2000
+"""Of what is shown to people, or told to others; members say what they like."""
 
 
 class RoundCore:
@@ -125,7 +127,7 @@ class RoundCore:
     ) -> None:
         """Tell senders that their message, or an attempt, cannot be used."""
         refusal = rounds_pb2.RoundRefusal(
-            reason=reason,
+            reason=reason[:MAX_REASON_CHARS],
             kind=kind,  # type: ignore[arg-type]
             attempt=to_attempt,
             accused_peer_id=accused,
@@ -141,6 +143,7 @@ class RoundCore:
         """Tell people, when the phase or its reason changes."""
         if self.refused_proposal and phase is not RoundPhase.DONE:
             reason = f"{reason}; {self.refused_proposal}"
+        reason = reason[:MAX_REASON_CHARS]
         if (phase, reason) != self._shown:
             self._shown = (phase, reason)
             self.emit(PhaseChanged(phase, reason))
@@ -166,15 +169,15 @@ class RoundCore:
         for peer_id in peer_ids:
             self._late_attempts_by_peer.setdefault(peer_id, set()).add(attempt)
 
-    @property
-    def late(self) -> frozenset[str]:
-        """Members that were late in so many attempts of this step that they are left out of it."""
     def hear_late(self, event: PeersLate) -> None:
         """A reduction was given up that has waited for members."""
         self.note_late(event.attempt, event.peer_ids)
         if event.only_waiting and event.attempt not in self._first_to_fail:
             self._note_first_to_fail(event.attempt, event.only_waiting)
 
+    @property
+    def late(self) -> frozenset[str]:
+        """Members that were late in so many attempts of this step that they are left out of it."""
         return frozenset(
             peer_id
             for peer_id, attempts in self._late_attempts_by_peer.items()
@@ -382,6 +385,14 @@ class RoundCore:
             )
             self.emit(Behind(peer_id, incarnation, outer_step, reason))
         return ahead
+
+
+def shortened(refusal: rounds_pb2.RoundRefusal) -> rounds_pb2.RoundRefusal:
+    """The same with a reason that may be kept and told to others."""
+    short = rounds_pb2.RoundRefusal()
+    short.CopyFrom(refusal)
+    short.reason = refusal.reason[:MAX_REASON_CHARS]
+    return short
 
 
 def wanted_number(setup: RoundSetup) -> int:

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from peer.swarm.pace import reduce_deadline_seconds
 from peer.swarm.reduce_slices import expected_seconds
 from peer.swarm.round_agree import AgreeSide
-from peer.swarm.round_core import RoundCore, backoff_seconds
+from peer.swarm.round_core import MAX_REASON_CHARS, RoundCore, backoff_seconds, shortened
 from peer.swarm.round_leader import LeaderSide, own_join, problem_with_group, proposal_from
 from peer.swarm.round_proposer import contributors_of, links_of, members_of
 from peer.swarm.round_types import (
@@ -269,7 +269,7 @@ class RoundMachine:
             self.is_reducing = False
             core.num_failed_reductions += 1
             core.emit(AbortReduce(core.attempt, reason))
-        core.emit(AttemptDiscarded(core.attempt, reason))
+        core.emit(AttemptDiscarded(core.attempt, reason[:MAX_REASON_CHARS]))
         core.attempt, core.phase, self._group = attempt, RoundPhase.FORM, None
         self.attempt_begin_seconds = self.now_seconds
         self.phase_deadline_seconds = _NEVER
@@ -343,7 +343,7 @@ class RoundMachine:
             case "certificate":
                 self._agree.on_certificate(message.certificate)
             case "refusal":
-                self._on_refusal(sender, attempt, message.refusal)
+                self._on_refusal(sender, attempt, shortened(message.refusal))
             case "nudge":
                 self._on_nudge(sender, attempt)
 
