@@ -7,6 +7,7 @@ strictly in (lease number, window), the first lies above the peer's cursor in th
 and the sum stays within the roster's limit.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 from peer.shared_vectors import StatePosition
@@ -125,8 +126,9 @@ class SignedChecks:
 
     def __init__(self, *, key: SigningKey, rules: LeaseRules) -> None:
         self._key, self._rules = key, rules
-        self._verdict_by_bytes: dict[bytes, ContributionVerdict] = {}
-        self._directive_by_bytes: dict[bytes, common_pb2.Directive | None] = {}
+        self._verdict_by_hash: dict[bytes, ContributionVerdict] = {}
+        self._directive_by_hash: dict[bytes, common_pb2.Directive | None] = {}
+        """By SHA-256 of what was checked, which may be as large as a message and of no use."""
         self._key_by_voter = {
             entry.peer_id: entry.public_key for entry in rules.directive.roster if entry.has_vote
         }
@@ -152,26 +154,26 @@ class SignedChecks:
 
     def check_contribution(self, contribution: rounds_pb2.Contribution) -> ContributionVerdict:
         """See the function of the same name."""
-        data = contribution.SerializeToString()
-        if data not in self._verdict_by_bytes:
-            if len(self._verdict_by_bytes) >= _MAX_CACHED:
-                self._verdict_by_bytes.clear()
-            self._verdict_by_bytes[data] = check_contribution(contribution, self._rules)
-        return self._verdict_by_bytes[data]
+        key = hashlib.sha256(contribution.SerializeToString()).digest()
+        if key not in self._verdict_by_hash:
+            if len(self._verdict_by_hash) >= _MAX_CACHED:
+                self._verdict_by_hash.clear()
+            self._verdict_by_hash[key] = check_contribution(contribution, self._rules)
+        return self._verdict_by_hash[key]
 
     def check_directive(self, signed: common_pb2.Signed) -> common_pb2.Directive | None:
         """Content of a directive of this run and incarnation."""
-        data = signed.SerializeToString()
-        if data not in self._directive_by_bytes:
-            if len(self._directive_by_bytes) >= _MAX_CACHED:
-                self._directive_by_bytes.clear()
-            self._directive_by_bytes[data] = open_directive(
+        key = hashlib.sha256(signed.SerializeToString()).digest()
+        if key not in self._directive_by_hash:
+            if len(self._directive_by_hash) >= _MAX_CACHED:
+                self._directive_by_hash.clear()
+            self._directive_by_hash[key] = open_directive(
                 signed,
                 run_id=self._rules.run_id,
                 incarnation=self._rules.incarnation,
                 coordinator_public_key=self._rules.coordinator_public_key,
             )
-        return self._directive_by_bytes[data]
+        return self._directive_by_hash[key]
 
 
 def open_directive(

@@ -1,11 +1,13 @@
 """Leases behind a contribution: each rule refused on its own, with a reason."""
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 
 from peer.swarm.contribution_check import (
     LeaseRules,
+    SignedChecks,
     check_contribution,
     cursors_after,
     next_meta,
@@ -117,3 +119,18 @@ def test_bookkeeping_after_a_certificate() -> None:
     )
     assert after == expected
     assert cursors_after(contributions, {}) == {PEER.peer_id: (5, 4)}
+
+
+def test_what_was_checked_is_not_kept() -> None:
+    """A message may be large, and of no use."""
+    checks, num_bytes = SignedChecks(key=PEER, rules=RULES), 2**20
+    tracemalloc.start()
+    for number in range(32):
+        junk = bytes([number]) * num_bytes
+        assert checks.check_directive(common_pb2.Signed(payload=junk)) is None
+        leased = rounds_pb2.LeasedRange(lease=common_pb2.Signed(payload=junk))
+        bad = rounds_pb2.Contribution(peer_id=PEER.peer_id, ranges=[leased])
+        assert checks.check_contribution(bad).reason
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 4 * num_bytes
