@@ -29,7 +29,9 @@ _CPU_RATIO = 0.04
 _UPLOAD_RATIO = 0.5
 """Part of the owner's upload limit; the rest is left to rounds."""
 _REQUEST_SECONDS = 60.0
-"""A reader that asks for nothing for so long is let go."""
+"""A reader that asks for nothing for so long, or does not take a piece, is let go."""
+_MOST_AVERAGED, _MOST_SNAPSHOTS = 4, 2
+"""Streams of one member at once: what it reads slowly, or not at all, is kept for it so long."""
 _SWEEP_SECONDS = 15.0
 
 
@@ -78,8 +80,11 @@ class StateServer:
         await self._transport.serve_messages(
             STATE_INFO_CALL, self._on_state_info, state_pb2.StateInfoRequest
         )
-        await self._transport.serve_streams(AVERAGED_STREAM, self._on_averaged)
-        await self._transport.serve_streams(SNAPSHOT_STREAM, self._on_snapshot)
+        for name, handler, most in (
+            (AVERAGED_STREAM, self._on_averaged, _MOST_AVERAGED),
+            (SNAPSHOT_STREAM, self._on_snapshot, _MOST_SNAPSHOTS),
+        ):
+            await self._transport.serve_streams(name, handler, most_streams=most)
 
     async def sweep(self) -> None:
         """Give back the space of images that nobody reads, for ever."""
@@ -162,7 +167,7 @@ class StateServer:
         for piece in range(wanted.begin_piece, wanted.end_piece):
             data = await asyncio.to_thread(image.read_piece, piece)
             await self._pace.wait(len(data))
-            await stream.send_bytes(data)
+            await asyncio.wait_for(stream.send_bytes(data), _REQUEST_SECONDS)
         return bool(wanted.begin_piece < wanted.end_piece)
 
     async def _borrow(

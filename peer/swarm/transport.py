@@ -13,6 +13,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -55,6 +56,8 @@ _LANE_CALL = "lane"
 _RELAYED = "p2p-circuit"
 _MOST_HOSTS = 4
 """Of a member, tried for lanes."""
+_MOST_STREAMS = 16
+"""Of one kind that a member may have open here; each holds a descriptor, and what it serves."""
 
 _M = TypeVar("_M", bound=Message)
 
@@ -99,6 +102,8 @@ class Transport:
         self._p2p_by_peer: dict[str, PeerID] = {}
         self._addresses = AddressBook()
         self._connected: set[str] = set()
+        self._num_open: Counter[tuple[str, str]] = Counter()
+        """(peer_id, name) -> streams that the member has opened."""
         self.lanes = Lanes(
             host=host,
             listen_port=listen_port,
@@ -367,14 +372,20 @@ class Transport:
 
     # Streams ----------------------------------------------------------------------------------
 
-    async def serve_streams(self, name: str, handler: StreamHandler) -> None:
-        """Answer streams that members open; a stranger's stream is closed unread."""
+    async def serve_streams(
+        self, name: str, handler: StreamHandler, *, most_streams: int = _MOST_STREAMS
+    ) -> None:
+        """Answer streams that members open, `most_streams` of each at once; those beyond, and a
+        stranger's, are closed unread.
+        """
 
         async def guarded(
             info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
             peer_id = self._peer_by_p2p.get(str(info.peer_id.to_base58()))
-            await self.handle_stream(peer_id, name, handler, reader, writer)
+            await self.handle_stream(
+                peer_id, name, handler, reader, writer, most_streams=most_streams
+            )
 
         await self.p2p.add_binary_stream_handler(self.protocol(name), guarded)
 
@@ -391,15 +402,20 @@ class Transport:
         handler: StreamHandler,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        *,
+        most_streams: int = _MOST_STREAMS,
     ) -> None:
         """Answer a member's stream and close it; None is a stranger."""
+        kind = (peer_id or "", name)
+        self._num_open[kind] += 1
         try:
-            if peer_id is not None:
+            if peer_id is not None and self._num_open[kind] <= most_streams:
                 await handler(peer_id, Stream(reader, writer, peer_id=peer_id, transport=self))
         except (StreamError, TimeoutError, OSError) as error:
             logger.debug("stream %s of %s failed: %s", name, peer_id, error)
         finally:
             writer.close()
+            self._num_open[kind] -= 1
 
     async def open_stream(self, peer_id: str, name: str, *, timeout_seconds: float = 5.0) -> Stream:
         """Open a stream to a member. Raises PeerCallError."""

@@ -234,6 +234,26 @@ def test_donor_serves_its_image_while_its_own_state_moves_on(hub: Hub, tmp_path:
     asyncio.run(story())
 
 
+def test_a_reader_that_takes_nothing_is_let_go(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of them would keep every newcomer out."""
+    monkeypatch.setattr("peer.swarm.state_server._REQUEST_SECONDS", 0.2)
+
+    async def story() -> None:
+        wire = Wire()
+        replica, server = _donor(hub, wire, "a")
+        stream = await wire.open_stream("a", "snapshot")
+        await stream.send_message(state_pb2.SnapshotRequest(incarnation=0, outer_step=0))
+        await stream.read_message(state_pb2.SnapshotHeader)
+        last = _layout(replica).num_pieces
+        for _ in range(50):
+            await stream.send_message(state_pb2.PieceRequest(begin_piece=0, end_piece=last))
+        await asyncio.wait_for(asyncio.gather(*wire.tasks), 10.0)
+        assert server._shelf.num_readers == 0
+        server.close()
+
+    asyncio.run(story())
+
+
 def test_an_image_is_never_torn(hub: Hub, tmp_path: Path) -> None:
     replica = _replica(hub)
     assert replica.meta is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,39 @@ def test_a_message_that_is_too_large_says_nothing_of_whom_it_is_for() -> None:
     with pytest.raises(PeerCallError, match="at most 33554432 can be sent") as found:
         _call(b"", num_digests=1_000_000)
     assert not found.value.is_down
+
+
+def test_a_member_has_only_so_many_streams_open() -> None:
+    """Each holds a descriptor and what it serves, as long as the member likes."""
+
+    async def body() -> None:
+        p2pd: Any = _P2pd(b"")
+        transport = Transport(p2pd, prefix="test", upload_limit_mbit=None)
+        end, begun, closed = asyncio.Event(), [], []
+        nothing: Any = SimpleNamespace(close=lambda: closed.append(True))
+
+        async def stay(peer_id: str, stream: Any) -> None:
+            begun.append(peer_id)
+            await end.wait()
+
+        def open_one(peer_id: str) -> asyncio.Task[None]:
+            handling = transport.handle_stream(
+                peer_id, "averaged", stay, nothing, nothing, most_streams=2
+            )
+            return asyncio.create_task(handling)
+
+        tasks = [open_one(peer_id) for peer_id in "aaaaab"]
+        await asyncio.sleep(0)
+        assert begun == ["a", "a", "b"]
+        await asyncio.sleep(0)
+        assert len(closed) == 3
+        end.set()
+        await asyncio.gather(*tasks)
+        again = open_one("a")
+        await again
+        assert begun == ["a", "a", "b", "a"]
+
+    asyncio.run(body())
 
 
 @pytest.mark.slow
