@@ -28,6 +28,7 @@ class Delivery:
         self._transport, self._contacts, self._post = transport, contacts, post
         self._awaited: set[str] = set()
         """Members that a last, patient call is under way to."""
+        self._told: set[str] = set()
 
     async def deliver(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
         """Call a member, and once more without success: after a refusal a moment later, after
@@ -60,11 +61,18 @@ class Delivery:
                 await asyncio.sleep(max(0.0, _AGAIN_SECONDS - spent_seconds))
 
     async def tell(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
-        """Call a member once, whatever comes of it."""
+        """Call a member once, whatever comes of it; not while it is still being told something, so
+        that nobody has us send much to it by asking often.
+        """
+        if peer_id in self._told:
+            return
+        self._told.add(peer_id)
         try:
             await self._transport.call(peer_id, ROUND_CALL, message, rounds_pb2.RoundAck)
         except PeerCallError as error:
             logger.debug("message to %s: %s", peer_id, error)
+        finally:
+            self._told.discard(peer_id)
 
     async def _call_patiently(self, peer_id: str, message: rounds_pb2.RoundMessage) -> None:
         self._awaited.add(peer_id)

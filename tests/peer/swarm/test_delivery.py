@@ -107,3 +107,26 @@ def test_a_slow_member_is_heard_again_and_given_longer_then(
     assert timeouts[:3] == [0.75, pytest.approx(0.525), 4.0]
     assert len(timeouts) == 5 and min(timeouts[3:]) > 2.0
     assert [type(event) for event in told] == [rt.PeerUnreachable, rt.Acked, rt.Acked, rt.Acked]
+
+
+def test_who_asks_often_is_told_once_at_a_time() -> None:
+    """Every small message of an old step is answered with that step's certificate."""
+    num_calls, end = [0], asyncio.Event()
+
+    async def call(*_: Any) -> rounds_pb2.RoundAck:
+        num_calls[0] += 1
+        await end.wait()
+        return rounds_pb2.RoundAck()
+
+    async def scenario() -> None:
+        transport: Any = SimpleNamespace(call=call)
+        calls = Delivery(transport, Contacts(Pace()), lambda place, event: None)
+        tellings = [asyncio.ensure_future(calls.tell("b", MESSAGE)) for _ in range(100)]
+        await asyncio.sleep(0)
+        end.set()
+        await asyncio.gather(*tellings)
+        assert num_calls == [1]
+        await calls.tell("b", MESSAGE)
+        assert num_calls == [2]
+
+    asyncio.run(scenario())
