@@ -349,6 +349,19 @@ def own_join(core: RoundCore) -> rounds_pb2.JoinGroup:
     )
 
 
+def _hidden_reducers(core: RoundCore, group: rounds_pb2.FormGroup) -> set[str]:
+    """Members that are to reduce although they accept no connections and others do: they would be
+    late for everybody (reduce_slices.py).
+    """
+    peer_ids = [member.contribution.peer_id for member in group.members]
+    ends = list(group.reducer_piece_ends)
+    runs = zip(peer_ids, [0, *ends[:-1]], ends, strict=True)
+    reducing = {peer_id for peer_id, begin, end in runs if begin < end}
+    entries = [entry for entry in core.roster if entry.peer_id in peer_ids]
+    able = {entry.peer_id for entry in entries if entry.can_accept_connections}
+    return reducing - able if able else set()
+
+
 def _for_group(join: rounds_pb2.JoinGroup) -> rounds_pb2.JoinGroup:
     """A join without what only its leader reads, or nobody: a group carries those of all members,
     and one that is too large to be sent would hold all of them up.
@@ -360,8 +373,14 @@ def _for_group(join: rounds_pb2.JoinGroup) -> rounds_pb2.JoinGroup:
     return bare
 
 
-def problem_with_group(core: RoundCore, group: rounds_pb2.FormGroup) -> tuple[str, str]:
-    """What is wrong with a leader's group, and which member's doing it is; ("", "") if nothing."""
+def problem_with_group(
+    core: RoundCore, group: rounds_pb2.FormGroup, *, leader: str
+) -> tuple[str, str]:
+    """What is wrong with a leader's group, and whose doing it surely is; ("", "") if nothing.
+
+    Of a join that no leader takes in it is the leader's doing: that it is the member's is only the
+    leader's word.
+    """
     ends = list(group.reducer_piece_ends)
     if len(ends) != len(group.members) or ends != sorted(ends):
         return "piece ranges do not follow one another", ""
@@ -369,13 +388,15 @@ def problem_with_group(core: RoundCore, group: rounds_pb2.FormGroup) -> tuple[st
         return f"pieces end at {ends[-1:]}, not at {core.setup.num_pieces}", ""
     if core.learn_directive(group.next_directive) is None:
         return "next directive is older than the one in force or not signed", ""
+    if hidden := _hidden_reducers(core, group):
+        return f"{min(hidden)} cannot be dialled and is to reduce", leader
     for member in group.members:
         peer_id, num_pieces = member.contribution.peer_id, len(member.piece_digests)
         if member.previous_state_digest != core.setup.previous_state_digest:
             return f"{peer_id} continues another state", ""
         wanted = core.setup.num_pieces if member.contribution.ranges else 0
         if num_pieces != wanted:
-            return f"{peer_id} committed {num_pieces} piece digests; {wanted} are needed", peer_id
+            return f"{peer_id} committed {num_pieces} piece digests; {wanted} are needed", leader
         if peer_id == core.setup.own_peer_id and member.contribution.ranges:
             own = own_join(core)
             if (member.contribution, list(member.piece_digests)) != (

@@ -405,7 +405,7 @@ class RoundMachine:
         self.supersede(attempt, f"group of attempt {attempt} has formed")
         if core.attempt != attempt or core.phase is not RoundPhase.FORM or self._group is not None:
             return
-        problem, accused = problem_with_group(core, group)
+        problem, accused = problem_with_group(core, group, leader=self._leader.leader(attempt))
         if problem:
             tell = core.others if accused else (self._leader.leader(attempt),)
             core.hear_accusation(core.setup.own_peer_id, accused, problem)

@@ -289,3 +289,26 @@ def test_bytes_are_fetched_of_members_alone_and_of_one_value_in_an_attempt() -> 
     assert asked(b"1", *strangers, LEADER, LEADER) == {(LEADER,)}
     assert asked(b"2", LEADER) == set()
     assert asked(b"1", OTHERS[1]) == {(OTHERS[1],)}
+
+
+@pytest.mark.parametrize("flaw", ["digests", "hidden reducer"])
+def test_what_no_leader_lets_pass_is_the_leaders_doing_and_not_the_members(flaw: str) -> None:
+    """Else a leader could have all honest members accuse one of them by altering its join."""
+    own, other = OTHERS
+    machine = machine_of(own, hidden=frozenset((other,)))
+    machine.handle(rt.Contributed(own_of(own)), now_seconds=0.0)
+    joins = {peer: join_of(peer).message.join_group for peer in PEERS}
+    ends = [0 if peer == other else 2 for peer in PEERS]
+    if flaw == "digests":
+        del joins[other].piece_digests[1:]
+    else:
+        ends = [2 if peer >= other else 0 for peer in PEERS]
+    group = rounds_pb2.FormGroup(
+        members=[joins[peer] for peer in PEERS],
+        reducer_piece_ends=sorted(ends),
+        next_directive=joins[own].newest_directive,
+    )
+    effects = machine.handle(rt.Received(LEADER, message_of(form_group=group)), now_seconds=0.1)
+    assert not of_kind(effects, rt.StartReduce)
+    told = [s.message.refusal.accused_peer_id for s in of_kind(effects, rt.Send)]
+    assert [name for name in told if name] == [LEADER]
