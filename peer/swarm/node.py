@@ -20,6 +20,7 @@ from peer.swarm.coordinator_questions import Place
 from peer.swarm.delivery import ROUND_CALL
 from peer.swarm.dht import Dht
 from peer.swarm.early_events import EarlyEvents
+from peer.swarm.event_queue import EventQueue
 from peer.swarm.offers import Offers
 from peer.swarm.presence import keep_presence
 from peer.swarm.record_file import load_record, run_folder_name, save_record
@@ -36,11 +37,8 @@ from protos.muster.v1 import common_pb2, rounds_pb2
 
 logger = logging.getLogger(__name__)
 
-_MAX_QUEUED = 4096
 _SETTLE_SECONDS = 1.0
 _ASK_CHECKPOINT_SECONDS = 5.0
-
-_Item = tuple[Place, rt.Event] | Message
 
 
 class SwarmNode:
@@ -68,7 +66,7 @@ class SwarmNode:
             vectors=vectors,
             folder=config.home,
         )
-        self._queue: asyncio.Queue[_Item] = asyncio.Queue(_MAX_QUEUED)
+        self._queue = EventQueue()
         self._early = EarlyEvents()
         self._reporter = Reporter(channel, self._replica, transport, own_peer_id=self._own_peer_id)
         self._catch_up = CatchUp(self._replica, transport, own_peer_id=self._own_peer_id)
@@ -110,7 +108,7 @@ class SwarmNode:
             key=config.key,
             votes=self._enter_record(newest),
             desk=self._desk,
-            post=self._post,
+            post=self._queue.post,
             tasks=self._tasks,
         )
         self._offers = Offers(self._shell, replica, self._reporter, own_peer_id=self._own_peer_id)
@@ -181,10 +179,6 @@ class SwarmNode:
 
     # What comes in ----------------------------------------------------------------------------
 
-    def _post(self, place: Place, event: rt.Event) -> None:
-        if not self._queue.full():
-            self._queue.put_nowait((place, event))
-
     async def _read_channel(self) -> None:
         """Pass the daemon's messages on; what must not wait is done here."""
         while True:
@@ -209,7 +203,7 @@ class SwarmNode:
         replica, place = self._replica, (message.incarnation, message.outer_step)
         is_old = replica.is_current and place <= replica.position
         if not is_old:
-            self._post(place, rt.Received(peer_id, message))
+            self._queue.post(place, rt.Received(peer_id, message))
         elif message.WhichOneof("body") != "certificate":
             self._send_old_certificate(peer_id, place)
         return rounds_pb2.RoundAck(
@@ -367,7 +361,7 @@ class SwarmNode:
         await self._offers.renew()
         place = self._shell.place
         for item in self._early.take(place) if place is not None else ():
-            self._post(*item)
+            self._queue.post(*item)
 
     async def _settle_base(self) -> None:
         record = self._replica.record_content
