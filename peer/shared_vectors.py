@@ -18,7 +18,7 @@ import dataclasses
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
@@ -156,7 +156,21 @@ class SharedVectors:
             self._header[0] = writing + 1
 
     def read_params(self, target: Float32Vector) -> StatePosition:
-        """Copy a whole, untorn set of parameters into `target` and say which state it is.
+        """Copy a whole, untorn set of parameters into `target` and say which state it is."""
+        return self._read(lambda: np.copyto(target, self.params))
+
+    def read_position(self) -> StatePosition:
+        """Which state the vectors hold, as soon as none is being written."""
+        return self._read(lambda: None)
+
+    def read_part(self, place: slice, target: Float32Vector, *, of: StatePosition) -> bool:
+        """Copy some of the parameters of a state into `target`; False if it is there no more, and
+        `target` then holds those of another.
+        """
+        return self._read(lambda: np.copyto(target, self.params[place])).is_same_state(of)
+
+    def _read(self, copy: Callable[[], None]) -> StatePosition:
+        """Copy something of one state, and say which it is.
 
         Waits while a state is being written; if the writer has died inside, until its successor has
         written one (the daemon's child_watch.py bounds that).
@@ -164,7 +178,7 @@ class SharedVectors:
         while True:
             before = int(self._header[0])
             if before % 2 == 0:
-                np.copyto(target, self.params)
+                copy()
                 position = self.position()
                 if int(self._header[0]) == before:
                     return position

@@ -68,6 +68,7 @@ class DilocoStrategy:
         """
         self._spec, self._parameters, self._vectors = spec, parameters, vectors
         self._plan = FragmentPlan(spec)
+        self._has_residual = spec.strategy.codec != "fp32"
         self._origin: Float32Vector = np.zeros(vectors.num_values, dtype=np.float32)
         self._inner = inner
         self._base: StatePosition | None = None
@@ -107,30 +108,38 @@ class DilocoStrategy:
         assert before is not None
         if not self._is_travelling:
             return self.restart(round_tokens=round_tokens)
-        fragment = self._plan.of_outer_step(before.outer_step + 1)
-        local, origin = self._parameters.host_values(), self._origin
-        contribution = self._vectors.contribution
+        after = self._vectors.read_position()
+        local = self._parameters.host_values()
+        if not after.follows(before) or not self._take_in(after, local):
+            return self.restart(round_tokens=round_tokens)
+        self._put_local(local)
+        self._base = after
+        self._round_tokens = round_tokens
+        self._is_travelling = False
+        return after
+
+    def _take_in(self, after: StatePosition, local: Float32Vector) -> bool:
+        """Mix a state into `local` and make it the origin, in one pass over memory; False if it has
+        been replaced meanwhile, with all of this half done.
+        """
+        fragment = self._plan.of_outer_step(after.outer_step)
+        origin, contribution = self._origin, self._vectors.contribution
         share = np.float32(1.0) - np.float32(self._spec.strategy.mix_ratio)
         is_all_sent = share == 1.0 and self._steps_while_travelling == 0
         for place, packed in _blocks(fragment):
             contribution[packed] -= origin[place]
             if not is_all_sent:
                 local[place] += share * contribution[packed]
-        after = self._read_origin()
-        if not after.follows(before):
-            return self.restart(round_tokens=round_tokens)
-        for place, packed in _blocks(fragment):
+            if not self._read_origin_part(place, after):
+                return False
             if is_all_sent:
                 local[place] = origin[place]  # the same, not rounded
             else:
                 local[place] += share * origin[place]
             contribution[packed] += origin[place]
             contribution[packed] *= np.float32(1.0) - share
-        self._put_local(local)
-        self._base = after
-        self._round_tokens = round_tokens
-        self._is_travelling = False
-        return after
+        others = self._plan.others_at(after.outer_step)
+        return all(self._read_origin_part(place, after) for place, _ in _blocks(others))
 
     def drop(self) -> None:
         """Back to what local parameters were without the work since the last contribution."""
@@ -232,9 +241,16 @@ class DilocoStrategy:
         a round only; any other origin would be right too, as contributions are counted from it.
         """
         position = self._vectors.read_params(self._origin)
-        if self._spec.strategy.codec != "fp32":
+        if self._has_residual:
             self._origin -= self._vectors.residual
         return position
+
+    def _read_origin_part(self, place: slice, state: StatePosition) -> bool:
+        """The same for a part, if the state is still there."""
+        is_there = self._vectors.read_part(place, self._origin[place], of=state)
+        if self._has_residual:
+            self._origin[place] -= self._vectors.residual[place]
+        return is_there
 
     def _put_local(self, local: Float32Vector) -> None:
         self._parameters.load(partial(_copy, local))

@@ -44,6 +44,17 @@ def test_a_reader_gets_what_was_written() -> None:
     vectors.close()
 
 
+def test_a_part_is_of_the_state_that_was_asked_for() -> None:
+    vectors = SharedVectors.create(NUM_VALUES)
+    write(vectors, 3)
+    target = np.empty(2, dtype=np.float32)
+    state = vectors.read_position()
+    assert vectors.read_part(slice(5, 7), target, of=state) and target.tolist() == [3, 3]
+    write(vectors, 4)
+    assert not vectors.read_part(slice(5, 7), target, of=state)
+    vectors.close()
+
+
 def test_a_writer_that_dies_leaves_no_torn_state_and_no_lock() -> None:
     """Its half state is never read; what its successor writes is, and so is everything later."""
     vectors = SharedVectors.create(NUM_VALUES)

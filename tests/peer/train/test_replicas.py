@@ -30,7 +30,7 @@ from peer.train.replicas import ReplicaRun
 from peer.train.step import Precision
 from protos.contract.chunk_format import Manifest
 from protos.contract.codecs_wire import codec_named
-from protos.contract.digest import vector_piece_digests
+from protos.contract.digest import Float32Vector, vector_piece_digests
 from protos.contract.run_spec import RunSpec, StrategySpec
 from tests.peer.train.toy_dataset import build_toy_dataset
 
@@ -342,6 +342,32 @@ def test_other_states_and_drops_bring_back_the_anchors(dataset: tuple[RunSpec, P
     assert strategy.settle(round_tokens=tokens_of(2)).outer_step == 7
     assert set(peer.flat.values.tolist()) == {3.0}
     assert strategy.wanted_tokens() == tokens_of(2)
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 2])
+def test_a_state_that_is_replaced_while_it_is_mixed_in_is_left_for_the_newer_one(
+    dataset: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch, num_parts: int
+) -> None:
+    """The swarm goes on without this peer after it has read so many parts of the state."""
+    peer = Peer(diloco(dataset[0], overlap_inner_steps=1, mix_ratio=0.5, num_fragments=2))
+    peer.strategy.restart(round_tokens=tokens_of(2))
+    peer.train(2)
+    peer.offer(2)
+    peer.train(2)
+    peer.put(1, 0.5)
+    read_part, seen = SharedVectors.read_part, []
+
+    def read(vectors: SharedVectors, place: slice, target: Float32Vector, **of: Any) -> bool:
+        if len(seen) == num_parts:
+            peer.put(2, 3.0)
+        seen.append(read_part(vectors, place, target, **of))
+        return seen[-1]
+
+    monkeypatch.setattr(SharedVectors, "read_part", read)
+    assert peer.strategy.settle(round_tokens=tokens_of(2)).outer_step == 2
+    assert seen == [True] * num_parts + [False]
+    assert set(peer.flat.values.tolist()) == {3.0}
+    assert peer.strategy.wanted_tokens() == tokens_of(2)
 
 
 @pytest.mark.parametrize(("num_fragments", "mix_ratio"), [(1, 0.0), (1, 0.5), (3, 0.0), (3, 0.5)])
