@@ -48,10 +48,7 @@ def join(
         str | None, typer.Option(help="Space for cached data, such as 20GiB. [default: 10 GiB]")
     ] = None,
     upload_limit_mbit: Annotated[
-        float | None,
-        typer.Option(
-            help="Megabits per second for rounds; 0: no limit. Best: nine tenths of a home line."
-        ),
+        float | None, typer.Option(help="Mbit/s for rounds; 0: no limit. Best: 0.9 of a home line.")
     ] = None,
     home: HomeDir = None,
     listen_host: Annotated[
