@@ -63,16 +63,18 @@ def test_a_swarm_goes_on_from_an_imported_model(tmp_path: Path, objective: str) 
         status = swarm.wait_for_end()
         assert status["credited_tokens"] == status["budget_tokens"] == 40_960, swarm.report()
         assert status["state_digests_equal"] is True, swarm.report()
-        # The swarm's state at step 0 is the imported model, not the seed's.
-        assert status["first_evaluation"]["loss_nats"] == pytest.approx(
-            before["loss_nats"], rel=2e-3
-        )
         specs = list(swarm.data_dir.glob("run_spec-*.json"))
         assert json.loads(specs[0].read_text())["initial_digest"] == made["initial_digest"]
         state = swarm.data_dir / status["newest_checkpoint_path"]
         after = swarm.run_peer_cli("eval", str(state), "--dataset", str(dataset))
         assert before["objective"] == after["objective"] == objective
         assert after["loss_nats"] < before["loss_nats"] - 0.5
+        # The state at step 0 is the imported model, not the seed's; the peer that is to evaluate it
+        # may have made a step of it before.
+        first = status["first_evaluation"]
+        assert first["loss_nats"] <= before["loss_nats"] * 1.002
+        least = 0.998 * before["loss_nats"] if first["outer_step"] == 0 else after["loss_nats"]
+        assert first["loss_nats"] >= least, first
         credits = tmp_path / "credits.json"
         credits.write_text(swarm.run_cli("status", "--data-dir", str(swarm.data_dir), "--json"))
         swarm.run_peer_cli(
